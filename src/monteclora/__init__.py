@@ -1,0 +1,1 @@
+"""Bayesian low-rank adaptation of language models."""

@@ -1,0 +1,266 @@
+"""The LoRA variant: a LoRA layer whose A is drawn. The only file that touches peft's internals.
+
+peft injects ordinary LoRA layers; :class:`MonteCLoRATuner` then gives those of a MonteCLoRA adapter a posterior and
+puts a :class:`DrawnLayer` in their forward pass. It keeps one posterior for each adapter and the hooks that make one
+draw for each forward pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os.path
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters.functional import drawn_lora, grouped_lora
+from monteclora.adapters.scope import DrawScope
+from monteclora.errors import ConfigError
+from monteclora.posterior import AdapterPosterior, LayerShape
+
+__all__ = ["DrawnLayer", "MonteCLoRATuner", "target_names_unmatched"]
+
+
+def _supported_types() -> tuple[type[nn.Module], ...]:
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+    types: list[type[nn.Module]] = [Linear]
+    if is_bnb_available():
+        from peft.tuners.lora.bnb import Linear8bitLt
+
+        types.append(Linear8bitLt)
+    if is_bnb_4bit_available():
+        from peft.tuners.lora.bnb import Linear4bit
+
+        types.append(Linear4bit)
+    return tuple(types)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+class DrawnLayer(LoraVariant):
+    """What one layer knows about its posterior: which one, and its place in it."""
+
+    def __init__(self, posterior: AdapterPosterior, index: int) -> None:
+        self.posterior = posterior
+        self.index = index
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing: ``attach`` builds the posterior when all layers are there."""
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The base weight with the mean merged in, as a new tensor."""
+        return cast(Tensor, orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype))
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Merge the mean into the base weight in place."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight with the mean taken out again."""
+        return cast(Tensor, orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype))
+
+    def forward(  # type: ignore[override]
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Add the adapter to the frozen layer's output: drawn where there is a draw, else plain LoRA.
+
+        Args:
+            module: the LoRA layer.
+            active_adapter: its adapter.
+            x: the layer's input, shape (..., n).
+            result: the frozen layer's output, shape (..., m).
+            **kwargs: what other variants need.
+        """
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling, posterior = module.scaling[active_adapter], self.posterior
+        x = module.lora_dropout[active_adapter](x)
+        draw = posterior.current if module.training else posterior.predictive
+        if draw is None or not posterior.enabled:
+            return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
+        layer = posterior.layer_draw(draw, self.index)
+        device = x.device
+        if device != layer.xi.device:
+            layer = type(layer)(*(None if part is None else part.to(device) for part in layer))
+        if draw.groups:
+            output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer.xi, layer.row_scale, scaling)
+        else:
+            rho, eta = posterior.layer_parameters(self.index)
+            output = drawn_lora(
+                x,
+                result,
+                lora_a.weight,
+                lora_b.weight,
+                rho.to(device),
+                eta.to(device),
+                layer,
+                draw.token,
+                scaling,
+                dtype=_autocast_dtype(device),
+            )
+        return output if lora_b.bias is None else output + lora_b.bias * scaling
+
+
+def target_names_unmatched(config: MonteCLoRAConfig, model: nn.Module) -> list[tuple[str, str]]:
+    """Names in ``config.target_modules`` that no module of ``model`` bears, each with the nearest name that exists."""
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return []
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+    return [(name, ", ".join(difflib.get_close_matches(name, leaves, 3, 0.4))) for name in sorted(missing)]
+
+
+class MonteCLoRATuner(LoraModel):
+    """A ``peft.LoraModel`` whose MonteCLoRA adapters have posteriors.
+
+    ``posteriors`` is registered here, beside the model and not inside its layers, so that no file of adapter weights
+    ever contains it; ``posterior_names`` holds the adapters' names in the same order.
+    """
+
+    posteriors: nn.ModuleList
+    posterior_names: list[str]
+    scope: DrawScope
+
+    def setup(self) -> None:
+        """Initialise what this class adds to a ``LoraModel`` that has just become one of it."""
+        self.posteriors = nn.ModuleList()
+        self.posterior_names = []
+        self.scope = DrawScope(self)
+
+    def posterior(self, adapter_name: str) -> AdapterPosterior | None:
+        """The posterior of an adapter, None where it is plain LoRA."""
+        if adapter_name not in self.posterior_names:
+            return None
+        return cast(AdapterPosterior, self.posteriors[self.posterior_names.index(adapter_name)])
+
+    def active_posteriors(self) -> list[AdapterPosterior]:
+        """The posteriors of the active adapters."""
+        found = [self.posterior(name) for name in self.active_adapters]
+        return [posterior for posterior in found if posterior is not None]
+
+    def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
+        """Those of :meth:`active_posteriors` whose layers are neither disabled nor merged nor switched off."""
+        drawn = []
+        for posterior in self.active_posteriors():
+            first = cast(LoraLayer, self.model.get_submodule(posterior.layers[0].name))
+            if posterior.enabled and not first.disable_adapters and not first.merged:
+                drawn.append(posterior)
+        return drawn
+
+    def attach(self, adapter_name: str, posterior: AdapterPosterior | None = None) -> None:
+        """Give an injected adapter its posterior: a new one at the prior, or one restored from a file.
+
+        Raises:
+            ConfigError: the adapter has a layer of a type that cannot be drawn, named with its type.
+        """
+        layers = self._layers_of(adapter_name)
+        config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
+        if posterior is None:
+            shapes = [LayerShape(name, layer.r[adapter_name], layer.in_features) for name, layer in layers]
+            posterior = AdapterPosterior(
+                shapes,
+                _scales(config, adapter_name, [layer for _, layer in layers]),
+                config.posterior_settings(),
+                seed=config.noise_seed,
+                device=layers[0][1].get_base_layer().weight.device,
+            )
+        for index, (_, layer) in enumerate(layers):
+            layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
+        self.posteriors.append(posterior)
+        self.posterior_names.append(adapter_name)
+        self._set_posterior_grad()
+        self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
+
+    def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+        supported = _supported_types()
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
+        for name, layer in layers:
+            if type(layer) not in supported:
+                base = type(layer.get_base_layer()).__name__
+                raise ConfigError(
+                    f"target module '{name}' is a {base}, and MonteCLoRA adapts Linear, Conv1D and bitsandbytes 4-bit "
+                    "and 8-bit layers only",
+                    "Take it out of target_modules, or list it in exclude_modules.",
+                )
+        return layers
+
+    def _modules_around(self, names: list[str]) -> list[nn.Module]:
+        """The model and its submodules down to the deepest that contains every named layer, without the layers."""
+        parents = [name.split(".")[:-1] for name in names]
+        shared = os.path.commonprefix(parents)
+        around = [self.model.get_submodule(".".join(shared[:i])) for i in range(len(shared) + 1)]
+        return [self, *(m for m in around if not isinstance(m, (nn.ModuleList, nn.ModuleDict)))]
+
+    def _checkpointable(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def _set_posterior_grad(self) -> None:
+        for name, posterior in zip(self.posterior_names, self.posteriors, strict=True):
+            trainable = name in self.active_adapters and not self.peft_config[name].inference_mode
+            posterior.requires_grad_(trainable)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in peft; then a MonteCLoRA adapter gets its posterior."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, MonteCLoRAConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        with config.handled():
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.attach(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft; the posteriors become trainable and frozen with their adapters."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name, posterior in zip(self.posterior_names, self.posteriors, strict=True):
+            posterior.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in peft, posteriors included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            posterior = self.posterior(name)
+            if posterior is not None:
+                posterior.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft, posterior included."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.posterior_names:
+            index = self.posterior_names.index(adapter_name)
+            del self.posteriors[index]
+            del self.posterior_names[index]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.scope.remove()
+        return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+
+
+def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
+    """eps of each layer: absolute, or relative to the root mean square of its initial A (METHOD.md section 1)."""
+    relative, value = config.parse_sample_scale()
+    if not relative:
+        return [value] * len(layers)
+    weights = [cast(Tensor, layer.lora_A[adapter_name].weight) for layer in layers]
+    if any(weight.is_meta for weight in weights):
+        # no values to measure yet: those of the default initialisation, uniform with variance 1 / (3 n)
+        return [value / math.sqrt(3.0 * weight.shape[1]) for weight in weights]
+    device = weights[0].device
+    squares = torch.stack([weight.detach().float().square().mean().to(device) for weight in weights])
+    return [value * root for root in squares.sqrt().tolist()]

@@ -1,0 +1,282 @@
+"""Wrap a model, load one, and reach its posteriors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+
+from monteclora.adapters import storage
+from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters.layers import MonteCLoRATuner, target_names_unmatched
+from monteclora.adapters.scope import PosteriorSampler
+from monteclora.errors import ConfigError
+from monteclora.posterior import AdapterPosterior, Regulariser
+
+__all__ = [
+    "MonteCLoRAModel",
+    "active_posteriors",
+    "from_pretrained",
+    "get_peft_model",
+    "posterior_sampling",
+    "regularisers",
+    "train_posterior_only",
+    "variational_loss",
+]
+
+
+class MonteCLoRAModel(PeftModel):  # type: ignore[misc]
+    """What a ``PeftModel`` with MonteCLoRA adapters does differently: it saves and loads their posteriors."""
+
+    base_model: MonteCLoRATuner
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in peft, with ``posterior.safetensors`` beside each adapter; files appear whole or not at all.
+
+        ``adapter_model.safetensors`` and ``adapter_config.json`` are a plain LoRA's.
+        """
+        names = kwargs.get("selected_adapters") or list(self.peft_config)
+        main = kwargs.get("is_main_process", True)
+        with storage.staged(Path(save_directory), write=main) as folder:
+            super().save_pretrained(str(folder), *args, **kwargs)
+            for name in names:
+                posterior = self.base_model.posterior(name)
+                if posterior is not None and main:
+                    target = folder if name == "default" else folder / name
+                    storage.save_posterior(posterior, self.peft_config[name], target / storage.POSTERIOR_FILE)
+
+    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in peft; an adapter with a posterior beside it gets that posterior, here or into the existing adapter.
+
+        Raises:
+            CheckpointError: a damaged posterior, or one that does not fit the adapter.
+        """
+        is_trainable = args[0] if args else kwargs.get("is_trainable", False)
+        path = storage.find_posterior(model_id, **kwargs)
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        if path is not None:
+            stored = storage.load_posterior(path)
+            existing = self.base_model.posterior(adapter_name)
+            if existing is not None:
+                stored.copy_into(existing)
+            else:
+                config = stored.config(self.peft_config[adapter_name])
+                self.peft_config[adapter_name] = config
+                self.base_model.attach(adapter_name, stored.build(self._device_of(adapter_name)))
+            restored = self.base_model.posterior(adapter_name)
+            if restored is not None:
+                restored.requires_grad_(is_trainable)
+        return result
+
+    def _device_of(self, adapter_name: str) -> torch.device:
+        return next(p.device for n, p in self.base_model.model.named_parameters() if f".{adapter_name}." in n)
+
+
+def _as_monteclora(model: PeftModel) -> MonteCLoRAModel:
+    """Turn a ``PeftModel`` over LoRA into a :class:`MonteCLoRAModel`, in place."""
+    model.__class__ = _CLASSES[type(model)]
+    tuner = model.base_model
+    tuner.__class__ = MonteCLoRATuner
+    tuner.setup()
+    tuner.scope.install([model], [])
+    return cast(MonteCLoRAModel, model)
+
+
+class MonteCLoRAModelForSequenceClassification(MonteCLoRAModel, peft.PeftModelForSequenceClassification):  # type: ignore[misc]
+    """See :class:`MonteCLoRAModel`."""
+
+
+class MonteCLoRAModelForCausalLM(MonteCLoRAModel, peft.PeftModelForCausalLM):  # type: ignore[misc]
+    """See :class:`MonteCLoRAModel`."""
+
+
+class MonteCLoRAModelForSeq2SeqLM(MonteCLoRAModel, peft.PeftModelForSeq2SeqLM):  # type: ignore[misc]
+    """See :class:`MonteCLoRAModel`."""
+
+
+class MonteCLoRAModelForTokenClassification(MonteCLoRAModel, peft.PeftModelForTokenClassification):  # type: ignore[misc]
+    """See :class:`MonteCLoRAModel`."""
+
+
+class MonteCLoRAModelForQuestionAnswering(MonteCLoRAModel, peft.PeftModelForQuestionAnswering):  # type: ignore[misc]
+    """See :class:`MonteCLoRAModel`."""
+
+
+class MonteCLoRAModelForFeatureExtraction(MonteCLoRAModel, peft.PeftModelForFeatureExtraction):  # type: ignore[misc]
+    """See :class:`MonteCLoRAModel`."""
+
+
+_CLASSES: dict[type, type[MonteCLoRAModel]] = {
+    PeftModel: MonteCLoRAModel,
+    peft.PeftModelForSequenceClassification: MonteCLoRAModelForSequenceClassification,
+    peft.PeftModelForCausalLM: MonteCLoRAModelForCausalLM,
+    peft.PeftModelForSeq2SeqLM: MonteCLoRAModelForSeq2SeqLM,
+    peft.PeftModelForTokenClassification: MonteCLoRAModelForTokenClassification,
+    peft.PeftModelForQuestionAnswering: MonteCLoRAModelForQuestionAnswering,
+    peft.PeftModelForFeatureExtraction: MonteCLoRAModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+) -> MonteCLoRAModel:
+    """Wrap ``model`` with a MonteCLoRA adapter; takes what ``peft.get_peft_model`` takes.
+
+    Initial weights and the state of the global generators are those that a plain LoRA of the same configuration gives.
+    In training mode every forward pass draws from the posterior; in evaluation mode the mean is used.
+
+    Args:
+        model: the base model; changed in place, as peft does.
+        peft_config: a :class:`MonteCLoRAConfig`.
+        adapter_name: name of the adapter.
+        **kwargs: passed on to peft.
+
+    Raises:
+        ConfigError: another kind of configuration, a name in ``target_modules`` that no module bears, or a target of
+            a type that cannot be drawn. The model is then left as it was.
+    """
+    if not isinstance(peft_config, MonteCLoRAConfig):
+        raise ConfigError(
+            f"get_peft_model was given a {type(peft_config).__name__}, expected a MonteCLoRAConfig",
+            "Use peft.get_peft_model for other methods.",
+        )
+    if kwargs.get("mixed"):
+        raise ConfigError("mixed=True is not supported with MonteCLoRA", "Leave it out.")
+    missing = target_names_unmatched(peft_config, model)
+    if missing:
+        names = "; ".join(f"'{name}'" + (f" (nearest: {near})" if near else "") for name, near in missing)
+        raise ConfigError(
+            f"target_modules names no module of {type(model).__name__}: {names}",
+            "Name layers as they appear in model.named_modules(), or use 'all-linear'.",
+        )
+    with peft_config.handled():
+        try:
+            wrapped = peft.get_peft_model(model, peft_config, adapter_name, **kwargs)
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"peft refused the adapter: {error}", "Correct the configuration.") from error
+        monteclora_model = _as_monteclora(wrapped)
+        try:
+            monteclora_model.base_model.attach(adapter_name)
+        except ConfigError:
+            monteclora_model.base_model.unload()
+            raise
+    return monteclora_model
+
+
+def from_pretrained(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> MonteCLoRAModel:
+    """Load a saved adapter, mean and posterior; takes what ``PeftModel.from_pretrained`` takes.
+
+    (``PeftModel.from_pretrained`` loads the mean of the same folder.)
+
+    Args:
+        model: the base model.
+        model_id: a folder written by ``save_pretrained``, or such a repository on the hub.
+        adapter_name: name of the adapter.
+        is_trainable: whether to go on training it.
+        **kwargs: passed on to peft, such as ``low_cpu_mem_usage``, ``subfolder`` or ``revision``.
+
+    Raises:
+        CheckpointError: no posterior beside the adapter, or a damaged one.
+    """
+    path = storage.find_posterior(model_id, **kwargs)
+    if path is None:
+        raise storage.missing_posterior(model_id)
+    stored = storage.load_posterior(path)
+    loaded = PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs)
+    wrapped = _as_monteclora(loaded)
+    wrapped.peft_config[adapter_name] = stored.config(wrapped.peft_config[adapter_name])
+    wrapped.base_model.attach(adapter_name, stored.build(wrapped._device_of(adapter_name)))
+    return wrapped
+
+
+def _tuner(model: nn.Module) -> MonteCLoRATuner:
+    for module in model.modules():
+        if isinstance(module, MonteCLoRATuner):
+            return module
+    raise ConfigError(
+        f"{type(model).__name__} has no MonteCLoRA adapter", "Wrap it with monteclora.get_peft_model first."
+    )
+
+
+def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
+    """The posteriors of the model's active adapters; ``model`` may be wrapped (DDP, compiled).
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    return _tuner(model).active_posteriors()
+
+
+def regularisers(model: nn.Module) -> list[Regulariser]:
+    """The regulariser of each active adapter, part by part (METHOD.md section 4)."""
+    return [posterior.regulariser() for posterior in active_posteriors(model)]
+
+
+def variational_loss(model: nn.Module) -> Tensor:
+    """What to add to the task's loss, once for each optimiser step: the weighted KL terms and cooperative loss.
+
+    Args:
+        model: the wrapped model.
+
+    Returns:
+        A scalar, differentiable in rho and eta of the active adapters (METHOD.md section 4); zero while their
+        posteriors are switched off.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    posteriors = active_posteriors(model)
+    losses = [posterior.regulariser().loss for posterior in posteriors if posterior.enabled]
+    if losses:
+        return torch.stack(losses).sum()
+    return torch.zeros((), device=posteriors[0].rho.device if posteriors else None)
+
+
+@contextmanager
+def posterior_sampling(
+    model: nn.Module, seed: int = 0, *, num_samples: int = 1, resample: bool = True, first: int = 0
+) -> Iterator[None]:
+    """Inside the block, eval-mode forward passes draw from the posterior.
+
+    The draws are numbered: forward pass i uses draw ``first + i`` of the stream ``seed``, whatever the batch, the
+    device's global generators or training have done.
+
+    Args:
+        model: the wrapped model, in evaluation mode.
+        seed: the stream.
+        num_samples: S > 1 makes S draws a forward pass; call the model with the batch repeated S times along its
+            first dimension (draw by draw).
+        resample: False keeps the first draw for the whole block, as a generation with a cache needs.
+        first: number of the first draw.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    tuner = _tuner(model)
+    sampler = PosteriorSampler(seed, num_samples, resample=resample, first=first)
+    with tuner.scope.sampling(tuner.active_posteriors(), sampler):
+        yield
+
+
+def train_posterior_only(model: nn.Module) -> None:
+    """Freeze everything but rho and eta of the active adapters: the second phase of post-hoc training (section 6)."""
+    posteriors: Sequence[AdapterPosterior] = active_posteriors(model)
+    model.requires_grad_(False)
+    for posterior in posteriors:
+        posterior.enabled = True
+        posterior.requires_grad_(True)

@@ -1,0 +1,174 @@
+"""One draw for each forward pass, made before it starts (METHOD.md section 7).
+
+A :class:`DrawScope` hooks the model from its outermost module down to the one that holds every adapted layer, so that
+a draw is made whichever of them is called, once for the outermost call. Recomputation by activation checkpointing, in
+which the layers run again inside the backward pass, sees the draw of the forward pass it repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from monteclora.posterior import AdapterPosterior, Draw
+
+__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "holding"]
+
+
+class DrawSource(Protocol):
+    """Whoever knows which posteriors take part in the next forward pass."""
+
+    def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
+        """Posteriors of the adapters that are active, enabled and not merged."""
+        ...
+
+
+class PosteriorSampler:
+    """What eval-mode forward passes draw while sampling from the posterior is on.
+
+    Args:
+        seed: the stream of prediction draws.
+        count: draws made at once; the batch is then the examples repeated ``count`` times.
+        resample: whether every forward pass has new draws; else all have the first ones.
+        first: number of the first draw.
+    """
+
+    def __init__(self, seed: int, count: int = 1, *, resample: bool = True, first: int = 0) -> None:
+        self.seed = seed
+        self.count = count
+        self.resample = resample
+        self.next = first
+
+    def __call__(self, posterior: AdapterPosterior) -> Draw:
+        """The draw of the coming forward pass."""
+        return posterior.sample(self.seed, self.next, self.count)
+
+
+@contextmanager
+def holding(posteriors: Sequence[AdapterPosterior], draws: Sequence[Draw | None]) -> Iterator[None]:
+    """Make ``draws`` the current ones inside the block."""
+    before = [posterior.current for posterior in posteriors]
+    for posterior, draw in zip(posteriors, draws, strict=True):
+        posterior.current = draw
+    try:
+        yield
+    finally:
+        for posterior, draw in zip(posteriors, before, strict=True):
+            posterior.current = draw
+
+
+class BoundCheckpoint:
+    """A checkpointing function that repeats a block under the draws of its forward pass."""
+
+    def __init__(self, checkpoint: Callable[..., Any], source: DrawSource) -> None:
+        self.checkpoint = checkpoint
+        self.source = source
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``function`` with the draws that are current now."""
+        posteriors = list(self.source.drawn_posteriors())
+        draws = [posterior.current for posterior in posteriors]
+
+        def repeat(*inputs: Any, **keywords: Any) -> Any:
+            with holding(posteriors, draws):
+                return function(*inputs, **keywords)
+
+        return self.checkpoint(repeat, *args, **kwargs)
+
+
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The first dimension of what the model is called with."""
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")]
+    for value in [*named, *args, *kwargs.values()]:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return None
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+class DrawScope:
+    """Hooks that make the draws of a model's forward passes.
+
+    Args:
+        source: knows the posteriors.
+    """
+
+    def __init__(self, source: DrawSource) -> None:
+        self.source = source
+        self.sampler: PosteriorSampler | None = None
+        self.depth = 0
+        self._hooked: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+        self._blocks: list[nn.Module] = []
+
+    def install(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
+        """Hook ``modules``, outermost first; ``blocks`` are those that may be checkpointed.
+
+        Modules that are hooked already are left as they are.
+        """
+        for module in modules:
+            if not any(module is hooked for hooked in self._hooked):
+                self._hooked.append(module)
+                self._handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self.leave, always_call=True))
+        self._blocks = list(blocks)
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        for block in self._blocks:
+            if isinstance(getattr(block, "_gradient_checkpointing_func", None), BoundCheckpoint):
+                block._gradient_checkpointing_func = block._gradient_checkpointing_func.checkpoint
+        self._hooked, self._handles, self._blocks = [], [], []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Draw, if this is the outermost call and not a repetition inside a backward pass."""
+        self.depth += 1
+        if self.depth == 1:
+            self._draw(module.training, args, kwargs)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The call is over, by return or by exception."""
+        self.depth -= 1
+
+    @torch.compiler.disable
+    def _draw(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        posteriors = self.source.drawn_posteriors()
+        if training:
+            self._bind_checkpoints()
+            for posterior in posteriors:
+                posterior.draw(_rank(), _batch_size(args, kwargs))
+        elif self.sampler is not None and self.sampler.resample:
+            for posterior in posteriors:
+                posterior.predictive = self.sampler(posterior)
+            self.sampler.next += self.sampler.count
+
+    def _bind_checkpoints(self) -> None:
+        for block in self._blocks:
+            function = getattr(block, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, BoundCheckpoint):
+                block._gradient_checkpointing_func = BoundCheckpoint(function, self.source)
+
+    @contextmanager
+    def sampling(self, posteriors: Sequence[AdapterPosterior], sampler: PosteriorSampler) -> Iterator[None]:
+        """Let eval-mode forward passes draw with ``sampler`` inside the block."""
+        with ExitStack() as stack:
+            before = self.sampler
+            stack.callback(setattr, self, "sampler", before)
+            for posterior in posteriors:
+                stack.callback(setattr, posterior, "predictive", posterior.predictive)
+                posterior.predictive = sampler(posterior)
+            self.sampler = sampler
+            yield

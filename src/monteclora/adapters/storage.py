@@ -1,0 +1,246 @@
+"""Adapters on disk: plain LoRA files, and the posterior beside them in ``posterior.safetensors``.
+
+The sidecar holds ``rho``, ``eta`` and ``scale`` as tensors; its metadata hold one JSON document with the format's
+version, the layers, the method's configuration, the noise stream's position, and a checksum of the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import save
+from torch import Tensor
+
+from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.errors import CheckpointError, ConfigError
+from monteclora.posterior import AdapterPosterior, LayerShape
+
+__all__ = [
+    "POSTERIOR_FILE",
+    "StoredPosterior",
+    "find_posterior",
+    "load_posterior",
+    "missing_posterior",
+    "save_posterior",
+    "staged",
+    "write_bytes",
+]
+
+POSTERIOR_FILE = "posterior.safetensors"
+_FORMAT = 1
+_KEY = "monteclora"
+_TENSORS = ("rho", "eta", "scale")
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the whole new one: temporary name, flush, rename."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged(target: Path, *, write: bool = True) -> Iterator[Path]:
+    """A folder to write into; when the block ends well its files are flushed and renamed into ``target``.
+
+    Files of ``target`` that the block does not write stay. With ``write=False`` (a process that saves nothing) what
+    is written is thrown away.
+    """
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, expected a folder to save into", "Choose another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        if (target / "README.md").exists():
+            # peft updates a model card that is there
+            shutil.copy2(target / "README.md", stage / "README.md")
+        yield stage
+        if write:
+            for source in sorted(path for path in stage.rglob("*") if path.is_file()):
+                with source.open("rb") as file:
+                    os.fsync(file.fileno())
+                destination = target / source.relative_to(stage)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, destination)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_posterior(posterior: AdapterPosterior, config: MonteCLoRAConfig, path: Path) -> None:
+    """Write the sidecar of one adapter, atomically."""
+    tensors = {name: getattr(posterior, name).detach().cpu().contiguous() for name in _TENSORS}
+    document = {
+        "format": _FORMAT,
+        "layers": posterior.layers,
+        "config": config.method_fields(),
+        "seed": posterior.seed,
+        "draws": posterior.draws,
+        "enabled": posterior.enabled,
+        "sha256": _checksum(tensors),
+    }
+    write_bytes(path, save(tensors, metadata={_KEY: json.dumps(document, sort_keys=True)}))
+
+
+def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | None:
+    """The sidecar of a saved adapter, in a folder or on the hub; None where there is none."""
+    folder = Path(model_id) / (kwargs.get("subfolder") or "")
+    if Path(model_id).exists():
+        path = folder / POSTERIOR_FILE
+        return path if path.is_file() else None
+    from huggingface_hub import file_exists, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+    remote = "/".join(filter(None, [arguments.pop("subfolder", None), POSTERIOR_FILE]))
+    shared = {key: value for key, value in arguments.items() if key in ("revision", "token")}
+    try:
+        if not file_exists(str(model_id), remote, **shared):
+            return None
+        return Path(hf_hub_download(str(model_id), remote, **arguments))
+    except (OSError, ValueError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"adapter '{model_id}' is neither a folder nor within reach on the hub ({type(error).__name__})",
+            "Give the folder that save_pretrained wrote.",
+        ) from error
+
+
+def missing_posterior(model_id: str | os.PathLike[str]) -> CheckpointError:
+    """The error for an adapter without a sidecar."""
+    return CheckpointError(
+        f"{model_id} has no {POSTERIOR_FILE}: it is a plain LoRA adapter",
+        "Load it with peft.PeftModel.from_pretrained, or train it with MonteCLoRA first.",
+    )
+
+
+@dataclass(frozen=True)
+class StoredPosterior:
+    """What a sidecar holds, checked."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    layers: list[LayerShape]
+    fields: Mapping[str, Any]
+    seed: int
+    draws: int
+    enabled: bool
+
+    def config(self, lora: PeftConfig) -> MonteCLoRAConfig:
+        """The adapter's configuration: peft's LoRA fields and the sidecar's own."""
+        plain = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init}
+        try:
+            return MonteCLoRAConfig(**plain, **self.fields)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{self.path} was written by another version of monteclora: {error}", "Load it with that version."
+            ) from error
+
+    def build(self, device: torch.device) -> AdapterPosterior:
+        """The posterior itself."""
+        settings = MonteCLoRAConfig(**self.fields).posterior_settings()
+        posterior = AdapterPosterior(
+            self.layers, self.tensors["scale"].tolist(), settings, seed=self.seed, device=device
+        )
+        self.copy_into(posterior)
+        return posterior
+
+    @torch.no_grad()
+    def copy_into(self, posterior: AdapterPosterior) -> None:
+        """Restore parameters, scales and the stream's position into a posterior of the same layers.
+
+        Raises:
+            CheckpointError: the layers differ.
+        """
+        if posterior.layers != self.layers:
+            changed = sorted(set(posterior.layers) ^ set(self.layers))[0]
+            raise CheckpointError(
+                f"{self.path} does not fit this model: layer '{changed.name}' (rank {changed.rank}, "
+                f"{changed.in_features} inputs) is on one side only",
+                "Load it onto the base model it was trained on, with the same target_modules.",
+            )
+        for name in _TENSORS:
+            target: Tensor = getattr(posterior, name)
+            if target.shape != self.tensors[name].shape:
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {tuple(self.tensors[name].shape)}, expected {tuple(target.shape)}",
+                    "Load it with the num_samples it was trained with.",
+                )
+            target.copy_(self.tensors[name])
+        posterior.seed, posterior.draws, posterior.enabled = self.seed, self.draws, self.enabled
+
+
+def load_posterior(path: Path) -> StoredPosterior:
+    """Read a sidecar.
+
+    Raises:
+        CheckpointError: not a sidecar, damaged, or of a later format.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            document = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        version = document["format"]
+        if version != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
+        stored = StoredPosterior(
+            path=path,
+            tensors=tensors,
+            layers=[LayerShape(*layer) for layer in document["layers"]],
+            fields=document["config"],
+            seed=document["seed"],
+            draws=document["draws"],
+            enabled=document["enabled"],
+        )
+        damaged = _checksum(tensors) != document["sha256"]
+        _check_shapes(stored)
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable posterior file ({type(error).__name__}: {error})",
+            "Take the folder from a backup or an earlier checkpoint.",
+        ) from error
+    if damaged:
+        raise CheckpointError(
+            f"{path} is damaged: its tensors do not match their checksum",
+            "Take the folder from a backup or an earlier checkpoint.",
+        )
+    return stored
+
+
+def _check_shapes(stored: StoredPosterior) -> None:
+    count, num = len(stored.layers), int(stored.fields["num_samples"])
+    expected = {"rho": (sum(layer.rank for layer in stored.layers),), "eta": (count, num), "scale": (count,)}
+    for name, shape in expected.items():
+        tensor = stored.tensors[name]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{stored.path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats of {shape}",
+                "Take the folder from a backup or an earlier checkpoint.",
+            )

@@ -1,0 +1,119 @@
+"""The mixture weights ``pi ~ Dirichlet(exp(eta))`` (METHOD.md sections 1 to 4).
+
+Two laws are offered. ``exact`` is the Dirichlet, by normalised Gamma draws with their implicit derivative. ``laplace``
+is its Laplace approximation in softmax space (Srivastava & Sutton 2017), which the published code uses.
+
+Differs from ``torch.distributions.Dirichlet.rsample``: the draw is made in log space from ``Gamma(alpha + 1)`` and an
+exponential variable, ``log Gamma(alpha) = log Gamma(alpha + 1) - E / alpha`` in law. A concentration of 1e-3 then
+neither underflows nor loses its gradient; both factors carry their exact pathwise derivative.
+
+The last axis is the component axis of length N; any axes before it are batch axes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Approximation = Literal["exact", "laplace"]
+
+__all__ = ["Approximation", "Moments", "Raw", "kl_divergence", "log_norm", "moments", "raw", "sample"]
+
+
+class Moments(NamedTuple):
+    """``E[pi]``, shape (..., N), and ``E||pi||^2``, shape (...), of the exact Dirichlet."""
+
+    mean: Tensor
+    squared_norm: Tensor
+
+
+class Raw(NamedTuple):
+    """Raw draws, all of shape (..., N) and without gradient.
+
+    ``exact``: ``gamma ~ Gamma(alpha + 1)``, its implicit derivative with respect to ``alpha``, and a standard
+    exponential. ``laplace``: standard normals in ``gamma``, the others are None.
+    """
+
+    gamma: Tensor
+    gamma_grad: Tensor | None
+    exponential: Tensor | None
+
+
+@torch.no_grad()
+def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Generator | None = None) -> Raw:
+    """Draw what :func:`sample` needs, at the current ``eta``.
+
+    Args:
+        eta: log concentrations, shape (..., N), float32 or float64.
+        approximation: which law.
+        generator: the source of randomness, on the device of ``eta``.
+    """
+    if approximation == "laplace":
+        normal = torch.randn(eta.shape, dtype=eta.dtype, device=eta.device, generator=generator)
+        return Raw(normal, None, None)
+    shape = eta.exp() + 1.0
+    gamma = torch._standard_gamma(shape, generator=generator)
+    exponential = torch.empty_like(shape).exponential_(generator=generator)
+    return Raw(gamma, torch._standard_gamma_grad(shape, gamma), exponential)
+
+
+def _logits(eta: Tensor, draw: Raw) -> Tensor:
+    """Unnormalised log weights, shape (..., N), differentiable in ``eta``."""
+    alpha = eta.exp()
+    if draw.gamma_grad is None or draw.exponential is None:
+        inverse = 1.0 / alpha
+        n = eta.shape[-1]
+        variance = inverse * (1.0 - 2.0 / n) + inverse.sum(-1, keepdim=True) / n**2
+        return eta - eta.mean(-1, keepdim=True) + variance.sqrt() * draw.gamma
+    # the pathwise gradient: the value is the draw's, the slope its implicit derivative (METHOD.md section 7)
+    gamma = draw.gamma + draw.gamma_grad * (alpha - alpha.detach())
+    return gamma.log() - draw.exponential / alpha
+
+
+def sample(eta: Tensor, draw: Raw) -> Tensor:
+    """The weights ``pi``, shape (..., N), summing to 1, differentiable in ``eta``; N = 1 gives 1.
+
+    Args:
+        eta: log concentrations, shape (..., N), with the values they had when ``draw`` was made.
+        draw: from :func:`raw`.
+    """
+    if eta.shape[-1] == 1:
+        return torch.ones_like(eta)
+    return _logits(eta, draw).softmax(-1)
+
+
+def log_norm(eta: Tensor, draw: Raw) -> Tensor:
+    """``log ||pi||_2``, shape (...), differentiable in ``eta``: between ``-log(N)/2`` and 0."""
+    if eta.shape[-1] == 1:
+        return torch.zeros_like(eta[..., 0])
+    return 0.5 * (2.0 * _logits(eta, draw).log_softmax(-1)).logsumexp(-1)
+
+
+def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
+    """``KL(Dirichlet(exp(eta)) || Dirichlet(prior, ..., prior))``, METHOD.md section 4.
+
+    Args:
+        eta: log concentrations, shape (..., N).
+        prior: the prior's concentration, the same for every component.
+
+    Returns:
+        Shape (...), nats, never negative, in the dtype of ``eta`` (computed in float64 where the device has it).
+    """
+    alpha = (eta if eta.device.type == "mps" else eta.double()).exp()
+    posterior = torch.distributions.Dirichlet(alpha, validate_args=False)
+    reference = torch.distributions.Dirichlet(torch.full_like(alpha, prior), validate_args=False)
+    # the clamp takes away rounding at alpha = prior, where the divergence and its slope are zero
+    return torch.distributions.kl_divergence(posterior, reference).clamp_min(0.0).to(eta.dtype)
+
+
+def moments(eta: Tensor) -> Moments:
+    """Closed forms of the exact Dirichlet: ``E||pi||^2 = sum alpha_k (alpha_k + 1) / (alpha_0 (alpha_0 + 1))``.
+
+    METHOD.md section 3.
+    """
+    weights = eta.softmax(-1)
+    total = eta.logsumexp(-1).exp()
+    squared_norm = (weights * (eta.exp() + 1.0)).sum(-1) / (total + 1.0)
+    return Moments(weights, squared_norm)

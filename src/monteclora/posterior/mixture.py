@@ -1,0 +1,66 @@
+"""The collapsed mixture: one draw instead of N (METHOD.md section 2).
+
+Given ``Sigma = L L^T`` and ``pi``, the weighted sum of N independent Gaussian columns is one Gaussian column, so
+
+    ``A = mu + eps ||pi||_2 L Xi``,    ``Xi`` standard normal of the shape of ``A``.
+
+Exactly in distribution, at a cost that does not depend on N.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from monteclora.posterior import dirichlet, wishart
+
+__all__ = ["kl_divergence_terms", "log_determinant_constants", "moments", "sample"]
+
+
+def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Tensor) -> Tensor:
+    """One draw of ``A``, differentiable in every argument.
+
+    Args:
+        mu: mean, shape (r, n).
+        scale: eps.
+        pi: mixture weights, shape (N,).
+        factor: the diagonal of ``L``, shape (r,), or ``L``, shape (r, r).
+        xi: standard normal draws, shape (r, n).
+
+    Returns:
+        Shape (r, n). METHOD.md section 2.
+    """
+    noise = factor.unsqueeze(-1) * xi if factor.dim() == 1 else factor @ xi
+    return mu + scale * torch.linalg.vector_norm(pi) * noise
+
+
+def log_determinant_constants(
+    nu: float, rank: int, *, covariance: wishart.Covariance, normalised: bool
+) -> list[float]:
+    """``E[log|Sigma|] - 2 sum(rho)`` spread over the r rows: r Python floats (METHOD.md section 3)."""
+    shift = math.log(nu) if normalised else 0.0
+    return [value - shift for value in wishart.bartlett_log_diagonal_mean(nu, rank, covariance)]
+
+
+def kl_divergence_terms(rho: Tensor, row_squared_norm: Tensor, row_log_determinant: Tensor, num: int) -> Tensor:
+    """The summands of ``KL_z = N/2 (tr Sigma - log|Sigma| - r)``, one for each row (METHOD.md section 4).
+
+    Args:
+        rho: log standard deviations, shape (..., r).
+        row_squared_norm: shape (..., r): ``c/nu ||T_i||^2`` of the draw, or its expectation ``c``.
+        row_log_determinant: shape (..., r): ``log(c/nu T_ii^2)`` of the draw, or its expectation.
+        num: N, the number of mixture components.
+
+    Returns:
+        Shape (..., r); their sum over a layer's rows is never negative.
+    """
+    return num / 2.0 * ((2.0 * rho).exp() * row_squared_norm - 2.0 * rho - row_log_determinant - 1.0)
+
+
+def moments(rho: Tensor, eta: Tensor, scale: float | Tensor, nu: float, *, normalised: bool = True) -> Tensor:
+    """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r): the same for every column (METHOD.md section 3)."""
+    c = 1.0 if normalised else nu
+    squared_norm = dirichlet.moments(eta).squared_norm
+    return torch.as_tensor(scale) ** 2 * squared_norm.unsqueeze(-1) * c * (2.0 * rho).exp()

@@ -1,0 +1,398 @@
+"""The posterior of one adapter: rho and eta of every layer, its draws and its regulariser (METHOD.md sections 1 to 5).
+
+Layers may differ in rank and width, so what belongs to rows is stored flat, layer after layer: ``rho`` has R = sum of
+the ranks entries, and one draw fills one flat buffer for the whole model in a handful of kernels, however many layers
+there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from monteclora.errors import ConfigError
+from monteclora.posterior import dirichlet, mixture, noise, wishart
+
+Estimator = Literal["expected", "sampled"]
+
+__all__ = ["AdapterPosterior", "Draw", "Estimator", "LayerDraw", "LayerShape", "PosteriorSettings", "Regulariser"]
+
+
+class LayerShape(NamedTuple):
+    """One adapted layer: ``A`` is rank x in_features."""
+
+    name: str
+    rank: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class PosteriorSettings:
+    """What is fixed about a posterior, apart from each layer's shape and scale.
+
+    Attributes:
+        num_samples: N, the number of mixture components.
+        covariance: ``diagonal`` or ``full`` Sigma.
+        dirichlet: ``exact`` or ``laplace`` law of pi.
+        normalised: whether ``E[Sigma] = V`` whatever the rank.
+        estimator: of KL_z and ||pi||^2 in the regulariser, ``expected`` or ``sampled``.
+        per_example: flipout signs for every example instead of one draw shared by the batch.
+        alpha_prior: the prior's concentration; eta starts at its logarithm.
+        degrees_of_freedom: nu, at least every layer's rank; None is the rank of each layer.
+        kl_weight: weight of the KL terms in the loss.
+        coop_weight: weight of the cooperative loss.
+    """
+
+    num_samples: int = 4
+    covariance: wishart.Covariance = "diagonal"
+    dirichlet: dirichlet.Approximation = "exact"
+    normalised: bool = True
+    estimator: Estimator = "expected"
+    per_example: bool = False
+    alpha_prior: float = 1.0
+    degrees_of_freedom: float | None = None
+    kl_weight: float = 1e-5
+    coop_weight: float = 1.0
+
+
+class Regulariser(NamedTuple):
+    """The parts of the regulariser, each a scalar tensor averaged over layers (METHOD.md section 4), and their weights."""
+
+    kl_pi: Tensor
+    kl_sigma: Tensor
+    kl_z: Tensor
+    coop: Tensor
+    kl_weight: float
+    coop_weight: float
+
+    @property
+    def kl(self) -> Tensor:
+        """KL_pi + KL_Sigma + KL_z, in nats."""
+        return self.kl_pi + self.kl_sigma + self.kl_z
+
+    @property
+    def loss(self) -> Tensor:
+        """What is added to the task's loss, once for each optimiser step."""
+        return self.kl_weight * self.kl + self.coop_weight * self.coop
+
+
+class LayerDraw(NamedTuple):
+    """One layer's part of a draw; ``A = mu + row_scale[:, None] * xi``.
+
+    Attributes:
+        xi: noise, shape (r, n), or (S, r, n) for S draws at once.
+        row_scale: ``eps ||pi|| exp(rho) sqrt(chi2 c/nu)``, shape (r,) or (S, r); without gradient.
+        log_norm_grad: d log||pi|| / d eta, shape (N,); empty for S draws at once.
+        sign_in: ``u``, shape (B, n), or None where noise is shared by the batch.
+        sign_out: ``s``, shape (B, r), or None.
+    """
+
+    xi: Tensor
+    row_scale: Tensor
+    log_norm_grad: Tensor
+    sign_in: Tensor | None
+    sign_out: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Everything random about one forward pass, for all layers, without gradient.
+
+    ``index`` is the draw's number in its stream; ``token`` holds it as a tensor on the CPU, so that a recomputation
+    can be checked against the forward pass it repeats. ``signs`` are (B, sum of n) and (B, R) where noise is per
+    example. ``groups`` is 0 for training, else S: ``xi`` and ``row_scale`` then have S rows.
+    """
+
+    index: int
+    token: Tensor
+    xi: Tensor
+    row_scale: Tensor
+    log_norm_grad: Tensor
+    squared_norm: Tensor
+    row_squared_norm: Tensor
+    row_log_determinant: Tensor
+    weights: dirichlet.Raw
+    signs: tuple[Tensor, Tensor] | None = None
+    groups: int = 0
+
+
+class AdapterPosterior(nn.Module):
+    """Learned ``rho`` (R,) and ``eta`` (L, N) of an adapter's L layers, R the sum of their ranks.
+
+    Both stay in float32 whatever the model is cast to: log-gamma and digamma need it.
+
+    Args:
+        layers: the adapted layers, in a fixed order.
+        scale: eps of each layer, L positive numbers (0 turns the noise off).
+        settings: see :class:`PosteriorSettings`.
+        seed: the noise stream.
+        device: where the parameters live and the noise is drawn.
+
+    Raises:
+        ConfigError: a degree of freedom below a layer's rank.
+    """
+
+    rho: nn.Parameter
+    eta: nn.Parameter
+    scale: Tensor
+
+    def __init__(
+        self,
+        layers: Iterable[LayerShape],
+        scale: Iterable[float],
+        settings: PosteriorSettings,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = [LayerShape(*layer) for layer in layers]
+        self.settings = settings
+        self.seed = seed
+        self.draws = 0
+        self.enabled = True
+        self.current: Draw | None = None
+        self.predictive: Draw | None = None
+        self._set_layout()
+        rows = sum(layer.rank for layer in self.layers)
+        prior = torch.full((len(self.layers), settings.num_samples), settings.alpha_prior, device=device)
+        self.rho = nn.Parameter(torch.zeros(rows, device=device))
+        self.eta = nn.Parameter(prior.log())
+        self.register_buffer("scale", torch.tensor(list(scale), dtype=torch.float32, device=device))
+        self._set_constants(device)
+
+    def _set_layout(self) -> None:
+        """Offsets of every layer in the flat buffers of rows, noise and input signs."""
+        self._spans: list[tuple[int, int, int]] = []
+        row = cell = column = 0
+        for layer in self.layers:
+            self._spans.append((row, cell, column))
+            row, cell, column = row + layer.rank, cell + layer.rank * layer.in_features, column + layer.in_features
+        self._sizes = (row, cell, column)
+
+    def _set_constants(self, device: torch.device | str | None) -> None:
+        """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, and its layer's number."""
+        s = self.settings
+        nu: list[float] = []
+        log_determinant: list[float] = []
+        for layer in self.layers:
+            dof = float(layer.rank if s.degrees_of_freedom is None else s.degrees_of_freedom)
+            if dof < layer.rank:
+                raise ConfigError(
+                    f"degrees_of_freedom is {dof:g} but layer '{layer.name}' has rank {layer.rank}",
+                    "Give at least the largest rank, or leave it out.",
+                )
+            nu += [dof] * layer.rank
+            log_determinant += mixture.log_determinant_constants(
+                dof, layer.rank, covariance=s.covariance, normalised=s.normalised
+            )
+        ranks = torch.tensor([layer.rank for layer in self.layers], device=device)
+        dof_rows = torch.tensor(nu, device=device)
+        self.register_buffer("_nu", dof_rows, persistent=False)
+        self.register_buffer("_c", torch.ones_like(dof_rows) if s.normalised else dof_rows, persistent=False)
+        self.register_buffer("_log_determinant", torch.tensor(log_determinant, device=device), persistent=False)
+        number = torch.arange(len(self.layers), device=device).repeat_interleave(ranks)
+        self.register_buffer("_layer_of_row", number, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterPosterior:
+        """Follow the model to another device, and to float64, but never below float32."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            low = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device) if low and tensor.dtype != moved.dtype else moved
+
+        self.current = self.predictive = None
+        super()._apply(keep_precision, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
+        return {**self.__dict__, "current": None, "predictive": None}
+
+    # -- draws ---------------------------------------------------------------------------------------------------
+
+    def draw(self, rank: int = 0, batch_size: int | None = None) -> Draw:
+        """The next training draw: made from the counter, which it advances, and kept as ``current``.
+
+        Args:
+            rank: the process.
+            batch_size: examples in the batch; used where noise is per example.
+
+        Raises:
+            ConfigError: noise is per example and the batch size is unknown.
+        """
+        draw = self._make(self.seed, rank, self.draws, differentiable=torch.is_grad_enabled())
+        if self.settings.per_example:
+            if batch_size is None:
+                raise ConfigError(
+                    "noise='per_example' needs the number of examples, and the model was called without a tensor",
+                    "Call the model with input_ids or inputs_embeds, or set noise='shared'.",
+                )
+            draw = self._with_signs(draw, rank, batch_size)
+        self.draws += 1
+        self.current = draw
+        return draw
+
+    def sample(self, seed: int, first: int, count: int = 1) -> Draw:
+        """Draw from the posterior for prediction; the training counter and ``current`` stay as they are.
+
+        Args:
+            seed: the prediction's stream, apart from training's.
+            first: number of the first draw in that stream.
+            count: S: the draws first, ..., first + S - 1 are made at once, for a batch that is repeated S times along
+                its first dimension.
+        """
+        draws = [self._make(seed, 0, first + s, posterior_sample=True) for s in range(count)]
+        stacked = {name: torch.stack([getattr(draw, name) for draw in draws]) for name in ("xi", "row_scale")}
+        return Draw(**{**vars(draws[0]), **stacked, "groups": count})
+
+    @torch.no_grad()
+    def _make(
+        self, seed: int, rank: int, index: int, *, posterior_sample: bool = False, differentiable: bool = False
+    ) -> Draw:
+        rho, eta, s = self.rho, self.eta, self.settings
+
+        def generator(kind: noise.Kind) -> torch.Generator:
+            return noise.generator(seed, rank, index, kind, rho.device, posterior_sample=posterior_sample)
+
+        xi = torch.empty(self._sizes[1], dtype=rho.dtype, device=rho.device)
+        xi.normal_(generator=generator(noise.Kind.NORMAL))
+        ratio = self._c / self._nu
+        if s.covariance == "diagonal":
+            chi_square = wishart.raw_chi_square(self._nu, generator(noise.Kind.WISHART))
+            row_squared_norm = ratio * chi_square
+            row_log_determinant, root = row_squared_norm.log(), row_squared_norm.sqrt()
+        else:
+            squared, diagonal = self._correlate(xi, generator(noise.Kind.WISHART))
+            row_squared_norm, row_log_determinant, root = ratio * squared, (ratio * diagonal).log(), ratio.sqrt()
+        weights = dirichlet.raw(eta, s.dirichlet, generator(noise.Kind.DIRICHLET))
+        log_norm, log_norm_grad = self._log_norm(weights, differentiable)
+        norm = self.scale * log_norm.exp()
+        return Draw(
+            index=index,
+            token=torch.tensor(index),
+            xi=xi,
+            row_scale=norm.to(rho.dtype)[self._layer_of_row] * rho.exp() * root,
+            log_norm_grad=log_norm_grad,
+            squared_norm=(2.0 * log_norm).exp(),
+            row_squared_norm=row_squared_norm,
+            row_log_determinant=row_log_determinant,
+            weights=weights,
+        )
+
+    def _log_norm(self, weights: dirichlet.Raw, differentiable: bool) -> tuple[Tensor, Tensor]:
+        """``log||pi||`` (L,) and its derivative in eta (L, N), empty where no gradient will be asked for.
+
+        The derivative is taken here, for all layers at once, so that the layers, which may be recomputed or compiled,
+        only multiply by it.
+        """
+        if not differentiable:
+            return dirichlet.log_norm(self.eta, weights), self.eta.new_empty(0)
+        with torch.enable_grad():
+            eta = self.eta.detach().requires_grad_()
+            log_norm = dirichlet.log_norm(eta, weights)
+            (grad,) = torch.autograd.grad(log_norm.sum(), eta, allow_unused=True, materialize_grads=True)
+        return log_norm.detach(), grad
+
+    def _correlate(self, xi: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Full covariance: put ``T Xi`` in the place of ``Xi``; gives ``||T_i||^2`` and ``T_ii^2``, each (R,)."""
+        squared, diagonal = torch.empty_like(self.rho), torch.empty_like(self.rho)
+        for layer, (row, cell, _) in zip(self.layers, self._spans, strict=True):
+            dof = self.settings.degrees_of_freedom or float(layer.rank)
+            factor = wishart.raw_bartlett(dof, layer.rank, 1, self.rho, generator)[0]
+            block = xi[cell : cell + layer.rank * layer.in_features].view(layer.rank, layer.in_features)
+            block.copy_(factor @ block)
+            squared[row : row + layer.rank] = factor.square().sum(-1)
+            diagonal[row : row + layer.rank] = factor.diagonal().square()
+        return squared, diagonal
+
+    def _with_signs(self, draw: Draw, rank: int, batch_size: int) -> Draw:
+        """Add the flipout signs of every example (METHOD.md section 5)."""
+        rows, _, columns = self._sizes
+        generator = noise.generator(self.seed, rank, draw.index, noise.Kind.SIGN, self.rho.device)
+        count = batch_size * (rows + columns)
+        octets = torch.empty(-(-count // 8), dtype=torch.uint8, device=self.rho.device)
+        octets.random_(generator=generator)
+        bits = octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
+        signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1)
+        into, out = signs.split((batch_size * columns, batch_size * rows))
+        pair = (into.view(batch_size, columns), out.view(batch_size, rows))
+        return Draw(**{**vars(draw), "signs": pair})
+
+    def layer_draw(self, draw: Draw, index: int) -> LayerDraw:
+        """One layer's views of a draw.
+
+        Args:
+            draw: from :meth:`draw` or :meth:`sample`.
+            index: the layer's place in ``layers``.
+        """
+        layer, (row, cell, column) = self.layers[index], self._spans[index]
+        rows, cells = slice(row, row + layer.rank), slice(cell, cell + layer.rank * layer.in_features)
+        shape = (layer.rank, layer.in_features)
+        if draw.groups:
+            xi = draw.xi[:, cells].view(draw.groups, *shape)
+            return LayerDraw(xi, draw.row_scale[:, rows], draw.log_norm_grad, None, None)
+        grad = draw.log_norm_grad[index] if draw.log_norm_grad.dim() == 2 else draw.log_norm_grad
+        columns = slice(column, column + layer.in_features)
+        into, out = (None, None) if draw.signs is None else (draw.signs[0][:, columns], draw.signs[1][:, rows])
+        return LayerDraw(draw.xi[cells].view(shape), draw.row_scale[rows], grad, into, out)
+
+    def layer_parameters(self, index: int) -> tuple[Tensor, Tensor]:
+        """One layer's ``rho`` (r,) and ``eta`` (N,), as views that carry gradient."""
+        row = self._spans[index][0]
+        return self.rho[row : row + self.layers[index].rank], self.eta[index]
+
+    # -- objective -----------------------------------------------------------------------------------------------
+
+    def regulariser(self) -> Regulariser:
+        """The KL terms and the cooperative loss, averaged over layers (METHOD.md section 4).
+
+        With ``estimator="expected"`` the expectations in closed form: no draw is needed, no variance is added. The
+        cooperative expectation is that of the exact Dirichlet. With ``"sampled"``, KL_z and ||pi||^2 of the current
+        draw.
+
+        Raises:
+            ConfigError: ``"sampled"`` before the first training forward.
+        """
+        s, count = self.settings, len(self.layers)
+        row_squared_norm, row_log_determinant = self._c, self._log_determinant
+        if s.estimator == "sampled":
+            if self.current is None:
+                raise ConfigError(
+                    "regulariser='sampled' describes the last training draw, and there is none",
+                    "Run a forward pass in training mode first, or use regulariser='expected'.",
+                )
+            row_squared_norm, row_log_determinant = self.current.row_squared_norm, self.current.row_log_determinant
+            coop = (2.0 * dirichlet.log_norm(self.eta, self.current.weights)).exp()
+        else:
+            coop = dirichlet.moments(self.eta).squared_norm
+        kl_z = mixture.kl_divergence_terms(self.rho, row_squared_norm, row_log_determinant, s.num_samples)
+        return Regulariser(
+            kl_pi=dirichlet.kl_divergence(self.eta, s.alpha_prior).mean(),
+            kl_sigma=wishart.kl_divergence_terms(self.rho, self._nu).sum() / count,
+            kl_z=kl_z.sum() / count,
+            coop=coop.mean(),
+            kl_weight=s.kl_weight,
+            coop_weight=s.coop_weight,
+        )
+
+    @torch.no_grad()
+    def moments(self) -> dict[str, Tensor]:
+        """What the posterior looks like, layer by layer, each of shape (L,) (METHOD.md section 3).
+
+        ``squared_norm`` is E||pi||^2 and ``noise_std`` the root mean square of A - mu.
+        """
+        squared_norm = dirichlet.moments(self.eta).squared_norm
+        variance = self._c * (2.0 * self.rho).exp()
+        total = torch.zeros_like(squared_norm).index_add_(0, self._layer_of_row, variance)
+        ranks = torch.bincount(self._layer_of_row, minlength=len(self.layers))
+        return {"squared_norm": squared_norm, "noise_std": self.scale * (squared_norm * total / ranks).sqrt()}
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"layers={len(self.layers)}, rows={self._sizes[0]}, num_samples={self.settings.num_samples}"

@@ -1,0 +1,139 @@
+"""The Wishart factor: ``Sigma = L L^T`` with ``L = diag(exp(rho)) T`` (METHOD.md sections 1 to 4).
+
+``Sigma ~ Wishart_r(c V / nu, nu)`` with ``V = diag(exp(2 rho))``; ``c = 1`` is the normalised law, for which
+``E[Sigma] = V``, and ``c = nu`` is the published one. No covariance matrix is ever formed and no Cholesky
+factorisation is ever taken: a draw *is* its factor ``T``, and ``T`` does not depend on any parameter.
+
+All functions are written for one or many layers at once: the last axis is the rank axis, any axes before it are
+batch axes, and where a sum over that axis is left to the caller the name ends in ``_terms``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Covariance = Literal["diagonal", "full"]
+
+__all__ = [
+    "Covariance",
+    "Moments",
+    "bartlett_log_diagonal_mean",
+    "kl_divergence",
+    "kl_divergence_terms",
+    "moments",
+    "raw_bartlett",
+    "raw_chi_square",
+    "sample",
+]
+
+
+class Moments(NamedTuple):
+    """Expectations of a Wishart draw: ``E[tr Sigma]`` and ``E[log|Sigma|]``, both of shape (...)."""
+
+    trace: Tensor
+    log_determinant: Tensor
+
+
+def raw_chi_square(nu: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw independent chi-square variables.
+
+    Args:
+        nu: degrees of freedom, shape (...), float32 or float64, positive.
+        generator: the source of randomness, on the device of ``nu``.
+
+    Returns:
+        Shape (...), the dtype of ``nu``, strictly positive. The diagonal of Wishart(I, nu) has this law
+        (METHOD.md section 2).
+    """
+    draw = 2.0 * torch._standard_gamma(nu / 2.0, generator=generator)
+    return draw.clamp_min(torch.finfo(nu.dtype).tiny)
+
+
+def raw_bartlett(nu: float, rank: int, count: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw Bartlett factors of Wishart(I, nu): lower triangular ``T`` with ``T T^T ~ Wishart_r(I, nu)``.
+
+    ``T_ii = sqrt(chi2_{nu - i + 1})`` with i from 1 and standard normals below the diagonal (METHOD.md section 2).
+
+    Args:
+        nu: degrees of freedom, at least ``rank``.
+        rank: r.
+        count: how many independent factors.
+        like: gives dtype (float32 or float64) and device.
+        generator: the source of randomness, on that device.
+
+    Returns:
+        Shape (count, r, r).
+    """
+    dof = nu - torch.arange(rank, dtype=like.dtype, device=like.device)
+    diagonal = raw_chi_square(dof.expand(count, rank).contiguous(), generator).sqrt()
+    factor = torch.randn(count, rank, rank, dtype=like.dtype, device=like.device, generator=generator)
+    return factor.tril(-1) + torch.diag_embed(diagonal)
+
+
+def sample(rho: Tensor, raw: Tensor, nu: float | Tensor, *, normalised: bool = True) -> Tensor:
+    """Turn raw draws into the factor ``L`` of ``Sigma``, differentiably in ``rho``.
+
+    Args:
+        rho: log standard deviations, shape (..., r).
+        raw: chi-square draws of shape (..., r) (diagonal covariance) or Bartlett factors of shape (..., r, r) (full).
+        nu: degrees of freedom, a number or shape (..., r).
+        normalised: whether ``E[Sigma] = diag(exp(2 rho))`` (else ``nu`` times that).
+
+    Returns:
+        The diagonal of ``L``, shape (..., r), or ``L``, shape (..., r, r). METHOD.md section 2.
+    """
+    root_c = torch.as_tensor(nu, dtype=rho.dtype, device=rho.device).rsqrt() if normalised else rho.new_ones(())
+    std = rho.exp() * root_c
+    return std.unsqueeze(-1) * raw if raw.dim() > rho.dim() else std * raw.sqrt()
+
+
+def kl_divergence_terms(rho: Tensor, nu: float | Tensor) -> Tensor:
+    """The summands of :func:`kl_divergence`, shape (..., r); each is non-negative."""
+    # expm1 keeps the difference exact where V is close to the prior, and the clamp takes away the last rounding
+    return nu / 2.0 * (torch.expm1(2.0 * rho) - 2.0 * rho).clamp_min(0.0)
+
+
+def kl_divergence(rho: Tensor, nu: float | Tensor) -> Tensor:
+    """``KL(Wishart(V, nu) || Wishart(I, nu)) = nu/2 (tr V - log|V| - r)``, METHOD.md section 4.
+
+    The same formula holds when both are normalised.
+
+    Args:
+        rho: log standard deviations, shape (..., r).
+        nu: degrees of freedom, a number or broadcastable to ``rho``.
+
+    Returns:
+        Shape (...), nats, never negative.
+    """
+    return kl_divergence_terms(rho, nu).sum(-1)
+
+
+def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> list[float]:
+    """``E[log T_ii^2]`` for i = 1..r: ``log 2 + digamma((nu - i + 1)/2)`` (full) or ``log 2 + digamma(nu/2)`` (diagonal).
+
+    METHOD.md section 3. Returns r Python floats (computed in float64).
+    """
+    steps = torch.arange(rank, dtype=torch.float64) if covariance == "full" else torch.zeros(rank, dtype=torch.float64)
+    return [float(value) for value in math.log(2.0) + torch.digamma((nu - steps) / 2.0)]
+
+
+def moments(rho: Tensor, nu: float, *, covariance: Covariance = "diagonal", normalised: bool = True) -> Moments:
+    """``E[tr Sigma] = c tr V`` and ``E[log|Sigma|]`` in closed form, METHOD.md section 3.
+
+    Args:
+        rho: log standard deviations, shape (..., r).
+        nu: degrees of freedom.
+        covariance: which law of ``T``.
+        normalised: whether ``c = 1`` (else ``c = nu``).
+    """
+    rank = rho.shape[-1]
+    log_diagonal = sum(bartlett_log_diagonal_mean(nu, rank, covariance))
+    c = 1.0 if normalised else nu
+    return Moments(
+        trace=c * (2.0 * rho).exp().sum(-1),
+        log_determinant=2.0 * rho.sum(-1) + log_diagonal - (rank * math.log(nu) if normalised else 0.0),
+    )
