@@ -1,1 +1,67 @@
-"""Bayesian low-rank adaptation of language models."""
+"""Bayesian low-rank adaptation of language models.
+
+The public names are loaded when they are first used: importing the package alone loads neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monteclora.adapters.config import MonteCLoRAConfig
+    from monteclora.adapters.export import export_merged, export_samples
+    from monteclora.adapters.model import from_pretrained, get_peft_model, posterior_sampling, variational_loss
+    from monteclora.evaluation.predictive import PredictiveDistribution, predict
+    from monteclora.evaluation.run import evaluate
+    from monteclora.training.run import RunResult, train
+    from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
+
+_HOME = {
+    "MonteCLoRAConfig": "adapters.config",
+    "MonteCLoRATrainer": "training.trainer",
+    "MonteCLoRATrainerMixin": "training.trainer",
+    "PredictiveDistribution": "evaluation.predictive",
+    "RunResult": "training.run",
+    "evaluate": "evaluation.run",
+    "export_merged": "adapters.export",
+    "export_samples": "adapters.export",
+    "from_pretrained": "adapters.model",
+    "get_peft_model": "adapters.model",
+    "posterior_sampling": "adapters.model",
+    "predict": "evaluation.predictive",
+    "train": "training.run",
+    "variational_loss": "adapters.model",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MonteCLoRAConfig",
+    "MonteCLoRATrainer",
+    "MonteCLoRATrainerMixin",
+    "PredictiveDistribution",
+    "RunResult",
+    "evaluate",
+    "export_merged",
+    "export_samples",
+    "from_pretrained",
+    "get_peft_model",
+    "posterior_sampling",
+    "predict",
+    "train",
+    "variational_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"monteclora.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'monteclora' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

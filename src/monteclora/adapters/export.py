@@ -1,0 +1,104 @@
+"""Leave MonteCLoRA: a merged model, or plain LoRA adapters drawn from the posterior for multi-LoRA servers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters.layers import MonteCLoRATuner
+from monteclora.adapters.model import MonteCLoRAModel
+from monteclora.adapters.storage import staged
+from monteclora.errors import ConfigError
+
+__all__ = ["export_merged", "export_samples"]
+
+
+def export_samples(
+    model: MonteCLoRAModel, directory: str | os.PathLike[str], num_samples: int = 8, seed: int = 0
+) -> list[Path]:
+    """Write plain LoRA adapters whose A is a draw from the posterior; their B is the trained one.
+
+    Adapter s computes what eval-mode forward pass s computes inside ``posterior_sampling(model, seed)``.
+
+    Args:
+        model: with one active MonteCLoRA adapter.
+        directory: the folder that gets ``sample-0``, ``sample-1``, ...
+        num_samples: how many.
+        seed: the stream of draws.
+
+    Returns:
+        The adapters' folders.
+
+    Raises:
+        ConfigError: no single active MonteCLoRA adapter, or ``num_samples`` below 1.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples is {num_samples}, expected at least 1")
+    names = list(model.active_adapters)
+    tuner: MonteCLoRATuner = model.base_model
+    posterior = tuner.posterior(names[0]) if len(names) == 1 else None
+    if posterior is None:
+        raise ConfigError(
+            f"active adapters are {names}, expected one MonteCLoRA adapter", "Choose it with model.set_adapter(name)."
+        )
+    name = names[0]
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+    config = cast(MonteCLoRAConfig, model.peft_config[name])
+    folders = []
+    for number in range(num_samples):
+        draw = posterior.sample(seed, number)
+        drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+        for index, layer in enumerate(posterior.layers):
+            key = f"base_model.model.{layer.name}.lora_A.weight"
+            part = posterior.layer_draw(draw, index)
+            mu = weights[key]
+            noise = part.xi[0] * part.row_scale[0].unsqueeze(-1)
+            drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
+        folder = Path(directory) / f"sample-{number}"
+        with staged(folder) as stage:
+            (stage / "adapter_model.safetensors").write_bytes(save(drawn, metadata={"format": "pt"}))
+            config.save_pretrained(str(stage))
+        folders.append(folder)
+    return folders
+
+
+def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Write the base model with the adapter's mean merged in, as an ordinary transformers folder.
+
+    Args:
+        model: the wrapped model; it is left as it is.
+        directory: the folder to write.
+        tokenizer: saved along, if given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the base model is not a transformers model.
+    """
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise ConfigError(f"{type(base).__name__} is not a transformers model", "Use model.merge_and_unload() instead.")
+    target = Path(directory)
+    with torch.no_grad():
+        merged = _merged_copy(model)
+    with staged(target) as stage:
+        merged.save_pretrained(str(stage), safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(stage))
+    return target
+
+
+def _merged_copy(model: PeftModel) -> PreTrainedModel:
+    import copy
+
+    return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload(safe_merge=True))

@@ -1,0 +1,125 @@
+"""The Trainer mixin: any ``transformers.Trainer`` trains MonteCLoRA adapters with the right objective.
+
+What it changes, and nothing else: the regulariser is added once for each optimiser step, however many batches are
+accumulated in it; the loss of sequence and token classification is normalised by the examples of the whole
+accumulated batch (several heads ignore the count that transformers hands them, which multiplies their gradient by the
+number of accumulated batches); and rho and eta are exempt from weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, regularisers
+from monteclora.posterior import Regulariser
+
+__all__ = ["MonteCLoRATrainer", "MonteCLoRATrainerMixin", "classification_loss"]
+
+_CLASSIFIERS = {
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+}
+
+
+def classification_loss(config: Any) -> Callable[..., Tensor]:
+    """The loss of a classification head as a sum over the accumulated batch, divided by its number of labels.
+
+    Args:
+        config: the model's configuration; ``problem_type`` is read as transformers reads it.
+
+    Returns:
+        A ``compute_loss_func`` for ``transformers.Trainer``.
+    """
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        labels = labels.to(logits.device)
+        integral = labels.dtype in (torch.long, torch.int)
+        single = config.problem_type == "single_label_classification" or config.problem_type is None
+        if config.num_labels > 1 and integral and single:
+            flat = logits.view(-1, config.num_labels).float()
+            total = nn.functional.cross_entropy(flat, labels.view(-1).long(), reduction="sum")
+            count = labels.ne(-100).sum()
+        elif config.num_labels == 1 or config.problem_type == "regression":
+            total = nn.functional.mse_loss(logits.view(labels.shape).float(), labels.float(), reduction="sum")
+            count = torch.tensor(labels.numel())
+        else:
+            total = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+            count = torch.tensor(labels.numel())
+        divisor = count if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
+
+    return loss
+
+
+class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Put it in front of a Trainer class: ``class T(MonteCLoRATrainerMixin, SFTTrainer)``.
+
+    A model without MonteCLoRA adapters trains as with the Trainer alone, except for the classification loss.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.compute_loss_func is None and self.label_smoother is None and type(base).__name__ in _CLASSIFIERS:
+            self.compute_loss_func = classification_loss(base.config)
+        self._regulariser: Regulariser | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss, in training plus this batch's share of the regulariser (METHOD.md sections 4 and 7)."""
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not model.training or not self.has_posterior():
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        parts = [p for p, q in zip(regularisers(model), active_posteriors(model), strict=True) if q.enabled]
+        if parts:
+            self._regulariser = Regulariser(*(part.detach() for part in parts[0][:4]), *parts[0][4:])
+            share = torch.stack([part.loss for part in parts]).sum().to(loss.device)
+            loss = loss + share / self._accumulated_batches(num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
+
+    def has_posterior(self) -> bool:
+        """Whether the model has MonteCLoRA adapters."""
+        return isinstance(self.accelerator.unwrap_model(self.model), MonteCLoRAModel)
+
+    def _accumulated_batches(self, num_items_in_batch: Tensor | int | None) -> int:
+        """How many batches' losses are added up in a step; 1 where the Trainer divides by their number itself."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return int(getattr(self, "current_gradient_accumulation_steps", 1)) if scaled else 1
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in the Trainer, without rho and eta: the prior regularises them."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".posteriors." not in f".{name}"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the KL (nats) and E||pi||^2 of the last step to what is logged in training."""
+        if "loss" in logs and self._regulariser is not None:
+            logs["kl"] = self._regulariser.kl.item()
+            logs["pi_squared_norm"] = self._regulariser.coop.item()
+        super().log(logs, *args, **kwargs)
+
+
+class MonteCLoRATrainer(MonteCLoRATrainerMixin, Trainer):
+    """``transformers.Trainer`` for MonteCLoRA adapters."""
