@@ -1,0 +1,123 @@
+"""Which columns of a table the model reads: named by the recipe, else recognised by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from monteclora.config import nearest
+from monteclora.data.files import Table
+from monteclora.data.registry import Kind
+from monteclora.errors import DataError
+
+__all__ = ["Columns", "find_columns"]
+
+_TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "passage"),
+    ("text", "text_pair"),
+)
+_TEXTS = ("text", "sentence", "message")
+_LABELS = ("label", "intent", "class", "category", "target")
+_COMPLETIONS = (("prompt", "completion"), ("instruction", "output"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns in use, in the order the model reads them.
+
+    ``text`` holds one or two names for classification; for ``causal_lm`` those of the prompt (``instruction``
+    and perhaps ``input``), or ``messages`` alone. ``target`` is the label or completion column; None where
+    the messages hold the completion or where rows to be predicted have none.
+    """
+
+    kind: Kind
+    text: tuple[str, ...]
+    target: str | None
+
+
+def find_columns(
+    table: Table,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    kind: Kind | None = None,
+    with_target: bool = True,
+) -> Columns:
+    """The columns that a task uses.
+
+    Args:
+        table: the data.
+        text_columns, label_column, prompt_column, completion_column: names from the recipe; what is left out
+            is recognised, whatever its capitals.
+        kind: the kind of task, where it is known already.
+        with_target: False for rows to be predicted, which need no label or completion.
+
+    Raises:
+        DataError: a named column is missing, or none is recognised; the message lists the columns.
+    """
+    for option, name in (
+        *(("text_columns", column) for column in text_columns),
+        ("label_column", label_column),
+        ("prompt_column", prompt_column),
+        ("completion_column", completion_column),
+    ):
+        if name is not None and name not in table.columns:
+            raise _missing(table, option, name)
+    if kind != "causal_lm" and not prompt_column and not completion_column:
+        text = tuple(text_columns) or _first_group(table, (*_TEXT_PAIRS, *((name,) for name in _TEXTS)))
+        label = label_column or _first(table, _LABELS)
+        if text and (label or not with_target):
+            return Columns("classification", text, label if with_target else None)
+        if kind or text_columns or label_column:
+            raise _unrecognised(table, "label_column" if text else "text_columns")
+    return _completion_columns(table, prompt_column, completion_column, with_target)
+
+
+def _completion_columns(
+    table: Table, prompt: str | None, completion: str | None, with_target: bool
+) -> Columns:
+    messages = _first(table, ("messages",))
+    if messages and not prompt and not completion:
+        return Columns("causal_lm", (messages,), None)
+    for prompt_name, completion_name in _COMPLETIONS:
+        found_prompt = prompt or _first(table, (prompt_name,))
+        found_completion = completion or _first(table, (completion_name,))
+        if found_prompt and (found_completion or not with_target):
+            extra = _first(table, ("input",)) if found_prompt.lower() == "instruction" else None
+            text = (found_prompt, extra) if extra else (found_prompt,)
+            return Columns("causal_lm", text, found_completion if with_target else None)
+    if prompt or completion:
+        raise _unrecognised(table, "completion_column" if prompt else "prompt_column")
+    raise _unrecognised(table, "text_columns and label_column (or prompt_column and completion_column)")
+
+
+def _first(table: Table, names: Sequence[str]) -> str | None:
+    by_lower = {column.lower(): column for column in reversed(table.columns)}
+    return next((by_lower[name] for name in names if name in by_lower), None)
+
+
+def _first_group(table: Table, groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    for group in groups:
+        found = tuple(filter(None, (_first(table, (name,)) for name in group)))
+        if len(found) == len(group):
+            return found
+    return ()
+
+
+def _missing(table: Table, option: str, name: str) -> DataError:
+    near = nearest(name, table.columns)
+    hint = f"Set data.{option} to {near}?" if near else f"Set data.{option} to one of them."
+    return DataError(f"{table.name} has no column {name!r}; it has {_listed(table)}", hint)
+
+
+def _unrecognised(table: Table, options: str) -> DataError:
+    return DataError(
+        f"cannot tell which columns of {table.name} to use; it has {_listed(table)}", f"Set data.{options}."
+    )
+
+
+def _listed(table: Table) -> str:
+    return ", ".join(table.columns)
