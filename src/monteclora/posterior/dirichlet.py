@@ -61,6 +61,9 @@ def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Ge
 
 def _logits(eta: Tensor, draw: Raw) -> Tensor:
     """Unnormalised log weights, shape (..., N), differentiable in ``eta``."""
+    if eta.shape[-1] == 1:
+        # one component has weight 1 whatever its logit; Laplace's variance is 0 there, where its root has no slope
+        return eta
     alpha = eta.exp()
     if draw.gamma_grad is None or draw.exponential is None:
         inverse = 1.0 / alpha
@@ -79,15 +82,11 @@ def sample(eta: Tensor, draw: Raw) -> Tensor:
         eta: log concentrations, shape (..., N), with the values they had when ``draw`` was made.
         draw: from :func:`raw`.
     """
-    if eta.shape[-1] == 1:
-        return torch.ones_like(eta)
     return _logits(eta, draw).softmax(-1)
 
 
 def log_norm(eta: Tensor, draw: Raw) -> Tensor:
     """``log ||pi||_2``, shape (...), differentiable in ``eta``: between ``-log(N)/2`` and 0."""
-    if eta.shape[-1] == 1:
-        return torch.zeros_like(eta[..., 0])
     return 0.5 * (2.0 * _logits(eta, draw).log_softmax(-1)).logsumexp(-1)
 
 

@@ -296,7 +296,7 @@ class AdapterPosterior(nn.Module):
         with torch.enable_grad():
             eta = self.eta.detach().requires_grad_()
             log_norm = dirichlet.log_norm(eta, weights)
-            (grad,) = torch.autograd.grad(log_norm.sum(), eta, allow_unused=True, materialize_grads=True)
+            (grad,) = torch.autograd.grad(log_norm.sum(), eta)
         return log_norm.detach(), grad
 
     def _correlate(self, xi: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
