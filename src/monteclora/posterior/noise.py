@@ -49,7 +49,8 @@ def generator(
     Args:
         seed: the stream.
         rank: the process; every one draws its own noise.
-        draw: counts the training forwards, from 0. Draws less than 2**32 apart never share a seed.
+        draw: counts the training forwards, from 0. Within 2**29 draws no two generators of one (seed, rank) share a
+            seed, whatever their kinds and uses.
         kind: what is drawn.
         device: where.
         posterior_sample: True for the streams of prediction, which never meet those of training.
@@ -57,10 +58,11 @@ def generator(
     Returns:
         A fresh ``torch.Generator``; the global generators are neither read nor changed.
     """
-    low, high = _key(seed, rank, int(kind), int(posterior_sample))
-    # torch's CPU generator takes the lower 32 bits only: a bijection of the counter keeps draws apart there, where a
-    # hash would repeat one within some ten thousand steps
-    word = high << 32 | _mix((draw ^ low) & _MASK)
+    low, high = _key(seed, rank)
+    # torch's CPU generator takes the lower 32 bits only: a bijection of all that tells the generators of a stream apart
+    # keeps them apart there, where a hash would repeat one within some ten thousand steps
+    counter = draw << 3 | kind << 1 | posterior_sample
+    word = high << 32 | _mix((counter ^ low) & _MASK)
     result = torch.Generator(device=device)
     result.manual_seed(word)
     return result
