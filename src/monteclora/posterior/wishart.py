@@ -117,8 +117,10 @@ def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> 
 
     METHOD.md section 3. Returns r Python floats (computed in float64).
     """
-    steps = torch.arange(rank, dtype=torch.float64) if covariance == "full" else torch.zeros(rank, dtype=torch.float64)
-    return [float(value) for value in math.log(2.0) + torch.digamma((nu - steps) / 2.0)]
+    # on the CPU by name: the default device is "meta" while a model without weights is being built
+    steps = torch.arange(rank, dtype=torch.float64, device="cpu") * (covariance == "full")
+    values: list[float] = (math.log(2.0) + torch.digamma((nu - steps) / 2.0)).tolist()
+    return values
 
 
 def moments(rho: Tensor, nu: float, *, covariance: Covariance = "diagonal", normalised: bool = True) -> Moments:
