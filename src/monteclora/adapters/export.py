@@ -59,9 +59,9 @@ def export_samples(
         drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         for index, layer in enumerate(posterior.layers):
             key = f"base_model.model.{layer.name}.lora_A.weight"
-            part = posterior.layer_draw(draw, index)
+            part = draw.layers[index]
             mu = weights[key]
-            noise = part.xi[0] * part.row_scale[0].unsqueeze(-1)
+            noise = part.xi[0] * part.row_scale[0]
             drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
         folder = Path(directory) / f"sample-{number}"
         with staged(folder) as stage:

@@ -42,12 +42,6 @@ def _supported_types() -> tuple[type[nn.Module], ...]:
     return tuple(types)
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
-
-
 class DrawnLayer(LoraVariant):
     """What one layer knows about its posterior: which one, and its place in it."""
 
@@ -92,26 +86,19 @@ class DrawnLayer(LoraVariant):
         draw = posterior.current if module.training else posterior.predictive
         if draw is None or not posterior.enabled:
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
-        layer = posterior.layer_draw(draw, self.index)
-        device = x.device
+        layer, device = draw.layers[self.index], x.device
         if device != layer.xi.device:
             layer = type(layer)(*(None if part is None else part.to(device) for part in layer))
         if draw.groups:
-            output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer.xi, layer.row_scale, scaling)
+            output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
+        elif torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            with torch.autocast(device.type, enabled=False):
+                output = drawn_lora(
+                    x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling, dtype=dtype
+                )
         else:
-            rho, eta = posterior.layer_parameters(self.index)
-            output = drawn_lora(
-                x,
-                result,
-                lora_a.weight,
-                lora_b.weight,
-                rho.to(device),
-                eta.to(device),
-                layer,
-                draw.token,
-                scaling,
-                dtype=_autocast_dtype(device),
-            )
+            output = drawn_lora(x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling)
         return output if lora_b.bias is None else output + lora_b.bias * scaling
 
 

@@ -81,43 +81,80 @@ class Regulariser(NamedTuple):
 
 
 class LayerDraw(NamedTuple):
-    """One layer's part of a draw; ``A = mu + row_scale[:, None] * xi``.
+    """One layer's part of a draw; ``A = mu + row_scale * xi``.
 
     Attributes:
         xi: noise, shape (r, n), or (S, r, n) for S draws at once.
-        row_scale: ``eps ||pi|| exp(rho) sqrt(chi2 c/nu)``, shape (r,) or (S, r); without gradient.
-        log_norm_grad: d log||pi|| / d eta, shape (N,); empty for S draws at once.
+        row_scale: ``eps ||pi|| exp(rho) sqrt(chi2 c/nu)``, shape (r, 1) or (S, r, 1). In training it carries the
+            gradient of rho and eta.
         sign_in: ``u``, shape (B, n), or None where noise is shared by the batch.
         sign_out: ``s``, shape (B, r), or None.
     """
 
     xi: Tensor
     row_scale: Tensor
-    log_norm_grad: Tensor
-    sign_in: Tensor | None
-    sign_out: Tensor | None
+    sign_in: Tensor | None = None
+    sign_out: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Everything random about one forward pass, for all layers, without gradient.
+    """Everything random about one forward pass.
 
-    ``index`` is the draw's number in its stream; ``token`` holds it as a tensor on the CPU, so that a recomputation
-    can be checked against the forward pass it repeats. ``signs`` are (B, sum of n) and (B, R) where noise is per
-    example. ``groups`` is 0 for training, else S: ``xi`` and ``row_scale`` then have S rows.
+    Attributes:
+        index: the draw's number in its stream.
+        token: the same as a scalar tensor on the CPU, by which a recomputation is checked against the forward pass it
+            repeats.
+        layers: each layer's part, as views of flat buffers.
+        groups: 0 for training, else S, the number of draws made at once.
+        squared_norm: ``||pi||^2`` of each layer, shape (L,).
+        row_squared_norm: ``c/nu ||T_i||^2``, shape (R,).
+        row_log_determinant: ``log(c/nu T_ii^2)``, shape (R,).
+        weights: raw draws of the mixture weights.
     """
 
     index: int
     token: Tensor
-    xi: Tensor
-    row_scale: Tensor
-    log_norm_grad: Tensor
+    layers: tuple[LayerDraw, ...]
+    groups: int
     squared_norm: Tensor
     row_squared_norm: Tensor
     row_log_determinant: Tensor
     weights: dirichlet.Raw
-    signs: tuple[Tensor, Tensor] | None = None
-    groups: int = 0
+
+
+class _Raw(NamedTuple):
+    """One draw before it is cut into layers: ``xi`` (C,), ``row_scale`` (R,), d log||pi||/d eta (L, N), and the rest."""
+
+    xi: Tensor
+    row_scale: Tensor
+    log_norm_grad: Tensor | None
+    squared_norm: Tensor
+    row_squared_norm: Tensor
+    row_log_determinant: Tensor
+    weights: dirichlet.Raw
+
+
+class _RowScale(torch.autograd.Function):
+    """Give the drawn row scales their gradient: they are proportional to ``exp(rho)`` and to ``||pi||(eta)``.
+
+    The derivatives are known when the draw is made, for all layers at once, and are kept outside autograd's saved
+    tensors: the node may be passed through as often as reentrant activation checkpointing does.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, rho: Tensor, eta: Tensor, row_scale: Tensor, log_norm_grad: Tensor, ranks: Tensor
+    ) -> Tensor:
+        ctx.derivatives = row_scale, log_norm_grad, ranks
+        return row_scale.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        row_scale, log_norm_grad, ranks = ctx.derivatives
+        log_grad = grad * row_scale
+        per_layer = torch.segment_reduce(log_grad, "sum", lengths=ranks)
+        return log_grad, log_norm_grad * per_layer.unsqueeze(-1), None, None, None
 
 
 class AdapterPosterior(nn.Module):
@@ -157,22 +194,12 @@ class AdapterPosterior(nn.Module):
         self.enabled = True
         self.current: Draw | None = None
         self.predictive: Draw | None = None
-        self._set_layout()
         rows = sum(layer.rank for layer in self.layers)
         prior = torch.full((len(self.layers), settings.num_samples), settings.alpha_prior, device=device)
         self.rho = nn.Parameter(torch.zeros(rows, device=device))
         self.eta = nn.Parameter(prior.log())
         self.register_buffer("scale", torch.tensor(list(scale), dtype=torch.float32, device=device))
         self._set_constants(device)
-
-    def _set_layout(self) -> None:
-        """Offsets of every layer in the flat buffers of rows, noise and input signs."""
-        self._spans: list[tuple[int, int, int]] = []
-        row = cell = column = 0
-        for layer in self.layers:
-            self._spans.append((row, cell, column))
-            row, cell, column = row + layer.rank, cell + layer.rank * layer.in_features, column + layer.in_features
-        self._sizes = (row, cell, column)
 
     def _set_constants(self, device: torch.device | str | None) -> None:
         """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, and its layer's number."""
@@ -196,6 +223,7 @@ class AdapterPosterior(nn.Module):
         self.register_buffer("_c", torch.ones_like(dof_rows) if s.normalised else dof_rows, persistent=False)
         self.register_buffer("_log_determinant", torch.tensor(log_determinant, device=device), persistent=False)
         number = torch.arange(len(self.layers), device=device).repeat_interleave(ranks)
+        self.register_buffer("_ranks", ranks, persistent=False)
         self.register_buffer("_layer_of_row", number, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterPosterior:
@@ -226,14 +254,20 @@ class AdapterPosterior(nn.Module):
         Raises:
             ConfigError: noise is per example and the batch size is unknown.
         """
-        draw = self._make(self.seed, rank, self.draws, differentiable=torch.is_grad_enabled())
+        signs = None
         if self.settings.per_example:
             if batch_size is None:
                 raise ConfigError(
                     "noise='per_example' needs the number of examples, and the model was called without a tensor",
                     "Call the model with input_ids or inputs_embeds, or set noise='shared'.",
                 )
-            draw = self._with_signs(draw, rank, batch_size)
+            signs = self._signs(rank, batch_size)
+        trainable = torch.is_grad_enabled() and (self.rho.requires_grad or self.eta.requires_grad)
+        raw = self._raw(self.seed, rank, self.draws, differentiable=trainable)
+        row_scale = raw.row_scale
+        if raw.log_norm_grad is not None:
+            row_scale = _RowScale.apply(self.rho, self.eta, row_scale, raw.log_norm_grad, self._ranks)
+        draw = self._draw(self.draws, [raw], row_scale, raw.xi, signs)
         self.draws += 1
         self.current = draw
         return draw
@@ -247,37 +281,62 @@ class AdapterPosterior(nn.Module):
             count: S: the draws first, ..., first + S - 1 are made at once, for a batch that is repeated S times along
                 its first dimension.
         """
-        draws = [self._make(seed, 0, first + s, posterior_sample=True) for s in range(count)]
-        stacked = {name: torch.stack([getattr(draw, name) for draw in draws]) for name in ("xi", "row_scale")}
-        return Draw(**{**vars(draws[0]), **stacked, "groups": count})
+        raws = [self._raw(seed, 0, first + s, posterior_sample=True) for s in range(count)]
+        row_scale = torch.stack([raw.row_scale for raw in raws])
+        return self._draw(first, raws, row_scale, torch.stack([raw.xi for raw in raws]))
+
+    def _draw(
+        self,
+        index: int,
+        raws: list[_Raw],
+        row_scale: Tensor,
+        xi: Tensor,
+        signs: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None,
+    ) -> Draw:
+        """Cut flat buffers into layers: ``row_scale`` ([S,] R) and ``xi`` ([S,] C)."""
+        lead = xi.shape[:-1]
+        cells = xi.split([layer.rank * layer.in_features for layer in self.layers], -1)
+        rows = row_scale.unsqueeze(-1).split([layer.rank for layer in self.layers], -2)
+        blocks = [
+            cell.view(*lead, layer.rank, layer.in_features) for cell, layer in zip(cells, self.layers, strict=True)
+        ]
+        parts = zip(blocks, rows, *signs, strict=True) if signs else zip(blocks, rows, strict=True)
+        return Draw(
+            index=index,
+            token=torch.tensor(index),
+            layers=tuple(LayerDraw(*part) for part in parts),
+            groups=len(raws) if lead else 0,
+            squared_norm=raws[0].squared_norm,
+            row_squared_norm=raws[0].row_squared_norm,
+            row_log_determinant=raws[0].row_log_determinant,
+            weights=raws[0].weights,
+        )
 
     @torch.no_grad()
-    def _make(
+    def _raw(
         self, seed: int, rank: int, index: int, *, posterior_sample: bool = False, differentiable: bool = False
-    ) -> Draw:
+    ) -> _Raw:
         rho, eta, s = self.rho, self.eta, self.settings
 
         def generator(kind: noise.Kind) -> torch.Generator:
             return noise.generator(seed, rank, index, kind, rho.device, posterior_sample=posterior_sample)
 
-        xi = torch.empty(self._sizes[1], dtype=rho.dtype, device=rho.device)
+        count = sum(layer.rank * layer.in_features for layer in self.layers)
+        xi = torch.empty(count, dtype=rho.dtype, device=rho.device)
         xi.normal_(generator=generator(noise.Kind.NORMAL))
         ratio = self._c / self._nu
         if s.covariance == "diagonal":
-            chi_square = wishart.raw_chi_square(self._nu, generator(noise.Kind.WISHART))
-            row_squared_norm = ratio * chi_square
+            row_squared_norm = ratio * wishart.raw_chi_square(self._nu, generator(noise.Kind.WISHART))
             row_log_determinant, root = row_squared_norm.log(), row_squared_norm.sqrt()
         else:
             squared, diagonal = self._correlate(xi, generator(noise.Kind.WISHART))
             row_squared_norm, row_log_determinant, root = ratio * squared, (ratio * diagonal).log(), ratio.sqrt()
         weights = dirichlet.raw(eta, s.dirichlet, generator(noise.Kind.DIRICHLET))
         log_norm, log_norm_grad = self._log_norm(weights, differentiable)
-        norm = self.scale * log_norm.exp()
-        return Draw(
-            index=index,
-            token=torch.tensor(index),
+        norm = (self.scale * log_norm.exp()).to(rho.dtype)
+        return _Raw(
             xi=xi,
-            row_scale=norm.to(rho.dtype)[self._layer_of_row] * rho.exp() * root,
+            row_scale=norm[self._layer_of_row] * rho.exp() * root,
             log_norm_grad=log_norm_grad,
             squared_norm=(2.0 * log_norm).exp(),
             row_squared_norm=row_squared_norm,
@@ -285,14 +344,10 @@ class AdapterPosterior(nn.Module):
             weights=weights,
         )
 
-    def _log_norm(self, weights: dirichlet.Raw, differentiable: bool) -> tuple[Tensor, Tensor]:
-        """``log||pi||`` (L,) and its derivative in eta (L, N), empty where no gradient will be asked for.
-
-        The derivative is taken here, for all layers at once, so that the layers, which may be recomputed or compiled,
-        only multiply by it.
-        """
+    def _log_norm(self, weights: dirichlet.Raw, differentiable: bool) -> tuple[Tensor, Tensor | None]:
+        """``log||pi||``, shape (L,), and its derivative in eta, shape (L, N), where it is asked for."""
         if not differentiable:
-            return dirichlet.log_norm(self.eta, weights), self.eta.new_empty(0)
+            return dirichlet.log_norm(self.eta, weights), None
         with torch.enable_grad():
             eta = self.eta.detach().requires_grad_()
             log_norm = dirichlet.log_norm(eta, weights)
@@ -301,51 +356,28 @@ class AdapterPosterior(nn.Module):
 
     def _correlate(self, xi: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Full covariance: put ``T Xi`` in the place of ``Xi``; gives ``||T_i||^2`` and ``T_ii^2``, each (R,)."""
-        squared, diagonal = torch.empty_like(self.rho), torch.empty_like(self.rho)
-        for layer, (row, cell, _) in zip(self.layers, self._spans, strict=True):
+        squared, diagonal = [], []
+        blocks = xi.split([layer.rank * layer.in_features for layer in self.layers])
+        for layer, block in zip(self.layers, blocks, strict=True):
             dof = self.settings.degrees_of_freedom or float(layer.rank)
             factor = wishart.raw_bartlett(dof, layer.rank, 1, self.rho, generator)[0]
-            block = xi[cell : cell + layer.rank * layer.in_features].view(layer.rank, layer.in_features)
-            block.copy_(factor @ block)
-            squared[row : row + layer.rank] = factor.square().sum(-1)
-            diagonal[row : row + layer.rank] = factor.diagonal().square()
-        return squared, diagonal
+            matrix = block.view(layer.rank, layer.in_features)
+            matrix.copy_(factor @ matrix)
+            squared.append(factor.square().sum(-1))
+            diagonal.append(factor.diagonal().square())
+        return torch.cat(squared), torch.cat(diagonal)
 
-    def _with_signs(self, draw: Draw, rank: int, batch_size: int) -> Draw:
-        """Add the flipout signs of every example (METHOD.md section 5)."""
-        rows, _, columns = self._sizes
-        generator = noise.generator(self.seed, rank, draw.index, noise.Kind.SIGN, self.rho.device)
-        count = batch_size * (rows + columns)
+    def _signs(self, rank: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
+        into = [layer.in_features for layer in self.layers]
+        out = [layer.rank for layer in self.layers]
+        count = batch_size * (sum(into) + sum(out))
         octets = torch.empty(-(-count // 8), dtype=torch.uint8, device=self.rho.device)
-        octets.random_(generator=generator)
+        octets.random_(generator=noise.generator(self.seed, rank, self.draws, noise.Kind.SIGN, self.rho.device))
         bits = octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
-        signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1)
-        into, out = signs.split((batch_size * columns, batch_size * rows))
-        pair = (into.view(batch_size, columns), out.view(batch_size, rows))
-        return Draw(**{**vars(draw), "signs": pair})
-
-    def layer_draw(self, draw: Draw, index: int) -> LayerDraw:
-        """One layer's views of a draw.
-
-        Args:
-            draw: from :meth:`draw` or :meth:`sample`.
-            index: the layer's place in ``layers``.
-        """
-        layer, (row, cell, column) = self.layers[index], self._spans[index]
-        rows, cells = slice(row, row + layer.rank), slice(cell, cell + layer.rank * layer.in_features)
-        shape = (layer.rank, layer.in_features)
-        if draw.groups:
-            xi = draw.xi[:, cells].view(draw.groups, *shape)
-            return LayerDraw(xi, draw.row_scale[:, rows], draw.log_norm_grad, None, None)
-        grad = draw.log_norm_grad[index] if draw.log_norm_grad.dim() == 2 else draw.log_norm_grad
-        columns = slice(column, column + layer.in_features)
-        into, out = (None, None) if draw.signs is None else (draw.signs[0][:, columns], draw.signs[1][:, rows])
-        return LayerDraw(draw.xi[cells].view(shape), draw.row_scale[rows], grad, into, out)
-
-    def layer_parameters(self, index: int) -> tuple[Tensor, Tensor]:
-        """One layer's ``rho`` (r,) and ``eta`` (N,), as views that carry gradient."""
-        row = self._spans[index][0]
-        return self.rho[row : row + self.layers[index].rank], self.eta[index]
+        signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1).view(batch_size, -1)
+        columns, rows = signs.split([sum(into), sum(out)], -1)
+        return columns.split(into, -1), rows.split(out, -1)
 
     # -- objective -----------------------------------------------------------------------------------------------
 
@@ -389,10 +421,9 @@ class AdapterPosterior(nn.Module):
         """
         squared_norm = dirichlet.moments(self.eta).squared_norm
         variance = self._c * (2.0 * self.rho).exp()
-        total = torch.zeros_like(squared_norm).index_add_(0, self._layer_of_row, variance)
-        ranks = torch.bincount(self._layer_of_row, minlength=len(self.layers))
-        return {"squared_norm": squared_norm, "noise_std": self.scale * (squared_norm * total / ranks).sqrt()}
+        mean = torch.segment_reduce(variance, "mean", lengths=self._ranks)
+        return {"squared_norm": squared_norm, "noise_std": self.scale * (squared_norm * mean).sqrt()}
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"layers={len(self.layers)}, rows={self._sizes[0]}, num_samples={self.settings.num_samples}"
+        return f"layers={len(self.layers)}, rows={self.rho.numel()}, num_samples={self.settings.num_samples}"
