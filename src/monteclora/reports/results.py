@@ -1,0 +1,117 @@
+"""What a page is told of a run: plain data, whatever trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from monteclora.evaluation.metrics import (
+    ReliabilityCurve,
+    classification_metrics,
+    nll_per_example,
+    reliability_curve,
+)
+from monteclora.reports.figures import TrainingCurve
+
+__all__ = ["FINISHED", "Evaluation", "RunReport", "UncertainExample", "Uncertainty"]
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well one run predicts its test examples.
+
+    Attributes:
+        metrics: by the names of ``classification_metrics``.
+        reliability: confidence against accuracy.
+        nll: negative log-likelihood of each example, float (B,), in nats and in the order of the test set.
+    """
+
+    metrics: Mapping[str, float]
+    reliability: ReliabilityCurve
+    nll: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, probs: ArrayLike, labels: ArrayLike) -> Evaluation:
+        """Evaluate ``probs``, float (B, C), against ``labels``, int (B,).
+
+        Raises:
+            DataError: either is malformed.
+        """
+        return cls(
+            metrics=classification_metrics(probs, labels),
+            reliability=reliability_curve(probs, labels),
+            nll=nll_per_example(probs, labels),
+        )
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Predictive uncertainty of a group of examples, float (B,) each, in nats, from 0 up."""
+
+    total: ArrayLike
+    epistemic: ArrayLike
+
+
+@dataclass(frozen=True)
+class UncertainExample:
+    """An example the model is unsure of.
+
+    Attributes:
+        text: as the model saw it.
+        label: the right answer, or empty where there is none.
+        prediction: the most probable class.
+        confidence: its probability.
+        total: total uncertainty, in nats.
+        epistemic: the part of it that is doubt about the weights, in nats.
+    """
+
+    text: str
+    label: str
+    prediction: str
+    confidence: float
+    total: float
+    epistemic: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a page tells of one run; what is None or empty is left out of it.
+
+    Attributes:
+        name: how the page calls the run, unique on the page.
+        method: how the page calls the method it trained; runs of one method are repetitions of each other.
+        status: ``FINISHED``, or what the run did instead, for instance "interrupted at step 120 of 400".
+        evaluation: its test results.
+        training: what it logged.
+        uncertainty: of each group of examples, by the group's name.
+        uncertain_examples: the most uncertain ones, most uncertain first.
+        seconds: wall time of training.
+        peak_bytes: peak memory of training.
+        trained_parameters: how many parameters training changed.
+    """
+
+    name: str
+    method: str
+    status: str
+    evaluation: Evaluation | None = None
+    training: TrainingCurve | None = None
+    uncertainty: Mapping[str, Uncertainty] = field(default_factory=dict)
+    uncertain_examples: Sequence[UncertainExample] = ()
+    seconds: float | None = None
+    peak_bytes: float | None = None
+    trained_parameters: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended as planned, so that its numbers mean what they say."""
+        return self.status == FINISHED
+
+    @property
+    def title(self) -> str:
+        """The name; if the run did not finish, after a warning, which a narrow legend then won't cut off."""
+        return self.name if self.finished else f"unfinished: {self.name}"
