@@ -1,0 +1,192 @@
+"""A report page: what it is made of, and how it becomes one HTML file that needs nothing else.
+
+All text is escaped; only ``Svg``, which this package draws, is embedded as it is. The page has no script and
+loads nothing, and its Content-Security-Policy says so to the browser.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from monteclora.errors import ConfigError
+from monteclora.reports.svg import Svg
+
+__all__ = ["Cell", "Column", "Figure", "Page", "Row", "Section", "Table", "render", "write_page"]
+
+Cell = str | int | float | None
+
+_NO_VALUE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        header: its name.
+        show: how a number becomes text; text is shown as it is, and None as a dash.
+        best: whether the largest or the smallest number is highlighted, every one that reads the same.
+    """
+
+    header: str
+    show: Callable[[float], str] = str
+    best: Literal["max", "min"] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table. ``unfinished`` marks its numbers as those of an unfinished run, never the best."""
+
+    cells: Sequence[Cell]
+    unfinished: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows of as many cells, and a caption beneath."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Drawings that belong together, side by side where there is room, and what they show."""
+
+    panels: Sequence[Svg]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with paragraphs, then figures, then tables."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report.
+
+    Attributes:
+        title: what the report is about.
+        subtitle: one line under it.
+        summary: the findings, a sentence or two each.
+        warnings: what a reader must know before any number, such as a run that did not finish; shown first.
+        sections: the body.
+        environment: versions, devices and settings by name.
+        reproduce: shell commands, a line each.
+    """
+
+    title: str
+    subtitle: str = ""
+    summary: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    sections: Sequence[Section] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    reproduce: Sequence[str] = ()
+
+
+def render(page: Page) -> str:
+    """The page as HTML; the same page gives the same text."""
+    return _environment().get_template("page.html.j2").render(page=page)
+
+
+def write_page(path: str | os.PathLike[str], page: Page) -> Path:
+    """Write ``page`` to ``path``, at once or not at all, and make the folder it goes into.
+
+    Raises:
+        ConfigError: ``path`` can't be written; what was there is untouched.
+    """
+    target = Path(path)
+    content = render(page).encode("utf-8", errors="replace")  # a lone surrogate has no UTF-8
+    try:
+        _replace(target, content)
+    except OSError as error:
+        raise ConfigError(
+            f"the report {target} can't be written: {error.strerror}", "Choose a path you may write to."
+        ) from error
+    return target
+
+
+def _replace(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's file is the owner's alone; a report is there to be shared
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("monteclora.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["embed"] = _embed
+    environment.filters["shown"] = _shown
+    return environment
+
+
+def _embed(svg: Svg, prefix: str) -> Markup:
+    if not isinstance(svg, Svg):
+        raise TypeError(f"a panel is {type(svg).__name__}; only Svg is embedded without escaping")
+    return Markup(svg.with_id_prefix(prefix))
+
+
+def _shown(table: Table) -> dict[str, Any]:
+    """The table as the template prints it: texts, which columns are numbers, which cells are the best."""
+    best = [_best_text(column, index, table.rows) for index, column in enumerate(table.columns)]
+    rows = []
+    for row in table.rows:
+        cells = []
+        for column, value, best_text in zip(table.columns, row.cells, best, strict=True):
+            text = _text(column, value)
+            is_best = not row.unfinished and text == best_text
+            cells.append({"header": column.header, "text": text, "best": is_best})
+        rows.append({"cells": cells, "unfinished": row.unfinished})
+    numbers = [
+        any(isinstance(row.cells[index], int | float) for row in table.rows)
+        for index in range(len(table.columns))
+    ]
+    return {"rows": rows, "numbers": numbers}
+
+
+def _best_text(column: Column, index: int, rows: Sequence[Row]) -> str | None:
+    """How the best finished value of a column reads; None where there is nothing to choose between."""
+    values = [row.cells[index] for row in rows if not row.unfinished]
+    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    if column.best is None or len(numbers) < 2:
+        return None
+    return column.show(max(numbers) if column.best == "max" else min(numbers))
+
+
+def _text(column: Column, value: Cell) -> str:
+    if value is None:
+        return _NO_VALUE
+    return value if isinstance(value, str) else column.show(value)
