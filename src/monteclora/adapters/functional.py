@@ -58,7 +58,7 @@ class _SharedLoRA(_Repeatable):
     """``result + scaling * B (A x)``: x (T, n), result (T, m), mu and xi (r, n), weight_b (m, r), row_scale (r, 1)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         result: Tensor,
@@ -78,7 +78,7 @@ class _SharedLoRA(_Repeatable):
         return _add_product(result, hidden, b, scaling)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, mu, weight_b, row_scale, xi, token = ctx.saved_tensors
         _Repeatable.verify(ctx, token)
         needs_x, needs_result, needs_mu, needs_b, needs_scale = ctx.needs_input_grad[:5]
@@ -105,7 +105,7 @@ class _PerExampleLoRA(_Repeatable):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         result: Tensor,
@@ -129,7 +129,7 @@ class _PerExampleLoRA(_Repeatable):
         return _add_product(result.flatten(0, 1), hidden.flatten(0, 1), b, scaling).view(result.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, mu, weight_b, row_scale, xi, sign_in, sign_out, token = ctx.saved_tensors
         _Repeatable.verify(ctx, token)
         needs_x, needs_result, needs_mu, needs_b, needs_scale = ctx.needs_input_grad[:5]

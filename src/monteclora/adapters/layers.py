@@ -68,7 +68,7 @@ class DrawnLayer(LoraVariant):
         """The merged weight with the mean taken out again."""
         return cast(Tensor, orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """Add the adapter to the frozen layer's output: drawn where there is a draw, else plain LoRA.
@@ -88,7 +88,7 @@ class DrawnLayer(LoraVariant):
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
         layer, device = draw.layers[self.index], x.device
         if device != layer.xi.device:
-            layer = type(layer)(*(None if part is None else part.to(device) for part in layer))
+            layer = layer.to(device)
         if draw.groups:
             output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
         elif torch.is_autocast_enabled(device.type):

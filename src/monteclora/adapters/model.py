@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class MonteCLoRAModel(PeftModel):  # type: ignore[misc]
+class MonteCLoRAModel(PeftModel):
     """What a ``PeftModel`` with MonteCLoRA adapters does differently: it saves and loads their posteriors."""
 
     base_model: MonteCLoRATuner
@@ -76,7 +76,9 @@ class MonteCLoRAModel(PeftModel):  # type: ignore[misc]
         return result
 
     def _device_of(self, adapter_name: str) -> torch.device:
-        return next(p.device for n, p in self.base_model.model.named_parameters() if f".{adapter_name}." in n)
+        parameters = self.base_model.model.named_parameters()
+        device: torch.device = next(p.device for n, p in parameters if f".{adapter_name}." in n)
+        return device
 
 
 def _as_monteclora(model: PeftModel) -> MonteCLoRAModel:
@@ -89,27 +91,27 @@ def _as_monteclora(model: PeftModel) -> MonteCLoRAModel:
     return cast(MonteCLoRAModel, model)
 
 
-class MonteCLoRAModelForSequenceClassification(MonteCLoRAModel, peft.PeftModelForSequenceClassification):  # type: ignore[misc]
+class MonteCLoRAModelForSequenceClassification(MonteCLoRAModel, peft.PeftModelForSequenceClassification):
     """See :class:`MonteCLoRAModel`."""
 
 
-class MonteCLoRAModelForCausalLM(MonteCLoRAModel, peft.PeftModelForCausalLM):  # type: ignore[misc]
+class MonteCLoRAModelForCausalLM(MonteCLoRAModel, peft.PeftModelForCausalLM):
     """See :class:`MonteCLoRAModel`."""
 
 
-class MonteCLoRAModelForSeq2SeqLM(MonteCLoRAModel, peft.PeftModelForSeq2SeqLM):  # type: ignore[misc]
+class MonteCLoRAModelForSeq2SeqLM(MonteCLoRAModel, peft.PeftModelForSeq2SeqLM):
     """See :class:`MonteCLoRAModel`."""
 
 
-class MonteCLoRAModelForTokenClassification(MonteCLoRAModel, peft.PeftModelForTokenClassification):  # type: ignore[misc]
+class MonteCLoRAModelForTokenClassification(MonteCLoRAModel, peft.PeftModelForTokenClassification):
     """See :class:`MonteCLoRAModel`."""
 
 
-class MonteCLoRAModelForQuestionAnswering(MonteCLoRAModel, peft.PeftModelForQuestionAnswering):  # type: ignore[misc]
+class MonteCLoRAModelForQuestionAnswering(MonteCLoRAModel, peft.PeftModelForQuestionAnswering):
     """See :class:`MonteCLoRAModel`."""
 
 
-class MonteCLoRAModelForFeatureExtraction(MonteCLoRAModel, peft.PeftModelForFeatureExtraction):  # type: ignore[misc]
+class MonteCLoRAModelForFeatureExtraction(MonteCLoRAModel, peft.PeftModelForFeatureExtraction):
     """See :class:`MonteCLoRAModel`."""
 
 

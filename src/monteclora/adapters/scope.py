@@ -127,8 +127,9 @@ class DrawScope:
         for handle in self._handles:
             handle.remove()
         for block in self._blocks:
-            if isinstance(getattr(block, "_gradient_checkpointing_func", None), BoundCheckpoint):
-                block._gradient_checkpointing_func = block._gradient_checkpointing_func.checkpoint
+            function = getattr(block, "_gradient_checkpointing_func", None)
+            if isinstance(function, BoundCheckpoint):
+                block.__dict__["_gradient_checkpointing_func"] = function.checkpoint
         self._hooked, self._handles, self._blocks = [], [], []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,7 +160,7 @@ class DrawScope:
         for block in self._blocks:
             function = getattr(block, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, BoundCheckpoint):
-                block._gradient_checkpointing_func = BoundCheckpoint(function, self.source)
+                block.__dict__["_gradient_checkpointing_func"] = BoundCheckpoint(function, self.source)
 
     @contextmanager
     def sampling(self, posteriors: Sequence[AdapterPosterior], sampler: PosteriorSampler) -> Iterator[None]:

@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from monteclora.adapters.model import active_posteriors, posterior_sampling
@@ -47,7 +48,8 @@ class PredictiveDistribution:
     @property
     def aleatoric(self) -> Tensor:
         """mean_s H[p_s], shape (B,), float64, nats."""
-        return _entropy(self.probs.double()).mean(0)
+        entropies: Tensor = _entropy(self.probs.double())
+        return entropies.mean(0)
 
     @property
     def epistemic(self) -> Tensor:
@@ -57,11 +59,13 @@ class PredictiveDistribution:
         # as a mean of divergences from the mean: each is non-negative, and equal draws give an exact zero
         divergence = torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, mean)
         same = (probs == probs[:1]).all(0)
-        return divergence.mean(0).masked_fill(same, 0.0).sum(-1).clamp_min(0.0)
+        information: Tensor = divergence.mean(0).masked_fill(same, 0.0).sum(-1)
+        return information.clamp_min(0.0)
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    return -torch.special.xlogy(probs, probs).sum(-1)
+    entropy: Tensor = -torch.special.xlogy(probs, probs).sum(-1)
+    return entropy
 
 
 @contextmanager
@@ -103,8 +107,8 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    found = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return found  # type: ignore[no-any-return]
+    found = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(nn.Module, found)
 
 
 def predict(

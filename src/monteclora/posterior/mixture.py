@@ -33,7 +33,8 @@ def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Te
         Shape (r, n). METHOD.md section 2.
     """
     noise = factor.unsqueeze(-1) * xi if factor.dim() == 1 else factor @ xi
-    return mu + scale * torch.linalg.vector_norm(pi) * noise
+    norm: Tensor = torch.linalg.vector_norm(pi)
+    return mu + scale * norm * noise
 
 
 def log_determinant_constants(

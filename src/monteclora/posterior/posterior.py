@@ -69,6 +69,11 @@ class Regulariser(NamedTuple):
     kl_weight: float
     coop_weight: float
 
+    def detach(self) -> Regulariser:
+        """The same numbers without gradient."""
+        parts = (self.kl_pi.detach(), self.kl_sigma.detach(), self.kl_z.detach(), self.coop.detach())
+        return Regulariser(*parts, self.kl_weight, self.coop_weight)
+
     @property
     def kl(self) -> Tensor:
         """KL_pi + KL_Sigma + KL_z, in nats."""
@@ -95,6 +100,11 @@ class LayerDraw(NamedTuple):
     row_scale: Tensor
     sign_in: Tensor | None = None
     sign_out: Tensor | None = None
+
+    def to(self, device: torch.device) -> LayerDraw:
+        """The same on another device."""
+        signs = (None if sign is None else sign.to(device) for sign in (self.sign_in, self.sign_out))
+        return LayerDraw(self.xi.to(device), self.row_scale.to(device), *signs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,14 +153,14 @@ class _RowScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rho: Tensor, eta: Tensor, row_scale: Tensor, log_norm_grad: Tensor, ranks: Tensor
     ) -> Tensor:
         ctx.derivatives = row_scale, log_norm_grad, ranks
         return row_scale.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         row_scale, log_norm_grad, ranks = ctx.derivatives
         log_grad = grad * row_scale
         per_layer = torch.segment_reduce(log_grad, "sum", lengths=ranks)
@@ -176,6 +186,11 @@ class AdapterPosterior(nn.Module):
     rho: nn.Parameter
     eta: nn.Parameter
     scale: Tensor
+    _nu: Tensor
+    _c: Tensor
+    _log_determinant: Tensor
+    _ranks: Tensor
+    _layer_of_row: Tensor
 
     def __init__(
         self,

@@ -67,6 +67,8 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
     A model without MonteCLoRA adapters trains as with the Trainer alone, except for the classification loss.
     """
 
+    compute_loss_func: Callable[..., Any] | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
@@ -91,7 +93,7 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
         loss, *outputs = result if return_outputs else (result,)
         parts = [p for p, q in zip(regularisers(model), active_posteriors(model), strict=True) if q.enabled]
         if parts:
-            self._regulariser = Regulariser(*(part.detach() for part in parts[0][:4]), *parts[0][4:])
+            self._regulariser = parts[0].detach()
             share = torch.stack([part.loss for part in parts]).sum().to(loss.device)
             loss = loss + share / self._accumulated_batches(num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
