@@ -136,9 +136,7 @@ class TestProperties:
         assert len(curve.edges) == bins + 1
         assert (curve.confidence[used] > curve.edges[:-1][used]).all()
         assert (curve.confidence[used] <= curve.edges[1:][used] + 1e-12).all()
-        assert np.sum(curve.accuracy[used] * curve.counts[used]) == pytest.approx(
-            accuracy(probs, labels) * len(labels)
-        )
+        assert np.sum(curve.accuracy[used] * curve.counts[used]) == pytest.approx(accuracy(probs, labels) * len(labels))
 
     @given(st.integers(1, 50), st.integers(1, 30))
     @settings(deadline=None, max_examples=60)
@@ -168,13 +166,10 @@ class TestBootstrap:
     def test_covers_the_true_mean_about_as_often_as_it_says(self):
         generator = np.random.default_rng(5)
         intervals = [
-            bootstrap_interval(generator.normal(size=80), seed=i, level=0.8, resamples=400)
-            for i in range(300)
+            bootstrap_interval(generator.normal(size=80), seed=i, level=0.8, resamples=400) for i in range(300)
         ]
         covered = np.mean([interval.low <= 0.0 <= interval.high for interval in intervals])
-        assert (
-            0.72 < covered < 0.87
-        )  # 0.8 within three standard errors, less the percentile method's small bias
+        assert 0.72 < covered < 0.87  # 0.8 within three standard errors, less the percentile method's small bias
 
     def test_depends_on_the_seed_alone(self):
         values = np.random.default_rng(0).normal(size=200)

@@ -115,9 +115,7 @@ class TestTrainingCurves:
 
 class TestUncertaintyHistogram:
     def test_a_row_and_a_median_for_each_group(self):
-        svg = uncertainty_histogram(
-            {"in-scope": [0.1, 0.2, 0.9], "out-of-scope": [1.0, 1.5]}, "total uncertainty"
-        )
+        svg = uncertainty_histogram({"in-scope": [0.1, 0.2, 0.9], "out-of-scope": [1.0, 1.5]}, "total uncertainty")
         for place in (0, 1):
             group(svg, f"histogram-{place}")
             group(svg, f"median-{place}")

@@ -129,9 +129,7 @@ def test_nothing_is_loaded_from_anywhere(page):
     document = Document(html)
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(document.tags)
     loading = [
-        value
-        for name, value in document.attributes
-        if name in {"src", "href", "xlink:href", "action", "srcset"}
+        value for name, value in document.attributes if name in {"src", "href", "xlink:href", "action", "srcset"}
     ]
     assert all(value.startswith("#") for value in loading)
     assert not re.search(r"@import|url\((?!#)", html)

@@ -43,10 +43,7 @@ def cells(page: Page) -> list[list[str]]:
     table = html[html.index("<h2>Results") :].partition("</table>")[0]
     rows = re.findall(r'<tr role="row".*?</tr>', table, flags=re.DOTALL)
     return [
-        [
-            re.sub(r"<[^>]+>", "", cell).strip()
-            for cell in re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL)
-        ]
+        [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL)]
         for row in rows
     ]
 
@@ -116,9 +113,7 @@ def test_a_plain_run_has_no_epistemic_panel(page):
 
 
 def test_one_run(runs):
-    page = run_page(
-        runs[1], subtitle="s", trained=["One adapter."], environment={}, reproduce=["monteclora report"]
-    )
+    page = run_page(runs[1], subtitle="s", trained=["One adapter."], environment={}, reproduce=["monteclora report"])
     assert page.title == "MonteCLoRA"
     assert titles(page)[:2] == ["What was trained", "Results"]
     assert len(page.summary) == 1

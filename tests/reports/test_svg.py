@@ -20,9 +20,7 @@ def texts(svg: Svg) -> list[str]:
     return [element.text for element in ElementTree.fromstring(svg).iter(f"{NAMESPACE}text")]
 
 
-@pytest.mark.parametrize(
-    "text", ["<script>alert(1)</script>", "$5 & $6", "a_1^2 ‖π‖²", "客户 🙂", 'id="x" url(#y)']
-)
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "$5 & $6", "a_1^2 ‖π‖²", "客户 🙂", 'id="x" url(#y)'])
 def test_text_stays_that_text(text, recwarn):
     svg = drawing(text, description=text).with_id_prefix("a-")
     assert text in texts(svg)
@@ -53,9 +51,7 @@ def test_nothing_reaches_outside_the_element():
 
 
 def test_prefixed_ids_are_unique_and_every_reference_still_resolves():
-    both = ElementTree.fromstring(
-        f"<div>{drawing().with_id_prefix('a-')}{drawing().with_id_prefix('b-')}</div>"
-    )
+    both = ElementTree.fromstring(f"<div>{drawing().with_id_prefix('a-')}{drawing().with_id_prefix('b-')}</div>")
     ids = [element.get("id") for element in both.iter() if element.get("id")]
     references = [element.get("{http://www.w3.org/1999/xlink}href") for element in both.iter()]
     references += [(element.get("clip-path") or "")[4:-1] for element in both.iter()]

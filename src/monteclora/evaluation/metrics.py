@@ -199,13 +199,9 @@ def bootstrap_interval(values: ArrayLike, seed: int, level: float = 0.95, resamp
     """
     x = _floats("values", values)
     if x.ndim != 1 or len(x) < 2:
-        raise DataError(
-            f"values has shape {x.shape}; expected (B,) with B >= 2", "Pass one value for each example."
-        )
+        raise DataError(f"values has shape {x.shape}; expected (B,) with B >= 2", "Pass one value for each example.")
     if not 0.0 < level < 1.0:
-        raise ConfigError(
-            f"level is {level}; expected a value between 0 and 1", "Use 0.95 for a 95 % interval."
-        )
+        raise ConfigError(f"level is {level}; expected a value between 0 and 1", "Use 0.95 for a 95 % interval.")
     if resamples < 1:
         raise ConfigError(f"resamples is {resamples}; at least 1 is needed", "Use the default of 2000.")
     interval = stats.bootstrap(

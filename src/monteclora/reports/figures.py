@@ -77,9 +77,7 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve | None]) -> Svg:
         share = curve.counts[used] / curve.counts.sum()
         area = 10.0 + 120.0 * share / largest
         axes.plot(x, y, color=colour, linewidth=1.0, alpha=0.6)
-        axes.scatter(
-            x, y, s=area, c=colour, marker=marker, alpha=0.75, linewidths=0, zorder=3, gid=f"dots-{index}"
-        )
+        axes.scatter(x, y, s=area, c=colour, marker=marker, alpha=0.75, linewidths=0, zorder=3, gid=f"dots-{index}")
         text = f"{label(name)} · ECE {curve.ece:.3f}"
         handles.append(Line2D([], [], color=colour, marker=marker, linewidth=1.0, markersize=6, label=text))
     axes.set(xlabel="confidence", ylabel="accuracy")

@@ -171,8 +171,7 @@ def _shown(table: Table) -> dict[str, Any]:
             cells.append({"header": column.header, "text": text, "best": is_best})
         rows.append({"cells": cells, "unfinished": row.unfinished})
     numbers = [
-        any(isinstance(row.cells[index], int | float) for row in table.rows)
-        for index in range(len(table.columns))
+        any(isinstance(row.cells[index], int | float) for row in table.rows) for index in range(len(table.columns))
     ]
     return {"rows": rows, "numbers": numbers}
 

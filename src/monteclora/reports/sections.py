@@ -82,9 +82,7 @@ def _comparison(name: str, own: Evaluation, reference: str, first: Evaluation) -
     def both(metric: str) -> str:
         return f"{own.metrics[metric]:.3f} against {first.metrics[metric]:.3f}"
 
-    text = (
-        f"{name} against {reference}: accuracy {both('accuracy')}, ECE {both('ece')}, NLL {both('nll')} nats"
-    )
+    text = f"{name} against {reference}: accuracy {both('accuracy')}, ECE {both('ece')}, NLL {both('nll')} nats"
     if len(own.nll) == len(first.nll) > 1:
         change = bootstrap_interval(own.nll - first.nll, seed=_BOOTSTRAP_SEED)
         text += (
