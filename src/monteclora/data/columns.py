@@ -76,9 +76,7 @@ def find_columns(
     return _completion_columns(table, prompt_column, completion_column, with_target)
 
 
-def _completion_columns(
-    table: Table, prompt: str | None, completion: str | None, with_target: bool
-) -> Columns:
+def _completion_columns(table: Table, prompt: str | None, completion: str | None, with_target: bool) -> Columns:
     messages = _first(table, ("messages",))
     if messages and not prompt and not completion:
         return Columns("causal_lm", (messages,), None)
@@ -91,7 +89,8 @@ def _completion_columns(
             return Columns("causal_lm", text, found_completion if with_target else None)
     if prompt or completion:
         raise _unrecognised(table, "completion_column" if prompt else "prompt_column")
-    raise _unrecognised(table, "text_columns and label_column (or prompt_column and completion_column)")
+    pairs = "text_columns and data.label_column, or data.prompt_column and data.completion_column"
+    raise _unrecognised(table, pairs)
 
 
 def _first(table: Table, names: Sequence[str]) -> str | None:

@@ -118,9 +118,7 @@ QUESTIONS = {
     "boolq_instruct": Questions(
         HubData("aps/super_glue", "boolq", _VALIDATION_IS_TEST), _boolq, "yes/no questions, no passage"
     ),
-    "arc_easy_instruct": Questions(
-        HubData("allenai/ai2_arc", "ARC-Easy"), _arc, "school science questions, easy"
-    ),
+    "arc_easy_instruct": Questions(HubData("allenai/ai2_arc", "ARC-Easy"), _arc, "school science questions, easy"),
     "arc_challenge_instruct": Questions(
         HubData("allenai/ai2_arc", "ARC-Challenge"), _arc, "school science questions, hard"
     ),

@@ -115,9 +115,7 @@ def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
         try:
             segments = _segments(row, tokenizer)
         except ValueError as error:
-            raise DataError(
-                f"row {number} does not fit the chat template: {error}", "Correct its messages."
-            ) from None
+            raise DataError(f"row {number} does not fit the chat template: {error}", "Correct its messages.") from None
         ids, learned = _tokens(segments, tokenizer)
         kept_ids, kept = _shorten(ids, learned, max_length, tokenizer.bos_token_id)
         shortened += len(kept_ids) < len(ids)
@@ -257,9 +255,7 @@ def describe_rows(
         ids, labels = row["input_ids"], row.get("labels")
         learned = [label != IGNORED for label in labels] if isinstance(labels, list) else [False] * len(ids)
         runs = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
-        segments = tuple(
-            (str(tokenizer.decode([token for token, _ in run])), is_learned) for is_learned, run in runs
-        )
+        segments = tuple((str(tokenizer.decode([token for token, _ in run])), is_learned) for is_learned, run in runs)
         label = str(label_names[labels] if label_names else labels) if isinstance(labels, int) else None
         views.append(RowView(segments, len(ids), sum(learned), label))
     return views

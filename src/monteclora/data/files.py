@@ -190,9 +190,7 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number} is not JSON: {message}", "Write one complete JSON object a line."
         ) from None
     if not isinstance(value, dict):
-        raise DataError(
-            f"{path}, line {number} is not a JSON object", 'Write rows as {"text": ..., "label": ...}.'
-        )
+        raise DataError(f"{path}, line {number} is not a JSON object", 'Write rows as {"text": ..., "label": ...}.')
     return value
 
 

@@ -69,15 +69,13 @@ class DataSpec:
         if len(self.text_columns) > 2:
             found.append(("text_columns", "must name one or two columns"))
         if self.label_column and (self.prompt_column or self.completion_column):
-            found.append(
-                ("label_column", "is for classification, prompt_column and completion_column are not")
-            )
+            found.append(("label_column", "is for classification, prompt_column and completion_column are not"))
         if len(self.label_names) == 1 or len(set(self.label_names)) < len(self.label_names):
             found.append(("label_names", "must be two or more different names"))
         if self.max_length < 2:
             found.append(("max_length", "must be at least 2"))
         for name in ("train_rows", "validation_rows"):
-            if (getattr(self, name) or 1) < 1:
+            if (rows := getattr(self, name)) is not None and rows < 1:
                 found.append((name, "must be at least 1"))
         if not 0 <= self.validation_fraction < 1:
             found.append(("validation_fraction", "must be at least 0 and below 1"))
@@ -112,9 +110,7 @@ class TaskData:
     def split(self, name: str) -> Dataset:
         """The rows of one split. Raises DataError that names the splits there are."""
         if name not in self.splits:
-            raise DataError(
-                f"{self.name} has no {name} split; it has {', '.join(self.splits)}", "Choose one."
-            )
+            raise DataError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}", "Choose one.")
         return self.splits[name]
 
 
@@ -149,12 +145,7 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
     data = {split: rows.to_dataset(labels) for split, rows in checked.items()}
     origins = {split: rows.table.name for split, rows in checked.items()}
     _check_classes(data, labels, plan.name)
-    if (
-        "train" in data
-        and "validation" not in data
-        and _wanted("validation", splits)
-        and spec.validation_fraction
-    ):
+    if "train" in data and "validation" not in data and _wanted("validation", splits) and spec.validation_fraction:
         data["train"], data["validation"] = carve_validation(
             data["train"], spec.validation_fraction, spec.seed, origins["train"]
         )
@@ -207,9 +198,7 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
     if not tables:
         raise ConfigError("no data is given", "Set data.task or data.train_file.")
     first = next(iter(tables.values()))
-    columns = find_columns(
-        first, spec.text_columns, spec.label_column, spec.prompt_column, spec.completion_column
-    )
+    columns = find_columns(first, spec.text_columns, spec.label_column, spec.prompt_column, spec.completion_column)
     names = tuple(spec.label_names) or first.class_names.get(columns.target or "", ())
     if splits is not None:
         # Without names, and for a validation split that is not there, the training rows are needed as well.
@@ -245,9 +234,7 @@ def _label_set(plan: _Plan, checked: Mapping[str, CheckedRows]) -> LabelSet | No
     if plan.label_names:
         return LabelSet(plan.label_names)
     if "train" not in checked:
-        raise DataError(
-            f"{plan.name} has no training rows to take the label names from", "Set data.label_names."
-        )
+        raise DataError(f"{plan.name} has no training rows to take the label names from", "Set data.label_names.")
     return LabelSet.from_labels(checked["train"].label_keys)
 
 
@@ -256,6 +243,4 @@ def _check_classes(data: Mapping[str, Dataset], labels: LabelSet | None, name: s
         present = set(data["train"]["label"])
         if len(present) < 2:
             only = ", ".join(labels.names[i] for i in present)
-            raise DataError(
-                f"all training rows of {name} have the label {only}", "Give rows of two labels or more."
-            )
+            raise DataError(f"all training rows of {name} have the label {only}", "Give rows of two labels or more.")

@@ -107,9 +107,7 @@ def resolve_model(name: str) -> ModelSource:
         return _at(name, path, "folder")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"{path} holds no model: it has no config.json", "Give a transformers model folder."
-            )
+            raise ConfigError(f"{path} holds no model: it has no config.json", "Give a transformers model folder.")
         return _at(name, path, "folder")
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or name.count("/") > 1:
         raise ConfigError(f"there is no model at {name}", "Check the path; it is relative to here.")
@@ -139,9 +137,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(
-                f"the tokenizer of {source.name} has no token to pad with", "Use another model."
-            )
+            raise ConfigError(f"the tokenizer of {source.name} has no token to pad with", "Use another model.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -184,15 +180,11 @@ def load_model(
         config_options = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     with _as_our_errors(source), _quiet():
         path = _ordinary_path(source)
-        config = transformers.AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **config_options
-        )
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **config_options)
         if pad_token_id is not None:
             config.pad_token_id = pad_token_id
         if quantization:
-            options["quantization_config"] = _quantization(
-                quantization, dtype, _head_names(auto, config, options)
-            )
+            options["quantization_config"] = _quantization(quantization, dtype, _head_names(auto, config, options))
         loaded = auto.from_pretrained(path, config=config, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     _refuse_untrained(source, kind, model, loaded[1]["missing_keys"])
@@ -209,9 +201,7 @@ def _refuse_untrained(source: ModelSource, kind: Kind, model: Any, missing: Sequ
     """Weights that the files lack were drawn at random: fine in a new head, never elsewhere."""
     body = f"{model.base_model_prefix}."
     untrained = [
-        key
-        for key in sorted(missing)
-        if kind == "causal_lm" or (key.startswith(body) and ".pooler." not in key)
+        key for key in sorted(missing) if kind == "causal_lm" or (key.startswith(body) and ".pooler." not in key)
     ]
     if untrained:
         raise ConfigError(
@@ -225,9 +215,7 @@ def _quantization(bits: str, dtype: str | torch.dtype, heads: list[str]) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"{bits} weights need bitsandbytes", "Run `pip install 'monteclora[quantization]'`."
-        )
+        raise ConfigError(f"{bits} weights need bitsandbytes", "Run `pip install 'monteclora[quantization]'`.")
     if bits == "8bit":
         stored: dict[str, Any] = {"load_in_8bit": True}
     else:

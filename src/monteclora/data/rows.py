@@ -94,9 +94,7 @@ def _text(row: dict[str, Any], name: str, place: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{place} has no text in the column {name!r}", "Fill it in or remove the row.")
     if not isinstance(value, str):
-        raise DataError(
-            f"{place}: expected text in the column {name!r}, found {value!r}", "Write it as text."
-        )
+        raise DataError(f"{place}: expected text in the column {name!r}, found {value!r}", "Write it as text.")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -119,9 +117,7 @@ def _messages(value: Any, place: str) -> list[dict[str, str]]:
         raise DataError(f"{place}: messages is not a list of objects", hint)
     for message in value:
         if message.get("role") not in _ROLES:
-            raise DataError(
-                f"{place}: the role {message.get('role')!r} is not one of {', '.join(_ROLES)}", hint
-            )
+            raise DataError(f"{place}: the role {message.get('role')!r} is not one of {', '.join(_ROLES)}", hint)
         _text(message, "content", place)
     if not value or value[-1]["role"] != "assistant":
         raise DataError(f"{place}: the last message is not the assistant's", hint)

@@ -60,8 +60,7 @@ def open_split(task: str, split: str, folder: Path | None, hub: HubData | None =
     except DataError as error:
         raise DataError(
             f"the {split} split of {task} is not at hand: {error.message}",
-            f"Set {DATA_FOLDER_VARIABLE} to a folder with {task}/{split}.jsonl.gz, "
-            "or run where the hub is reachable.",
+            f"Set {DATA_FOLDER_VARIABLE} to a folder with {task}/{split}.jsonl.gz, or run where the hub is reachable.",
         ) from None
     return hub_table(str(hub), split, dataset)
 
@@ -70,9 +69,7 @@ def _split_file(root: Path, task: str, split: str) -> Path:
     return root / task / f"{split}.jsonl.gz"
 
 
-def convert(
-    table: Table, columns: tuple[str, ...], function: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Table:
+def convert(table: Table, columns: tuple[str, ...], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Table:
     """``table`` with ``function`` applied to each row; a row without a needed column is a DataError."""
 
     def rows() -> Iterator[Row]:
@@ -90,17 +87,13 @@ def convert(
 def hub_splits(name: str, config: str | None) -> dict[str, Table]:
     """Every split of a data set on the hub, by its own name. Raises DataError or UnsafeCodeError."""
     source = str(HubData(name, config))
-    return {
-        split: hub_table(source, split, data) for split, data in _load_from_hub(name, config, None).items()
-    }
+    return {split: hub_table(source, split, data) for split, data in _load_from_hub(name, config, None).items()}
 
 
 def hub_table(source: str, split: str, dataset: Dataset) -> Table:
     """A ``datasets.Dataset`` as a table, with the names of its class labels."""
     names = {
-        column: tuple(feature.names)
-        for column, feature in dataset.features.items()
-        if getattr(feature, "names", None)
+        column: tuple(feature.names) for column, feature in dataset.features.items() if getattr(feature, "names", None)
     }
     return Table(
         name=f"{source} ({split})",
@@ -126,6 +119,4 @@ def _load_from_hub(name: str, config: str | None, split: str | None) -> Any:
     except (OSError, ValueError) as error:
         # ConnectionError and DatasetNotFoundError are OSErrors; an unknown config or split is a ValueError.
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"cannot load {source} from the hub: {reason}", "Check the name and the network."
-        ) from None
+        raise DataError(f"cannot load {source} from the hub: {reason}", "Check the name and the network.") from None

@@ -32,9 +32,7 @@ def _boolq_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"text": row["question"], "text_pair": row["passage"], "label": row["label"]}
 
 
-def _load(
-    name: str, convert_row: Callable[[dict[str, Any]], dict[str, Any]], split: str, folder: Path | None
-) -> Table:
+def _load(name: str, convert_row: Callable[[dict[str, Any]], dict[str, Any]], split: str, folder: Path | None) -> Table:
     return convert(open_split(name, split, folder, HubData("aps/super_glue", name)), _COLUMNS, convert_row)
 
 
