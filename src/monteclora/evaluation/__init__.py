@@ -1,0 +1,1 @@
+"""What a trained adapter knows, and what it does not: predictions, metrics, calibration."""

@@ -1,0 +1,1 @@
+"""One run: recipe to adapter."""
