@@ -37,9 +37,7 @@ def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Te
     return mu + scale * norm * noise
 
 
-def log_determinant_constants(
-    nu: float, rank: int, *, covariance: wishart.Covariance, normalised: bool
-) -> list[float]:
+def log_determinant_constants(nu: float, rank: int, *, covariance: wishart.Covariance, normalised: bool) -> list[float]:
     """``E[log|Sigma|] - 2 sum(rho)`` spread over the r rows: r Python floats (METHOD.md section 3)."""
     shift = math.log(nu) if normalised else 0.0
     return [value - shift for value in wishart.bartlett_log_diagonal_mean(nu, rank, covariance)]
@@ -66,7 +64,7 @@ def kl_divergence_terms(rho: Tensor, row_squared_norm: Tensor, row_log_determina
 
 
 def moments(rho: Tensor, eta: Tensor, scale: float | Tensor, nu: float, *, normalised: bool = True) -> Tensor:
-    """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r): the same for every column (METHOD.md section 3)."""
+    """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r), one for all columns: METHOD.md section 3."""
     c = 1.0 if normalised else nu
     squared_norm = dirichlet.moments(eta).squared_norm
     return torch.as_tensor(scale) ** 2 * squared_norm.unsqueeze(-1) * c * (2.0 * rho).exp()

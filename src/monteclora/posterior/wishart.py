@@ -113,7 +113,7 @@ def kl_divergence(rho: Tensor, nu: float | Tensor) -> Tensor:
 
 
 def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> list[float]:
-    """``E[log T_ii^2]`` for i = 1..r: ``log 2 + digamma((nu - i + 1)/2)`` (full) or ``log 2 + digamma(nu/2)`` (diagonal).
+    """``E[log T_ii^2]`` for i = 1..r: ``log 2 + digamma((nu - i + 1)/2)``, or ``log 2 + digamma(nu/2)`` if diagonal.
 
     METHOD.md section 3. Returns r Python floats (computed in float64).
     """
