@@ -7,6 +7,7 @@ there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -60,7 +61,7 @@ class PosteriorSettings:
 
 
 class Regulariser(NamedTuple):
-    """The parts of the regulariser, each a scalar tensor averaged over layers (METHOD.md section 4), and their weights."""
+    """The parts of the regulariser, each a scalar averaged over layers (METHOD.md section 4), and their weights."""
 
     kl_pi: Tensor
     kl_sigma: Tensor
@@ -134,7 +135,7 @@ class Draw:
 
 
 class _Raw(NamedTuple):
-    """One draw before it is cut into layers: ``xi`` (C,), ``row_scale`` (R,), d log||pi||/d eta (L, N), and the rest."""
+    """One draw before it is cut into layers: ``xi`` (C,), ``row_scale`` (R,), d log||pi||/d eta (L, N), and more."""
 
     xi: Tensor
     row_scale: Tensor
@@ -153,9 +154,7 @@ class _RowScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rho: Tensor, eta: Tensor, row_scale: Tensor, log_norm_grad: Tensor, ranks: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, rho: Tensor, eta: Tensor, row_scale: Tensor, log_norm_grad: Tensor, ranks: Tensor) -> Tensor:
         ctx.derivatives = row_scale, log_norm_grad, ranks
         return row_scale.clone()
 
@@ -210,15 +209,18 @@ class AdapterPosterior(nn.Module):
         self.current: Draw | None = None
         self.predictive: Draw | None = None
         rows = sum(layer.rank for layer in self.layers)
-        prior = torch.full((len(self.layers), settings.num_samples), settings.alpha_prior, device=device)
-        self.rho = nn.Parameter(torch.zeros(rows, device=device))
-        self.eta = nn.Parameter(prior.log())
-        self.register_buffer("scale", torch.tensor(list(scale), dtype=torch.float32, device=device))
-        self._set_constants(device)
+        # float32 by name: the default dtype may be a lower one while a model is being built
+        factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        shape = (len(self.layers), settings.num_samples)
+        self.rho = nn.Parameter(torch.zeros(rows, **factory))
+        self.eta = nn.Parameter(torch.full(shape, math.log(settings.alpha_prior), **factory))
+        self.register_buffer("scale", torch.tensor(list(scale), **factory))
+        self._set_constants()
 
-    def _set_constants(self, device: torch.device | str | None) -> None:
+    def _set_constants(self) -> None:
         """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, and its layer's number."""
         s = self.settings
+        factory: dict[str, Any] = {"dtype": self.rho.dtype, "device": self.rho.device}
         nu: list[float] = []
         log_determinant: list[float] = []
         for layer in self.layers:
@@ -232,14 +234,15 @@ class AdapterPosterior(nn.Module):
             log_determinant += mixture.log_determinant_constants(
                 dof, layer.rank, covariance=s.covariance, normalised=s.normalised
             )
-        ranks = torch.tensor([layer.rank for layer in self.layers], device=device)
-        dof_rows = torch.tensor(nu, device=device)
+        dof_rows = torch.tensor(nu, **factory)
         self.register_buffer("_nu", dof_rows, persistent=False)
         self.register_buffer("_c", torch.ones_like(dof_rows) if s.normalised else dof_rows, persistent=False)
-        self.register_buffer("_log_determinant", torch.tensor(log_determinant, device=device), persistent=False)
-        number = torch.arange(len(self.layers), device=device).repeat_interleave(ranks)
-        self.register_buffer("_ranks", ranks, persistent=False)
-        self.register_buffer("_layer_of_row", number, persistent=False)
+        self.register_buffer("_log_determinant", torch.tensor(log_determinant, **factory), persistent=False)
+        ranks = [layer.rank for layer in self.layers]
+        number = [i for i, rank in enumerate(ranks) for _ in range(rank)]
+        for name, values in (("_ranks", ranks), ("_layer_of_row", number)):
+            integers = torch.tensor(values, dtype=torch.long, device=self.rho.device)
+            self.register_buffer(name, integers, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterPosterior:
         """Follow the model to another device, and to float64, but never below float32."""
@@ -251,6 +254,8 @@ class AdapterPosterior(nn.Module):
 
         self.current = self.predictive = None
         super()._apply(keep_precision, recurse)
+        # no state dict holds the constants: made again, they are right after to_empty and exact after double
+        self._set_constants()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -318,7 +323,7 @@ class AdapterPosterior(nn.Module):
         parts = zip(blocks, rows, *signs, strict=True) if signs else zip(blocks, rows, strict=True)
         return Draw(
             index=index,
-            token=torch.tensor(index),
+            token=torch.tensor(index, device="cpu"),
             layers=tuple(LayerDraw(*part) for part in parts),
             groups=len(raws) if lead else 0,
             squared_norm=raws[0].squared_norm,
