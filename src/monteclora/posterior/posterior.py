@@ -382,7 +382,9 @@ class AdapterPosterior(nn.Module):
             dof = self.settings.degrees_of_freedom or float(layer.rank)
             factor = wishart.raw_bartlett(dof, layer.rank, 1, self.rho, generator)[0]
             matrix = block.view(layer.rank, layer.in_features)
-            matrix.copy_(factor @ matrix)
+            # autocast would round the noise to the precision of the model's matmuls
+            with torch.autocast(xi.device.type, enabled=False):
+                matrix.copy_(factor @ matrix)
             squared.append(factor.square().sum(-1))
             diagonal.append(factor.diagonal().square())
         return torch.cat(squared), torch.cat(diagonal)
