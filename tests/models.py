@@ -16,7 +16,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
