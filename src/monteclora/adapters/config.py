@@ -100,9 +100,9 @@ class MonteCLoRAConfig(LoraConfig):
         _one_of("regulariser", self.regulariser, Estimator)
         _one_of("noise", self.noise, Noise)
         if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ConfigError(f"num_samples is {self.num_samples!r}, expected a whole number of at least 1")
+            raise _wrong("num_samples", self.num_samples, "a whole number of at least 1")
         if isinstance(self.noise_seed, bool) or not isinstance(self.noise_seed, int):
-            raise ConfigError(f"noise_seed is {self.noise_seed!r}, expected a whole number")
+            raise _wrong("noise_seed", self.noise_seed, "a whole number")
         for name in ("kl_weight", "coop_weight"):
             _number(name, getattr(self, name), zero=True)
         _number("alpha_prior", self.alpha_prior, zero=False)
@@ -130,7 +130,7 @@ class MonteCLoRAConfig(LoraConfig):
             value = math.nan
         if isinstance(text, bool) or not (0.0 <= value < math.inf):
             raise ConfigError(
-                f"sample_scale is {self.sample_scale!r}, expected a number of at least 0 or 'relative:' and such a number",
+                f"sample_scale is {self.sample_scale!r}, expected a number of at least 0, or 'relative:' and one",
                 "For example relative:0.3, which is 0.3 times the size of each layer's initial A.",
             )
         return relative, value
@@ -173,13 +173,19 @@ _GUARD = "wrap_with_monteclora_get_peft_model"
 _METHOD_FIELDS = tuple(f.name for f in fields(MonteCLoRAConfig) if f.name not in {g.name for g in fields(LoraConfig)})
 
 
+def _wrong(name: str, value: object, expected: str) -> ConfigError:
+    default = MonteCLoRAConfig.__dataclass_fields__[name].default
+    shown = "" if default is None else f", {default}"
+    return ConfigError(f"{name} is {value!r}, expected {expected}", f"Leave it out for the default{shown}.")
+
+
 def _one_of(name: str, value: object, choices: Any) -> None:
     allowed = get_args(choices)
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}, expected {' or '.join(allowed)}")
+        raise _wrong(name, value, " or ".join(allowed))
 
 
 def _number(name: str, value: object, *, zero: bool) -> None:
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not numeric or cast(float, value) < 0 or (value == 0 and not zero):
-        raise ConfigError(f"{name} is {value!r}, expected a finite number {'of at least' if zero else 'above'} 0")
+        raise _wrong(name, value, f"a finite number {'of at least' if zero else 'above'} 0")

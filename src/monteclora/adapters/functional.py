@@ -48,7 +48,7 @@ class _Repeatable(torch.autograd.Function):
         """
         if not torch.compiler.is_compiling() and int(token) != ctx.index:
             raise RuntimeError(
-                f"activation checkpointing recomputed a layer under noise draw {int(token)} while its forward pass used "
+                f"activation checkpointing recomputed a layer under noise draw {int(token)}, and its forward pass used "
                 f"draw {ctx.index}: run the backward pass before the next training forward, or checkpoint through the "
                 "model's gradient_checkpointing_enable()"
             )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-import os.path
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -189,7 +189,7 @@ class MonteCLoRATuner(LoraModel):
     def _modules_around(self, names: list[str]) -> list[nn.Module]:
         """The model and its submodules down to the deepest that contains every named layer, without the layers."""
         parents = [name.split(".")[:-1] for name in names]
-        shared = os.path.commonprefix(parents)
+        shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))]
         around = [self.model.get_submodule(".".join(shared[:i])) for i in range(len(shared) + 1)]
         return [self, *(m for m in around if not isinstance(m, (nn.ModuleList, nn.ModuleDict)))]
 

@@ -6,10 +6,10 @@ under draws from it, split into what the data leave open and what the weights do
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class CompletionScores:
 
 
 def _batches(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[int]]:
-    """Indices in batches of rows of like length, longest first: little padding, and memory runs out at once or never."""
+    """Indices in batches of rows of like length, longest first: little padding, and memory runs out early or never."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for first in range(0, len(order), size):
         yield order[first : first + size]
@@ -104,8 +104,9 @@ def _collect(
             if progress is not None:
                 progress(len(indices))
     width = max(point.shape[1] for _, point, _ in parts)
-    arrays = {name: np.zeros((count, width)) for name in ("probs", "point")}
-    arrays |= {name: np.zeros(count) for name in ("total", "aleatoric", "epistemic")}
+    arrays: dict[str, FloatArray] = {name: np.zeros((count, width)) for name in ("probs", "point")}
+    for name in ("total", "aleatoric", "epistemic"):
+        arrays[name] = np.zeros(count)
     for indices, point, drawn in parts:
         found = drawn or PredictiveDistribution(point.unsqueeze(0))
         arrays["point"][indices, : point.shape[1]] = point.cpu().numpy()
@@ -198,14 +199,17 @@ class _OptionPlan:
 
 
 def _option_plan(options: list[list[int]]) -> _OptionPlan:
-    start = len(os.path.commonprefix(options))
-    shortest = min(map(len, options))
-    tail = min(len(os.path.commonprefix([option[::-1] for option in options])), shortest - start)
+    start = _shared_start(options)
+    tail = min(_shared_start([option[::-1] for option in options]), min(map(len, options)) - start)
     if all(len(option) - tail - start == 1 for option in options):
         return _OptionPlan([options[0][:start]], [(0, [(start - 1, option[start])]) for option in options])
     kept = [option[: len(option) - tail] for option in options]
     targets = [(k, [(i - 1, ids[i]) for i in range(start, len(ids))]) for k, ids in enumerate(kept)]
     return _OptionPlan(kept, targets)
+
+
+def _shared_start(sequences: list[list[int]]) -> int:
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 
 def _unlabelled(ids: list[int]) -> dict[str, list[int]]:
