@@ -108,13 +108,14 @@ def _encode_classification(rows: Dataset, tokenizer: PreTrainedTokenizerBase, ma
 
 def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     import datasets
+    import jinja2
 
     encoded: list[dict[str, list[int]]] = []
     shortened = completions_cut = dropped = 0
     for number, row in enumerate(rows, start=1):
         try:
             segments = _segments(row, tokenizer)
-        except ValueError as error:
+        except jinja2.TemplateError as error:
             raise DataError(f"row {number} does not fit the chat template: {error}", "Correct its messages.") from None
         ids, learned = _tokens(segments, tokenizer)
         kept_ids, kept = _shorten(ids, learned, max_length, tokenizer.bos_token_id)
@@ -153,17 +154,12 @@ def _segments(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[S
 
 def _chat_segments(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Segment]:
     """The conversation as the chat template writes it; the assistant's turns and their end are learned."""
-    import jinja2
-
     done = ""
     for end, message in enumerate(messages, start=1):
         if message["role"] != "assistant":
             continue
-        try:
-            before = _render(messages[: end - 1], tokenizer, prompt=True)
-            after = _render(messages[:end], tokenizer, prompt=False)
-        except jinja2.TemplateError as error:
-            raise ValueError(str(error)) from None
+        before = _render(messages[: end - 1], tokenizer, prompt=True)
+        after = _render(messages[:end], tokenizer, prompt=False)
         if not (before.startswith(done) and after.startswith(before)):
             raise ConfigError(
                 "the model's chat template rewrites earlier turns, the tokens to learn cannot be told",

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+
+from monteclora.data.encoding import IGNORED, collator, describe_rows, encode, encode_completion
+from monteclora.errors import ConfigError, DataError
+from tests.data.tiny import CHATML, byte_tokenizer
+
+LLAMA_LIKE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+REWRITES = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}|{% endif %}{% endfor %}"
+USERS_FIRST = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}" + CHATML
+
+
+def causal(*rows):
+    return datasets.Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in rows])
+
+
+def learned_text(row, tokenizer):
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def encoded_text(row, tokenizer):
+    return tokenizer.decode(row["input_ids"])
+
+
+def test_only_the_assistants_turn_and_its_end_are_learned():
+    tokenizer = byte_tokenizer()
+    row = encode(causal(("Is ice cold?", " yes,\nit is")), "causal_lm", tokenizer, 200).dataset[0]
+    assert encoded_text(row, tokenizer) == (
+        "<|im_start|>user\nIs ice cold?<|im_end|>\n<|im_start|>assistant\n yes,\nit is<|im_end|>"
+    )
+    assert learned_text(row, tokenizer) == " yes,\nit is<|im_end|>"
+    assert row["labels"][-1] == tokenizer.eos_token_id
+    assert row["attention_mask"] == [1] * len(row["input_ids"])
+
+
+def test_labels_are_the_ids_where_they_are_learned():
+    row = encode(causal(("a", "b")), "causal_lm", byte_tokenizer(), 200).dataset[0]
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (token, IGNORED)
+
+
+def test_training_sees_the_prompt_as_generation_does():
+    tokenizer = byte_tokenizer()
+    row = encode(causal(("question", "answer")), "causal_lm", tokenizer, 200).dataset[0]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "question"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert set(row["labels"][: len(prompt)]) == {IGNORED}
+    assert IGNORED not in row["labels"][len(prompt) :]
+
+
+def test_without_a_template_a_line_break_parts_them():
+    tokenizer = byte_tokenizer(chat_template=None)
+    row = encode(causal(("2+2=", "4")), "causal_lm", tokenizer, 50).dataset[0]
+    assert encoded_text(row, tokenizer) == "2+2=\n4<|im_end|>"
+    assert learned_text(row, tokenizer) == "4<|im_end|>"
+
+
+def test_a_template_with_its_own_beginning_and_end():
+    tokenizer = byte_tokenizer(LLAMA_LIKE)
+    row = encode(causal(("q", "a")), "causal_lm", tokenizer, 50).dataset[0]
+    assert encoded_text(row, tokenizer) == "<|im_start|>[user] q[assistant] a<|im_end|>"
+    assert learned_text(row, tokenizer) == "a<|im_end|>"
+
+
+def conversation(*turns):
+    roles = ["user", "assistant"] * len(turns)
+    return datasets.Dataset.from_list(
+        [{"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}]
+    )
+
+
+def test_every_turn_of_the_assistant_is_learned():
+    tokenizer = byte_tokenizer()
+    row = encode(conversation("one", "eins", "two", "zwei"), "causal_lm", tokenizer, 200).dataset[0]
+    assert learned_text(row, tokenizer) == "eins<|im_end|>zwei<|im_end|>"
+    assert encoded_text(row, tokenizer).count("<|im_end|>\n") == 3
+
+
+def test_a_long_prompt_loses_its_beginning():
+    tokenizer = byte_tokenizer()
+    encoded = encode(causal(("x" * 100, "answer")), "causal_lm", tokenizer, 40)
+    row = encoded.dataset[0]
+    assert len(row["input_ids"]) == 40
+    assert learned_text(row, tokenizer) == "answer<|im_end|>"
+    assert row["input_ids"][0] == tokenizer.bos_token_id
+    assert encoded_text(row, tokenizer).endswith("xx<|im_end|>\n<|im_start|>assistant\nanswer<|im_end|>")
+    assert (encoded.shortened, encoded.completions_cut, encoded.dropped) == (1, 0, 0)
+
+
+def test_a_completion_that_is_too_long_alone_is_counted():
+    tokenizer = byte_tokenizer()
+    encoded = encode(causal(("q", "y" * 100), ("q", "ok")), "causal_lm", tokenizer, 60)
+    assert (encoded.shortened, encoded.completions_cut) == (1, 1)
+    assert learned_text(encoded.dataset[0], tokenizer) == "y" * 59, "one token stays to predict the first"
+
+
+def test_a_long_conversation_keeps_its_last_turn_whole():
+    tokenizer = byte_tokenizer()
+    encoded = encode(conversation("one" * 20, "eins", "two", "zwei"), "causal_lm", tokenizer, 60)
+    assert learned_text(encoded.dataset[0], tokenizer).endswith("zwei<|im_end|>")
+    assert len(encoded.dataset[0]["input_ids"]) == 60
+
+
+def test_rows_without_anything_to_learn():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(DataError, match="none of the 1 rows has a token left to learn within 1 tokens"):
+        encode(causal(("q", "a")), "causal_lm", tokenizer, 1)
+
+
+def test_templates_that_cannot_be_masked_are_refused():
+    with pytest.raises(ConfigError, match="rewrites earlier turns"):
+        encode(conversation("one", "eins", "two", "zwei"), "causal_lm", byte_tokenizer(REWRITES), 200)
+    with pytest.raises(ConfigError, match="no chat template"):
+        encode(conversation("one", "eins"), "causal_lm", byte_tokenizer(None), 200)
+    rows = datasets.Dataset.from_list([{"messages": [{"role": "assistant", "content": "a"}]}])
+    with pytest.raises(DataError, match="row 1 does not fit the chat template: the user speaks first"):
+        encode(rows, "causal_lm", byte_tokenizer(USERS_FIRST), 200)
+
+
+def test_more_than_the_model_reads_is_refused():
+    with pytest.raises(ConfigError, match="max_length is 600, the model reads at most 512 tokens"):
+        encode(causal(("q", "a")), "causal_lm", byte_tokenizer(), 600)
+
+
+def test_one_completion_is_encoded_as_the_training_rows_are():
+    tokenizer = byte_tokenizer()
+    row = encode(causal(("q" * 50, "a")), "causal_lm", tokenizer, 30).dataset[0]
+    assert encode_completion("q" * 50, "a", tokenizer, 30) == row
+
+
+def test_batches_are_padded_to_their_longest_row():
+    tokenizer = byte_tokenizer()
+    encoded = encode(causal(("q", "short"), ("q", "a longer answer")), "causal_lm", tokenizer, 200)
+    batch = collator("causal_lm", tokenizer)(list(encoded.dataset))
+    short = len(encoded.dataset[0]["input_ids"])
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, len(encoded.dataset[1]["input_ids"]))
+    assert (batch["labels"][0, short:] == IGNORED).all()
+    assert (batch["attention_mask"][0, short:] == 0).all()
+    # Padding with the end token must neither hide the real one nor be learned.
+    assert batch["labels"][0, short - 1] == tokenizer.eos_token_id
+    assert batch["attention_mask"][0, short - 1] == 1
+
+
+def test_classification_pairs_labels_and_truncation():
+    tokenizer = byte_tokenizer()
+    rows = datasets.Dataset.from_list(
+        [
+            {"text": "ab", "text_pair": "cd", "label": 1},
+            {"text": "e" * 30, "text_pair": "f" * 10, "label": 0},
+            {"text": "g" * 10, "text_pair": "h" * 10, "label": 0},
+        ]
+    )
+    encoded = encode(rows, "classification", tokenizer, 20)
+    assert tokenizer.decode(encoded.dataset[1]["input_ids"]) == "e" * 10 + "f" * 10
+    assert (encoded.shortened, encoded.dataset["labels"][:]) == (1, [1, 0, 0])
+    batch = collator("classification", tokenizer)(list(encoded.dataset))
+    assert torch.equal(batch["labels"], torch.tensor([1, 0, 0]))
+    assert batch["attention_mask"].sum(1).tolist() == [4, 20, 20]
+    assert "labels" not in encode(rows.remove_columns("label"), "classification", tokenizer, 20).dataset.features
+
+
+def test_a_row_can_be_shown():
+    tokenizer = byte_tokenizer()
+    view = describe_rows(encode(causal(("Grüße?", "ja 😀")), "causal_lm", tokenizer, 100), tokenizer)[0]
+    assert str(view) == r"<|im_start|>user\nGrüße?<|im_end|>\n<|im_start|>assistant\n[[ja 😀<|im_end|>]]"
+    assert view.learned_tokens == len("ja 😀".encode()) + 1
+    rows = datasets.Dataset.from_list([{"text": "hello", "label": 1}] * 9)
+    views = describe_rows(encode(rows, "classification", tokenizer, 100), tokenizer, 3, ("no", "yes"))
+    assert [str(view) for view in views] == ["hello -> yes"] * 3
