@@ -121,7 +121,8 @@ def test_templates_that_cannot_be_masked_are_refused():
         encode(conversation("one", "eins", "two", "zwei"), "causal_lm", byte_tokenizer(REWRITES), 200)
     with pytest.raises(ConfigError, match="no chat template"):
         encode(conversation("one", "eins"), "causal_lm", byte_tokenizer(None), 200)
-    rows = datasets.Dataset.from_list([{"messages": [{"role": "assistant", "content": "a"}]}])
+    turns = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
+    rows = datasets.Dataset.from_list([{"messages": turns}])
     with pytest.raises(DataError, match="row 1 does not fit the chat template: the user speaks first"):
         encode(rows, "causal_lm", byte_tokenizer(USERS_FIRST), 200)
 

@@ -78,6 +78,7 @@ def test_a_test_file_alone_needs_label_names(tmp_path):
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], "have the label x"),
         ([{"prompt": "a", "completion": ""}], "line 1 has no text in the column 'completion'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "line 1: the last message is not the assistant's"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "line 1: the first message is the assistant's"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], "line 1: the role 'bot'"),
         ([{"messages": "hello"}], "line 1: messages is not a list"),
     ],

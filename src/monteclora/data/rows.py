@@ -121,4 +121,6 @@ def _messages(value: Any, place: str) -> list[dict[str, str]]:
         _text(message, "content", place)
     if not value or value[-1]["role"] != "assistant":
         raise DataError(f"{place}: the last message is not the assistant's", hint)
+    if value[0]["role"] == "assistant":
+        raise DataError(f"{place}: the first message is the assistant's, it answers nothing", hint)
     return [{"role": message["role"], "content": message["content"]} for message in value]
