@@ -135,6 +135,24 @@ class MonteCLoRAConfig(LoraConfig):
             )
         return relative, value
 
+    @property
+    def _custom_modules(self) -> dict[type, type] | None:
+        """What peft reads before it makes a layer of any type.
+
+        Its bitsandbytes layers do not look for unknown variants, so the refusal that the guard above brings about would
+        not reach a model that has only those.
+        """
+        if self.wrap_with_monteclora_get_peft_model:
+            raise ConfigError(
+                "peft was given a MonteCLoRAConfig, of which it can only make a plain LoRA",
+                "Wrap the model with monteclora.get_peft_model, and give trainers the wrapped model.",
+            )
+        return self._modules
+
+    @_custom_modules.setter
+    def _custom_modules(self, modules: dict[type, type] | None) -> None:
+        self._modules = modules
+
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Let peft inject LoRA layers for this configuration: the caller adds the posterior."""
