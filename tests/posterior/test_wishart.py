@@ -55,7 +55,7 @@ def test_two_percent_in_the_chi_square_are_noticed(nu, seed, factor):
 
 
 def check_bartlett_closed_forms(statistic: str, seed: int, factor: float = 1.0) -> None:
-    """Classical laws: the trace is chi-square, and at r = nu = 2 so is 2 sqrt|Sigma|, and an off-diagonal is Laplace."""
+    """Classical laws: the trace is chi-square, and at r = nu = 2 so is 2 sqrt|Sigma|; Sigma_21 is Laplace."""
     t = wishart.raw_bartlett(2, 2, COUNT, torch.empty((), dtype=torch.float64), generator(seed))
     assert torch.equal(t, t.tril())
     t *= math.sqrt(factor)
