@@ -202,9 +202,7 @@ def drawn_lora(
     return each.view(result.shape)
 
 
-def grouped_lora(
-    x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: LayerDraw, scaling: float
-) -> Tensor:
+def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: LayerDraw, scaling: float) -> Tensor:
     """LoRA under S posterior draws at once, for prediction.
 
     Args:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.functional import drawn_lora, grouped_lora
 from monteclora.adapters.scope import DrawScope
+from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape
 
-__all__ = ["DrawnLayer", "MonteCLoRATuner", "target_names_unmatched"]
+__all__ = ["DrawnLayer", "MonteCLoRATuner", "check_target_names"]
 
 
 def _supported_types() -> tuple[type[nn.Module], ...]:
@@ -42,6 +43,12 @@ def _supported_types() -> tuple[type[nn.Module], ...]:
     return tuple(types)
 
 
+def _delta(module: LoraLayer, adapter_name: str, weight: Tensor) -> Tensor:
+    """What the mean adds to a base weight; to a quantised one in full precision, as peft does: it is rounded later."""
+    delta: Tensor = module.get_delta_weight(adapter_name)
+    return delta.to(weight.dtype) if isinstance(module, Linear) else delta
+
+
 class DrawnLayer(LoraVariant):
     """What one layer knows about its posterior: which one, and its place in it."""
 
@@ -56,7 +63,7 @@ class DrawnLayer(LoraVariant):
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with the mean merged in, as a new tensor."""
-        return cast(Tensor, orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype))
+        return orig_weight + _delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -66,11 +73,9 @@ class DrawnLayer(LoraVariant):
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The merged weight with the mean taken out again."""
-        return cast(Tensor, orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype))
+        return orig_weight - _delta(module, active_adapter, orig_weight)
 
-    def forward(
-        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Add the adapter to the frozen layer's output: drawn where there is a draw, else plain LoRA.
 
         Args:
@@ -94,22 +99,33 @@ class DrawnLayer(LoraVariant):
         elif torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
             with torch.autocast(device.type, enabled=False):
-                output = drawn_lora(
-                    x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling, dtype=dtype
-                )
+                output = drawn_lora(x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling, dtype=dtype)
         else:
             output = drawn_lora(x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling)
         return output if lora_b.bias is None else output + lora_b.bias * scaling
 
 
-def target_names_unmatched(config: MonteCLoRAConfig, model: nn.Module) -> list[tuple[str, str]]:
-    """Names in ``config.target_modules`` that no module of ``model`` bears, each with the nearest name that exists."""
+def check_target_names(config: MonteCLoRAConfig, model: nn.Module) -> None:
+    """Check that a module of ``model`` bears each name in ``config.target_modules``.
+
+    peft is content when one of them is found.
+
+    Raises:
+        ConfigError: names that no module bears, each with the nearest that exist.
+    """
     if config.target_modules is None or isinstance(config.target_modules, str):
-        return []
-    names = [name for name, _ in model.named_modules() if name]
+        return
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     leaves = sorted({name.rpartition(".")[2] for name in names})
     missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
-    return [(name, ", ".join(difflib.get_close_matches(name, leaves, 3, 0.4))) for name in sorted(missing)]
+    if missing:
+        near = {name: ", ".join(difflib.get_close_matches(name, leaves, 3, 0.4)) for name in sorted(missing)}
+        listed = "; ".join(f"'{name}'" + (f" (nearest: {found})" if found else "") for name, found in near.items())
+        raise ConfigError(
+            f"target_modules names no module of {type(model).__name__}: {listed}",
+            "Name layers as they appear in model.named_modules(), or use 'all-linear'.",
+        )
 
 
 class MonteCLoRATuner(LoraModel):
@@ -207,9 +223,10 @@ class MonteCLoRATuner(LoraModel):
         if not isinstance(config, MonteCLoRAConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        with config.handled():
+        check_target_names(config, model)
+        with unchanged_on_error(model, adapter_name), config.handled():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.attach(adapter_name)
+            self.attach(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; the posteriors become trainable and frozen with their adapters."""

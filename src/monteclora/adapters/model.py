@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from monteclora.adapters import storage
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.adapters.layers import MonteCLoRATuner, target_names_unmatched
+from monteclora.adapters.layers import MonteCLoRATuner, check_target_names
 from monteclora.adapters.scope import PosteriorSampler
+from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Regulariser
 
@@ -151,14 +152,8 @@ def get_peft_model(
         )
     if kwargs.get("mixed"):
         raise ConfigError("mixed=True is not supported with MonteCLoRA", "Leave it out.")
-    missing = target_names_unmatched(peft_config, model)
-    if missing:
-        names = "; ".join(f"'{name}'" + (f" (nearest: {near})" if near else "") for name, near in missing)
-        raise ConfigError(
-            f"target_modules names no module of {type(model).__name__}: {names}",
-            "Name layers as they appear in model.named_modules(), or use 'all-linear'.",
-        )
-    with peft_config.handled():
+    check_target_names(peft_config, model)
+    with unchanged_on_error(model, adapter_name), peft_config.handled():
         try:
             wrapped = peft.get_peft_model(model, peft_config, adapter_name, **kwargs)
         except ValueError as error:
@@ -166,11 +161,7 @@ def get_peft_model(
                 raise
             raise ConfigError(f"peft refused the adapter: {error}", "Correct the configuration.") from error
         monteclora_model = _as_monteclora(wrapped)
-        try:
-            monteclora_model.base_model.attach(adapter_name)
-        except ConfigError:
-            monteclora_model.base_model.unload()
-            raise
+        monteclora_model.base_model.attach(adapter_name)
     return monteclora_model
 
 
