@@ -67,4 +67,4 @@ def moments(rho: Tensor, eta: Tensor, scale: float | Tensor, nu: float, *, norma
     """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r), one for all columns: METHOD.md section 3."""
     c = 1.0 if normalised else nu
     squared_norm = dirichlet.moments(eta).squared_norm
-    return torch.as_tensor(scale) ** 2 * squared_norm.unsqueeze(-1) * c * (2.0 * rho).exp()
+    return scale**2 * squared_norm.unsqueeze(-1) * c * (2.0 * rho).exp()
