@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import json
+
 import datasets
 import pytest
 
@@ -98,9 +101,6 @@ def test_from_the_hub_the_questions_become_instructions(monkeypatch, tmp_path):
 
 
 def test_the_mixture_is_its_parts_in_a_fixed_order(monkeypatch, tmp_path):
-    import gzip
-    import json
-
     for name in ("boolq", "arc_easy", "arc_challenge", "winogrande"):
         (tmp_path / f"{name}_instruct").mkdir()
         rows = (
@@ -119,3 +119,13 @@ def test_the_mixture_is_its_parts_in_a_fixed_order(monkeypatch, tmp_path):
     assert len(first) == 20
     assert first.to_list() == second.to_list()
     assert [row["prompt"].split()[0] for row in first][:5] != ["boolq"] * 5
+
+
+@pytest.mark.parametrize("wrong", [{"answer": "maybe"}, {"instruction": None}])
+def test_a_broken_row_is_named(tmp_path, wrong):
+    (tmp_path / "boolq_instruct").mkdir()
+    good = {"instruction": "Is it?\n\nAnswer format: true/false", "input": "", "output": "true", "answer": "true"}
+    text = json.dumps(good) + "\n" + json.dumps(good | wrong) + "\n"
+    (tmp_path / "boolq_instruct" / "test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(DataError, match=r"test\.jsonl\.gz, line 2: "):
+        load(DataSpec(task="boolq_instruct", folder=str(tmp_path)), splits=["test"])

@@ -53,7 +53,7 @@ def _standard_row(row: dict[str, Any]) -> dict[str, Any]:
     prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
     options = options_of(prompt)
     if row["answer"] not in options:
-        raise DataError(f"the answer {row['answer']!r} is not among the options {'/'.join(options)}")
+        raise ValueError(f"the answer {row['answer']!r} is not among the options {'/'.join(options)}")
     return {"prompt": prompt, "completion": row["output"], "options": list(options), "answer": row["answer"]}
 
 

@@ -70,7 +70,7 @@ def _split_file(root: Path, task: str, split: str) -> Path:
 
 
 def convert(table: Table, columns: tuple[str, ...], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Table:
-    """``table`` with ``function`` applied to each row; a row without a needed column is a DataError."""
+    """``table`` with ``function`` applied to each row; DataError for a row that lacks a column or that it refuses."""
 
     def rows() -> Iterator[Row]:
         for number, row in table.rows():
@@ -80,6 +80,8 @@ def convert(table: Table, columns: tuple[str, ...], function: Callable[[dict[str
                 raise DataError(
                     f"{table.place(number)} has no column {error}", "Is this the file of another task?"
                 ) from None
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{table.place(number)}: {error}", "Correct the row or remove it.") from None
 
     return replace(table, columns=columns, rows=rows, class_names={})
 
