@@ -1,0 +1,157 @@
+"""LoRA (Hu et al. 2022): a trained low-rank update of frozen linear layers; the baseline of every comparison."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from monteclora.errors import ConfigError
+from monteclora.methods.base import Method, MethodOptions, TaskKind
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = ["METHOD", "LoRAFields", "check_names", "lora_arguments", "seed_everything", "wrap"]
+
+
+@dataclass(frozen=True)
+class LoRAFields(MethodOptions):
+    """The options that LoRA shares with the methods built on it.
+
+    Args:
+        r: the rank of the update.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: the share of the adapter's inputs set to zero in training.
+        target_modules: the layers that get an adapter: names such as ``q_proj``, or ``all-linear`` for every linear
+            layer but the head; null is peft's choice for the architecture (query and value projections), or
+            ``all-linear`` where it has none.
+        exclude_modules: layers that get none, even though ``target_modules`` names them.
+        rank_pattern: other ranks for some layers, by name or regular expression.
+        alpha_pattern: other values of ``lora_alpha`` for some layers.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (Kalajdzievski 2023).
+        modules_to_save: layers that are trained and saved whole; a classification head always is.
+    """
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] | Literal["all-linear"] | None = None
+    exclude_modules: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    use_rslora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values: pairs of field and message, see :mod:`monteclora.config`."""
+        found = [
+            (name, f"is {value}, expected at least 1")
+            for name, value in (("r", self.r), ("lora_alpha", self.lora_alpha))
+            if value < 1
+        ]
+        if not 0 <= self.lora_dropout < 1:
+            found.append(("lora_dropout", f"is {self.lora_dropout}, expected at least 0 and below 1"))
+        if self.target_modules == []:
+            found.append(("target_modules", "is empty: name a layer, or leave it out"))
+        for name in ("rank_pattern", "alpha_pattern"):
+            found += [
+                (name, f"gives {key} the value {value}, expected at least 1")
+                for key, value in getattr(self, name).items()
+                if value < 1
+            ]
+        return found
+
+
+@dataclass(frozen=True)
+class LoRAOptions(LoRAFields):
+    """The options of LoRA."""
+
+    name: Literal["lora"] = "lora"
+
+
+def lora_arguments(options: LoRAFields, model: PreTrainedModel, task_kind: TaskKind) -> dict[str, Any]:
+    """The arguments of ``peft.LoraConfig`` that the options stand for."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    targets = options.target_modules
+    if targets is None and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        targets = "all-linear"
+    return {
+        "task_type": "SEQ_CLS" if task_kind == "classification" else "CAUSAL_LM",
+        "r": options.r,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "target_modules": targets,
+        "exclude_modules": list(options.exclude_modules) or None,
+        "rank_pattern": dict(options.rank_pattern),
+        "alpha_pattern": dict(options.alpha_pattern),
+        "use_rslora": options.use_rslora,
+        "modules_to_save": list(options.modules_to_save) or None,
+    }
+
+
+def check_names(options: LoRAFields, model: PreTrainedModel) -> None:
+    """Check that every layer an option names exists; peft passes over those that do not in silence.
+
+    Raises:
+        ConfigError: no layer bears the name; the message has the nearest one that exists.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    listed = {} if isinstance(options.target_modules, str) else {"target_modules": options.target_modules or []}
+    listed |= {"exclude_modules": options.exclude_modules, "modules_to_save": options.modules_to_save}
+    for option, names in listed.items():
+        _require(option, [name for name in names if not _any_ends(modules, name)], modules)
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(options, option)
+        unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in modules)]
+        _require(option, unmatched, modules)
+
+
+def _any_ends(modules: Iterable[str], name: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for module in modules)
+
+
+def _require(option: str, missing: list[str], modules: list[str]) -> None:
+    if missing:
+        leaves = sorted({name.rpartition(".")[2] for name in modules})
+        near = difflib.get_close_matches(missing[0], leaves, 3, 0.4)
+        raise ConfigError(
+            f"method.{option} names {missing[0]!r}, and the model has no such layer",
+            f"Nearest: {', '.join(near)}." if near else "Name layers as model.named_modules() does.",
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def wrap(model: PreTrainedModel, options: LoRAOptions, task_kind: TaskKind, seed: int) -> PeftModel:
+    """See :class:`~monteclora.methods.base.Method`.
+
+    Raises:
+        ConfigError: an option names a layer that does not exist or that LoRA cannot adapt.
+    """
+    import peft
+
+    check_names(options, model)
+    config: LoraConfig = peft.LoraConfig(**lora_arguments(options, model, task_kind))
+    seed_everything(seed)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"peft refused the adapter: {error}", "Correct the method section.") from error
+
+
+METHOD = Method(
+    name="lora",
+    description="low-rank adaptation: a trained update B A of frozen weights",
+    options=LoRAOptions,
+    wrap=wrap,
+)

@@ -1,0 +1,26 @@
+"""Every method by name. A new method is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+from monteclora.config import nearest
+from monteclora.errors import ConfigError
+from monteclora.methods import lora, monteclora
+from monteclora.methods.base import Method
+
+__all__ = ["get_method", "list_methods"]
+
+_METHODS = {method.name: method for method in (lora.METHOD, monteclora.METHOD)}
+
+
+def list_methods() -> tuple[Method, ...]:
+    """Every method in alphabetical order."""
+    return tuple(_METHODS[name] for name in sorted(_METHODS))
+
+
+def get_method(name: str) -> Method:
+    """The method of that name. Raises ConfigError that names the nearest one."""
+    if name not in _METHODS:
+        near = nearest(name, _METHODS)
+        hint = f"Did you mean {near}?" if near else f"Choose one of {', '.join(sorted(_METHODS))}."
+        raise ConfigError(f"there is no method {name!r}", hint)
+    return _METHODS[name]
