@@ -1,0 +1,67 @@
+"""``metrics.jsonl``: a line for everything a run measures, in the order it happens."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from monteclora.adapters.storage import write_bytes
+from monteclora.errors import CheckpointError
+
+__all__ = ["MetricsLog"]
+
+
+class MetricsLog:
+    """Events: mappings with an ``event`` (``train``, ``eval``, ``phase``, ``finished``), a ``phase`` and a ``step``.
+
+    Steps are counted over all phases. A ``train`` line holds means since the line before: ``loss``, the task's
+    negative log-likelihood in nats, and with a posterior ``objective`` (loss and regulariser), ``kl`` (nats) and
+    ``pi_squared_norm``; besides ``learning_rate``, ``grad_norm``, ``tokens`` seen so far and ``tokens_per_second``. An
+    ``eval`` line holds validation metrics. A ``phase`` line closes a phase, the ``finished`` line the run.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Write a line; it is on disk when this returns, and readable whatever happens next."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every event; a last line that a killed process left unfinished is passed over.
+
+        Raises:
+            CheckpointError: another line is damaged.
+        """
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        events = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                if line is lines[-1] and not line.endswith("\n"):
+                    break
+                raise CheckpointError(
+                    f"{self.path}, line {number} is not JSON", "Remove the line, or take the file from a backup."
+                ) from None
+        return events
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after ``step``, and what ended there: the run goes on from it."""
+
+        def is_past(event: dict[str, Any]) -> bool:
+            ends = event["event"] in ("phase", "finished")
+            return bool(event["step"] < step or (event["step"] == step and not ends))
+
+        kept = [event for event in self.read() if is_past(event)]
+        write_bytes(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())
