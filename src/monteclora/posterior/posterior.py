@@ -8,7 +8,8 @@ there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -376,17 +377,21 @@ class AdapterPosterior(nn.Module):
 
     def _correlate(self, xi: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Full covariance: put ``T Xi`` in the place of ``Xi``; gives ``||T_i||^2`` and ``T_ii^2``, each (R,)."""
+        factors: dict[int, Iterator[tuple[Tensor, Tensor, Tensor]]] = {}
+        for rank, count in Counter(layer.rank for layer in self.layers).items():
+            dof = self.settings.degrees_of_freedom or float(rank)
+            t = wishart.raw_bartlett(dof, rank, count, self.rho, generator)
+            factors[rank] = zip(t, t.square().sum(-1), t.diagonal(dim1=-2, dim2=-1).square(), strict=True)
         squared, diagonal = [], []
         blocks = xi.split([layer.rank * layer.in_features for layer in self.layers])
-        for layer, block in zip(self.layers, blocks, strict=True):
-            dof = self.settings.degrees_of_freedom or float(layer.rank)
-            factor = wishart.raw_bartlett(dof, layer.rank, 1, self.rho, generator)[0]
-            matrix = block.view(layer.rank, layer.in_features)
-            # autocast would round the noise to the precision of the model's matmuls
-            with torch.autocast(xi.device.type, enabled=False):
+        # autocast would round the noise to the precision of the model's matmuls
+        with torch.autocast(xi.device.type, enabled=False):
+            for layer, block in zip(self.layers, blocks, strict=True):
+                factor, row_squared, row_diagonal = next(factors[layer.rank])
+                matrix = block.view(layer.rank, layer.in_features)
                 matrix.copy_(factor @ matrix)
-            squared.append(factor.square().sum(-1))
-            diagonal.append(factor.diagonal().square())
+                squared.append(row_squared)
+                diagonal.append(row_diagonal)
         return torch.cat(squared), torch.cat(diagonal)
 
     def _signs(self, rank: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
