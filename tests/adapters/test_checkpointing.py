@@ -126,7 +126,7 @@ def test_the_comparison_would_notice_a_wrong_draw() -> None:
 
 
 def test_plain_checkpointing_over_two_forwards_raises_instead_of_a_wrong_gradient() -> None:
-    with pytest.raises(RuntimeError, match="recomputed a layer under noise draw 4 while its forward pass used draw 3"):
+    with pytest.raises(RuntimeError, match="recomputed a layer under noise draw 4.* draw 3"):
         gradients_of(llama, "plain-once", 2)
 
 

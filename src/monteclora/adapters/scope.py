@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +96,16 @@ def _rank() -> int:
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
+@contextmanager
+def _outside_checkpoints() -> Iterator[None]:
+    """Draw with a graph, and keep what it saves, though the model be called inside a checkpoint."""
+    with (
+        torch.set_grad_enabled(not torch.is_inference_mode_enabled()),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+    ):
+        yield
+
+
 class DrawScope:
     """Hooks that make the draws of a model's forward passes.
 
@@ -105,7 +116,7 @@ class DrawScope:
     def __init__(self, source: DrawSource) -> None:
         self.source = source
         self.sampler: PosteriorSampler | None = None
-        self.depth = 0
+        self._running: int | None = None
         self._hooked: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
@@ -113,13 +124,15 @@ class DrawScope:
     def install(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
         """Hook ``modules``, outermost first; ``blocks`` are those that may be checkpointed.
 
-        Modules that are hooked already are left as they are.
+        Modules that are hooked already are left as they are. Each has a level, above those of the modules around it.
         """
         for module in modules:
             if not any(module is hooked for hooked in self._hooked):
+                level = len(self._hooked)
                 self._hooked.append(module)
-                self._handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self.leave, always_call=True))
+                enter, leave = partial(self.enter, level), partial(self.leave, level)
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(leave, always_call=True))
         self._blocks = list(blocks)
 
     def remove(self) -> None:
@@ -132,15 +145,17 @@ class DrawScope:
                 block.__dict__["_gradient_checkpointing_func"] = function.checkpoint
         self._hooked, self._handles, self._blocks = [], [], []
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, level: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Draw, if this is the outermost call and not a repetition inside a backward pass."""
-        self.depth += 1
-        if self.depth == 1:
+        # no module runs inside itself or inside its parts: a call at this level or below it was interrupted
+        if self._running is None or level <= self._running:
+            self._running = level
             self._draw(module.training, args, kwargs)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, level: int, module: nn.Module, args: Any, output: Any) -> None:
         """The call is over, by return or by exception."""
-        self.depth -= 1
+        if self._running == level:
+            self._running = None
 
     @torch.compiler.disable
     def _draw(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,8 +164,9 @@ class DrawScope:
         posteriors = self.source.drawn_posteriors()
         if training:
             self._bind_checkpoints()
-            for posterior in posteriors:
-                posterior.draw(_rank(), _batch_size(args, kwargs))
+            with _outside_checkpoints():
+                for posterior in posteriors:
+                    posterior.draw(_rank(), _batch_size(args, kwargs))
         elif self.sampler is not None and self.sampler.resample:
             for posterior in posteriors:
                 posterior.predictive = self.sampler(posterior)

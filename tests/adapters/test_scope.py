@@ -1,0 +1,350 @@
+"""One draw for each training forward, whatever is called and however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import monteclora
+from monteclora import MonteCLoRAConfig, posterior_sampling, variational_loss
+from monteclora.adapters.model import train_posterior_only
+from monteclora.errors import ConfigError
+from tests.models import (
+    Perceptron,
+    batch_for,
+    bert,
+    config_for,
+    gpt2,
+    gradients,
+    llama,
+    perceptron,
+    posterior_of,
+    relative_difference,
+    stir,
+    t5,
+    tokens,
+    wrapped,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+
+
+@pytest.mark.parametrize("build", [bert, llama, gpt2, t5])
+def test_one_draw_for_each_forward_however_deep_the_call(build: Callable[..., nn.Module]) -> None:
+    model = wrapped(build)
+    posterior = posterior_of(model)
+    for count in range(1, 4):
+        model(**batch_for(build))
+        assert posterior.draws == count
+        assert posterior.current.index == count - 1
+
+
+@pytest.mark.parametrize(
+    "part", ["base_model", "base_model.model", "base_model.model.model", "base_model.model.model.layers"]
+)
+def test_calling_an_inner_module_draws_once(part: str) -> None:
+    model = wrapped(llama)
+    posterior, inner = posterior_of(model), model.get_submodule(part)
+    if part.endswith("layers"):  # a part below the module that holds every adapted layer draws nothing of its own
+        backbone = model.base_model.model.model
+        hidden = torch.randn(2, 5, 32)
+        inner[0](hidden, position_embeddings=backbone.rotary_emb(hidden, torch.arange(5).unsqueeze(0)))
+        assert posterior.draws == 0
+        return
+    outputs = [inner(input_ids=tokens())[0] for _ in range(2)]
+    assert posterior.draws == 2
+    assert not torch.equal(*outputs)
+
+
+def test_a_model_without_the_peft_wrapper_around_it_still_draws() -> None:
+    """Libraries call ``get_base_model()``, generation calls the inner model."""
+    model = wrapped(llama)
+    base = model.get_base_model()
+    assert not torch.equal(base(input_ids=tokens()).logits, base(input_ids=tokens()).logits)
+    assert posterior_of(model).draws == 2
+
+
+def test_the_same_number_gives_the_same_draw() -> None:
+    first, second = wrapped(llama), wrapped(llama)
+    posterior_of(second).draws = 2
+    batch = batch_for(llama)
+    outputs = [first(**batch).logits for _ in range(3)]
+    torch.manual_seed(999)
+    assert torch.equal(second(**batch).logits, outputs[2])
+
+
+def test_another_seed_is_another_stream() -> None:
+    outputs = [wrapped(llama, noise_seed=seed)(**batch_for(llama)).logits for seed in (0, 0, 1)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_evaluation_disabling_and_merging_count_no_draws() -> None:
+    model = wrapped(llama)
+    posterior, batch = posterior_of(model), batch_for(llama)
+    model(**batch)
+    model.eval()
+    model(**batch)
+    model.generate(input_ids=tokens(1, 3), max_new_tokens=3, do_sample=False)
+    model.train()
+    with model.disable_adapter():
+        disabled = model(**batch).logits
+    model.base_model.disable_adapter_layers()
+    model(**batch)
+    model.base_model.enable_adapter_layers()
+    model.merge_adapter()
+    merged = model(**batch).logits
+    model.unmerge_adapter()
+    assert posterior.draws == 1
+    assert torch.equal(disabled, llama()(**batch).logits)
+    model(**batch)
+    assert posterior.draws == 2
+    model.eval()
+    torch.testing.assert_close(model(**batch).logits, merged, rtol=1e-4, atol=1e-5)
+
+
+def test_a_switched_off_posterior_is_plain_lora_and_counts_nothing() -> None:
+    """The first phase of post-hoc training."""
+    model = wrapped(llama)
+    posterior, batch = posterior_of(model), batch_for(llama)
+    posterior.enabled = False
+    training = model(**batch).logits
+    assert posterior.draws == 0
+    assert float(variational_loss(model)) == 0.0
+    model.eval()
+    assert torch.equal(model(**batch).logits, training)
+    model.train()
+    train_posterior_only(model)
+    assert not torch.equal(model(**batch).logits, training)
+    assert posterior.draws == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_mode_without_gradients(mode: Callable[[], Any]) -> None:
+    model = wrapped(llama)
+    batch = batch_for(llama)
+    with mode():
+        first, second = model(**batch).logits, model(**batch).logits
+        assert variational_loss(model).isfinite()
+    assert not torch.equal(first, second)
+    # and training goes on from there
+    (model(**batch).loss + variational_loss(model)).backward()
+    gradients(model)
+    assert posterior_of(model).draws == 3
+
+
+@pytest.mark.parametrize("regulariser", ["expected", "sampled"])
+def test_an_inference_mode_forward_before_the_regulariser(regulariser: str) -> None:
+    model = wrapped(llama, regulariser=regulariser)
+    loss = model(**batch_for(llama)).loss
+    (loss + variational_loss(model)).backward()
+    expected = gradients(model)
+    again = wrapped(llama, regulariser=regulariser)
+    with torch.inference_mode():
+        again(**batch_for(llama))
+    posterior_of(again).draws = 0
+    (again(**batch_for(llama)).loss + variational_loss(again)).backward()
+    assert relative_difference(expected, gradients(again)) == 0.0
+
+
+class Fragile(Perceptron):
+    error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.error is not None:
+            raise self.error
+        return self.second(hidden)
+
+
+def fragile() -> tuple[Any, Fragile]:
+    torch.manual_seed(0)
+    base = Fragile()
+    model = monteclora.get_peft_model(base, config_for(perceptron))
+    stir(model)
+    return model.train(), base
+
+
+def counts_on(model: nn.Module, x: Tensor) -> bool:
+    """Two more forward passes make two more draws, through any of the modules around the layers."""
+    posterior = posterior_of(model)
+    for call in (model, model.base_model, model.base_model.model):
+        before = posterior.draws
+        if torch.equal(call(x), call(x)) or posterior.draws != before + 2:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit()])
+def test_an_exception_inside_forward(error: BaseException) -> None:
+    model, base = fragile()
+    x = torch.randn(2, 12)
+    base.error = error
+    for call in (model, model.base_model, base):
+        with pytest.raises(type(error)):
+            call(x)
+        base.error = None
+        assert counts_on(model, x)
+        base.error = error
+
+
+@pytest.mark.parametrize("at", ["base_model", "base_model.model"])
+@pytest.mark.parametrize("prepend", [True, False])
+def test_an_exception_in_somebody_elses_hook(at: str, prepend: bool) -> None:
+    model, _ = fragile()
+    x = torch.randn(2, 12)
+    module = model.get_submodule(at)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("hook")
+
+    for register in (module.register_forward_pre_hook, module.register_forward_hook):
+        handle = register(fails, prepend=prepend)
+        with pytest.raises(RuntimeError, match="hook"):
+            module(x)
+        with contextlib.suppress(RuntimeError):  # peft goes past some of its own modules
+            model(x)
+        handle.remove()
+        assert counts_on(model, x)
+
+
+def test_an_exception_in_the_draw_itself() -> None:
+    model = wrapped(perceptron, noise="per_example")
+    x = torch.randn(2, 12)
+    with pytest.raises(ConfigError, match="number of examples") as caught:
+        model.base_model.model()
+    assert caught.value.hint
+    before = posterior_of(model).draws
+    assert not torch.equal(model(x), model(x))
+    assert posterior_of(model).draws == before + 2
+
+
+def test_a_layer_that_raises_in_the_backward_pass() -> None:
+    model, _ = fragile()
+    x = torch.randn(2, 12)
+    output = model(x)
+    output.register_hook(lambda grad: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        output.sum().backward()
+    assert counts_on(model, x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_whole_model_inside_a_checkpoint(reentrant: bool) -> None:
+    def step(repeated: bool) -> dict[str, Tensor]:
+        model = wrapped(perceptron)
+        x = torch.randn(3, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        output = checkpoint(model, x, use_reentrant=reentrant) if repeated else model(x)
+        output.square().sum().backward()
+        assert posterior_of(model).draws == 1
+        return gradients(model)
+
+    assert relative_difference(step(False), step(True)) < 1e-6
+
+
+def test_a_training_forward_inside_a_backward_hook_is_not_a_draw() -> None:
+    """Whatever runs in a backward pass repeats what came before it."""
+    model = wrapped(perceptron)
+    x = torch.randn(3, 12)
+    seen: list[Tensor] = []
+    output = model(x)
+    output.register_hook(lambda grad: seen.append(model(x)) or grad)
+    output.sum().backward()
+    assert posterior_of(model).draws == 1
+    assert torch.equal(seen[0], output)
+
+
+def test_sampling_blocks_nest_and_leave_nothing_behind() -> None:
+    model = wrapped(llama).eval()
+    posterior, ids = posterior_of(model), tokens()
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        return model(input_ids=ids).logits
+
+    mean = logits()
+    with posterior_sampling(model, seed=1):
+        one, two = logits(), logits()
+        with posterior_sampling(model, seed=2, first=7):
+            inner = logits()
+        three = logits()
+        with pytest.raises(ZeroDivisionError), posterior_sampling(model, seed=3):
+            raise ZeroDivisionError
+        four = logits()
+    assert torch.equal(logits(), mean)
+    assert posterior.predictive is None
+    assert posterior.draws == 0
+    with posterior_sampling(model, seed=1):
+        again = [logits() for _ in range(4)]
+    assert all(torch.equal(x, y) for x, y in zip([one, two, three, four], again, strict=True))
+    with posterior_sampling(model, seed=2, first=7):
+        assert torch.equal(logits(), inner)
+    assert len({float(x.sum()) for x in [mean, one, two, three, four, inner]}) == 6
+
+
+def test_sampling_once_for_a_whole_generation() -> None:
+    model = wrapped(llama).eval()
+    ids = tokens(2, 4)
+    with posterior_sampling(model, seed=1, resample=False), torch.no_grad():
+        first = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, first)
+        cached = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+        plain = model.generate(
+            input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=False
+        )
+    assert torch.equal(cached, plain)
+    with posterior_sampling(model, seed=1), torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, first)
+
+
+def test_training_inside_a_sampling_block_uses_training_draws() -> None:
+    model, twin = wrapped(llama), wrapped(llama)
+    with posterior_sampling(model, seed=1):
+        inside = model(**batch_for(llama)).logits
+    assert torch.equal(inside, twin(**batch_for(llama)).logits)
+
+
+def test_sampling_needs_an_adapter() -> None:
+    for use in (lambda m: posterior_sampling(m).__enter__(), variational_loss):
+        with pytest.raises(ConfigError, match="no MonteCLoRA adapter") as caught:
+            use(llama())
+        assert "get_peft_model" in caught.value.hint
+
+
+def test_a_single_adapted_layer() -> None:
+    model = monteclora.get_peft_model(
+        llama(), MonteCLoRAConfig(target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
+    )
+    stir(model)
+    for count in (1, 2):
+        (model(**batch_for(llama)).loss + variational_loss(model)).backward()
+        assert posterior_of(model).draws == count
+
+
+def test_evaluating_between_steps_changes_nothing_in_training() -> None:
+    def train(evaluate: bool) -> dict[str, Tensor]:
+        model = wrapped(llama, lora_dropout=0.1, noise="per_example", regulariser="sampled")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        torch.manual_seed(5)
+        for number in range(3):
+            if evaluate:
+                model.eval()
+                with torch.no_grad():
+                    model(**batch_for(llama, seed=50))
+                    with posterior_sampling(model, seed=number):
+                        model(**batch_for(llama, seed=51))
+                monteclora.predict(model, {"input_ids": tokens()}, num_samples=3)
+                model.train()
+            optimizer.zero_grad()
+            (model(**batch_for(llama, seed=number)).loss + variational_loss(model)).backward()
+            optimizer.step()
+        return dict(model.named_parameters())
+
+    plain, evaluated = train(False), train(True)
+    assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
