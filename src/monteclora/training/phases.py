@@ -131,6 +131,7 @@ def _arguments(recipe: Recipe, phase: Phase, run: RunFolder, data: PreparedData)
             max_grad_norm=spec.max_grad_norm or 0.0,
             activation_checkpointing=spec.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=not torch.accelerator.is_available(),
             bf16=spec.precision == "bf16",
             fp16=spec.precision == "fp16",
             eval_strategy="steps" if validates else "no",
