@@ -160,7 +160,7 @@ def stir(model: nn.Module, seed: int = 100) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or ".posteriors." in name:
+            if "lora_B" in name or "posteriors." in name:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_((0.2 * noise).to(parameter.dtype))
 

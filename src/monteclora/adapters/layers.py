@@ -131,8 +131,9 @@ def check_target_names(config: MonteCLoRAConfig, model: nn.Module) -> None:
 class MonteCLoRATuner(LoraModel):
     """A ``peft.LoraModel`` whose MonteCLoRA adapters have posteriors.
 
-    ``posteriors`` is registered here, beside the model and not inside its layers, so that no file of adapter weights
-    ever contains it; ``posterior_names`` holds the adapters' names in the same order.
+    ``posteriors`` is a module of the ``PeftModel`` around this one, to which this one only refers: peft counts whatever
+    is registered here, or in the layers, as adapter weights, and would write it into their file. ``posterior_names``
+    holds the adapters' names in the same order.
     """
 
     posteriors: nn.ModuleList
@@ -141,7 +142,7 @@ class MonteCLoRATuner(LoraModel):
 
     def setup(self) -> None:
         """Initialise what this class adds to a ``LoraModel`` that has just become one of it."""
-        self.posteriors = nn.ModuleList()
+        self.__dict__["posteriors"] = nn.ModuleList()
         self.posterior_names = []
         self.scope = DrawScope(self)
 
@@ -174,20 +175,32 @@ class MonteCLoRATuner(LoraModel):
         layers = self._layers_of(adapter_name)
         config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
         if posterior is None:
-            shapes = [LayerShape(name, layer.r[adapter_name], layer.in_features) for name, layer in layers]
             posterior = AdapterPosterior(
-                shapes,
+                self.layer_shapes(adapter_name),
                 _scales(config, adapter_name, [layer for _, layer in layers]),
                 config.posterior_settings(),
                 seed=config.noise_seed,
-                device=layers[0][1].get_base_layer().weight.device,
+                device=self.device_of(adapter_name),
             )
         for index, (_, layer) in enumerate(layers):
             layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
+        posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         self.posteriors.append(posterior)
         self.posterior_names.append(adapter_name)
-        self._set_posterior_grad()
         self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
+
+    def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
+        """The layers that an adapter has.
+
+        Raises:
+            ConfigError: one of them is of a type that cannot be drawn, named with its type.
+        """
+        return [LayerShape(n, m.r[adapter_name], m.in_features) for n, m in self._layers_of(adapter_name)]
+
+    def device_of(self, adapter_name: str) -> torch.device:
+        """Where an adapter's first layer is, and so its posterior."""
+        _, layer = self._layers_of(adapter_name)[0]
+        return cast(torch.device, layer.get_base_layer().weight.device)
 
     def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
         supported = _supported_types()
@@ -211,11 +224,6 @@ class MonteCLoRATuner(LoraModel):
 
     def _checkpointable(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
-
-    def _set_posterior_grad(self) -> None:
-        for name, posterior in zip(self.posterior_names, self.posteriors, strict=True):
-            trainable = name in self.active_adapters and not self.peft_config[name].inference_mode
-            posterior.requires_grad_(trainable)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; then a MonteCLoRA adapter gets its posterior."""
@@ -244,12 +252,16 @@ class MonteCLoRATuner(LoraModel):
                 posterior.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in peft, posterior included."""
+        """As in peft, posterior included; that of the adapter which takes over becomes trainable with it."""
+        replaced = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if adapter_name in self.posterior_names:
             index = self.posterior_names.index(adapter_name)
             del self.posteriors[index]
             del self.posterior_names[index]
+        if replaced:
+            for posterior in self.active_posteriors():
+                posterior.requires_grad_(True)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.scope.remove()

@@ -18,7 +18,7 @@ from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.layers import MonteCLoRATuner, check_target_names
 from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.snapshot import unchanged_on_error
-from monteclora.errors import ConfigError
+from monteclora.errors import ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior, Regulariser
 
 __all__ = [
@@ -38,48 +38,67 @@ class MonteCLoRAModel(PeftModel):
 
     base_model: MonteCLoRATuner
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """As in peft, with ``posterior.safetensors`` beside each adapter; files appear whole or not at all.
 
         ``adapter_model.safetensors`` and ``adapter_config.json`` are a plain LoRA's.
         """
-        names = kwargs.get("selected_adapters") or list(self.peft_config)
-        main = kwargs.get("is_main_process", True)
-        with storage.staged(Path(save_directory), write=main) as folder:
-            super().save_pretrained(str(folder), *args, **kwargs)
-            for name in names:
+        with storage.staged(Path(save_directory), write=is_main_process) as folder:
+            super().save_pretrained(
+                str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
+            )
+            for name in (selected_adapters or list(self.peft_config)) if is_main_process else []:
                 posterior = self.base_model.posterior(name)
-                if posterior is not None and main:
+                if posterior is not None:
                     target = folder if name == "default" else folder / name
                     storage.save_posterior(posterior, self.peft_config[name], target / storage.POSTERIOR_FILE)
 
-    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in peft; an adapter with a posterior beside it gets that posterior, here or into the existing adapter.
 
         Raises:
             CheckpointError: a damaged posterior, or one that does not fit the adapter.
         """
-        is_trainable = args[0] if args else kwargs.get("is_trainable", False)
         path = storage.find_posterior(model_id, **kwargs)
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        if path is not None:
-            stored = storage.load_posterior(path)
-            existing = self.base_model.posterior(adapter_name)
-            if existing is not None:
-                stored.copy_into(existing)
-            else:
-                config = stored.config(self.peft_config[adapter_name])
-                self.peft_config[adapter_name] = config
-                self.base_model.attach(adapter_name, stored.build(self._device_of(adapter_name)))
-            restored = self.base_model.posterior(adapter_name)
-            if restored is not None:
-                restored.requires_grad_(is_trainable)
+        stored = None if path is None else storage.load_posterior(path)
+        existing = self.base_model.posterior(adapter_name)
+        if stored is not None and existing is not None:
+            stored.check_fits(existing)
+        known = adapter_name in self.peft_config
+        result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+        if stored is None:
+            return result
+        if existing is not None:
+            stored.copy_into(existing)
+            return result
+        try:
+            self._restore(adapter_name, stored)
+        except MonteCLoRAError:
+            if not known:
+                self.delete_adapter(adapter_name)
+            raise
+        restored = self.base_model.posterior(adapter_name)
+        assert restored is not None
+        restored.requires_grad_(is_trainable)
         return result
 
-    def _device_of(self, adapter_name: str) -> torch.device:
-        parameters = self.base_model.model.named_parameters()
-        device: torch.device = next(p.device for n, p in parameters if f".{adapter_name}." in n)
-        return device
+    def _restore(self, adapter_name: str, stored: storage.StoredPosterior) -> None:
+        """Give an adapter that was loaded as a plain LoRA its configuration and posterior."""
+        config = stored.config(self.peft_config[adapter_name])
+        layers = self.base_model.layer_shapes(adapter_name)
+        posterior = stored.build(config, layers, self.base_model.device_of(adapter_name))
+        self.peft_config[adapter_name] = config
+        self.base_model.attach(adapter_name, posterior)
 
 
 def _as_monteclora(model: PeftModel) -> MonteCLoRAModel:
@@ -88,6 +107,7 @@ def _as_monteclora(model: PeftModel) -> MonteCLoRAModel:
     tuner = model.base_model
     tuner.__class__ = MonteCLoRATuner
     tuner.setup()
+    model.posteriors = tuner.posteriors
     tuner.scope.install([model], [])
     return cast(MonteCLoRAModel, model)
 
@@ -150,6 +170,11 @@ def get_peft_model(
             f"get_peft_model was given a {type(peft_config).__name__}, expected a MonteCLoRAConfig",
             "Use peft.get_peft_model for other methods.",
         )
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            f"get_peft_model was given a {type(model).__name__}, which has adapters already",
+            "Add another one with model.add_adapter, or give the model that model.unload() returns.",
+        )
     if kwargs.get("mixed"):
         raise ConfigError("mixed=True is not supported with MonteCLoRA", "Leave it out.")
     check_target_names(peft_config, model)
@@ -184,16 +209,16 @@ def from_pretrained(
         **kwargs: passed on to peft, such as ``low_cpu_mem_usage``, ``subfolder`` or ``revision``.
 
     Raises:
-        CheckpointError: no posterior beside the adapter, or a damaged one.
+        CheckpointError: no posterior beside the adapter, a damaged one, or one of another adapter. The model is then
+            left as it was.
     """
     path = storage.find_posterior(model_id, **kwargs)
     if path is None:
         raise storage.missing_posterior(model_id)
     stored = storage.load_posterior(path)
-    loaded = PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs)
-    wrapped = _as_monteclora(loaded)
-    wrapped.peft_config[adapter_name] = stored.config(wrapped.peft_config[adapter_name])
-    wrapped.base_model.attach(adapter_name, stored.build(wrapped._device_of(adapter_name)))
+    with unchanged_on_error(model, adapter_name):
+        wrapped = _as_monteclora(PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs))
+        wrapped._restore(adapter_name, stored)
     return wrapped
 
 

@@ -1,7 +1,8 @@
 """Adapters on disk: plain LoRA files, and the posterior beside them in ``posterior.safetensors``.
 
 The sidecar holds ``rho``, ``eta`` and ``scale`` as tensors; its metadata hold one JSON document with the format's
-version, the layers, the method's configuration, the noise stream's position, and a checksum of the tensors.
+version, the layers, the method's configuration and the noise stream's position, and a checksum of that document and
+the tensors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.errors import CheckpointError
 from monteclora.posterior import AdapterPosterior, LayerShape
 
 __all__ = [
@@ -42,20 +44,21 @@ POSTERIOR_FILE = "posterior.safetensors"
 _FORMAT = 1
 _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
+_RESTORE = "Take the folder from a backup or an earlier checkpoint."
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either the old one or the whole new one: temporary name, flush, rename."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        partial.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -86,8 +89,8 @@ def staged(target: Path, *, write: bool = True) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(document.encode())
     for name in _TENSORS:
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -96,16 +99,16 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 def save_posterior(posterior: AdapterPosterior, config: MonteCLoRAConfig, path: Path) -> None:
     """Write the sidecar of one adapter, atomically."""
     tensors = {name: getattr(posterior, name).detach().cpu().contiguous() for name in _TENSORS}
-    document = {
+    fields = {
         "format": _FORMAT,
         "layers": posterior.layers,
         "config": config.method_fields(),
         "seed": posterior.seed,
         "draws": posterior.draws,
         "enabled": posterior.enabled,
-        "sha256": _checksum(tensors),
     }
-    write_bytes(path, save(tensors, metadata={_KEY: json.dumps(document, sort_keys=True)}))
+    document = json.dumps(fields, sort_keys=True)
+    write_bytes(path, save(tensors, metadata={_KEY: document, "sha256": _checksum(document, tensors)}))
 
 
 def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | None:
@@ -161,37 +164,58 @@ class StoredPosterior:
                 f"{self.path} was written by another version of monteclora: {error}", "Load it with that version."
             ) from error
 
-    def build(self, device: torch.device) -> AdapterPosterior:
-        """The posterior itself."""
-        settings = MonteCLoRAConfig(**self.fields).posterior_settings()
-        posterior = AdapterPosterior(
-            self.layers, self.tensors["scale"].tolist(), settings, seed=self.seed, device=device
-        )
-        self.copy_into(posterior)
-        return posterior
-
-    @torch.no_grad()
-    def copy_into(self, posterior: AdapterPosterior) -> None:
-        """Restore parameters, scales and the stream's position into a posterior of the same layers.
+    def build(self, config: MonteCLoRAConfig, layers: list[LayerShape], device: torch.device) -> AdapterPosterior:
+        """The posterior itself, for an adapter with these layers.
 
         Raises:
             CheckpointError: the layers differ.
         """
-        if posterior.layers != self.layers:
-            changed = sorted(set(posterior.layers) ^ set(self.layers))[0]
+        self.check_layers(layers)
+        posterior = AdapterPosterior(
+            layers, self.tensors["scale"].tolist(), config.posterior_settings(), seed=self.seed, device=device
+        )
+        self.copy_into(posterior)
+        return posterior
+
+    def check_layers(self, layers: list[LayerShape]) -> None:
+        """Check that the posterior belongs to an adapter with these layers.
+
+        Raises:
+            CheckpointError: it belongs to another one.
+        """
+        if layers != self.layers:
+            changed = sorted(set(layers) ^ set(self.layers)) or self.layers
             raise CheckpointError(
-                f"{self.path} does not fit this model: layer '{changed.name}' (rank {changed.rank}, "
-                f"{changed.in_features} inputs) is on one side only",
+                f"{self.path} does not fit this model: layer '{changed[0].name}' (rank {changed[0].rank}, "
+                f"{changed[0].in_features} inputs) differs",
                 "Load it onto the base model it was trained on, with the same target_modules.",
             )
+
+    def check_fits(self, posterior: AdapterPosterior) -> None:
+        """Check that ``posterior`` has the layers and the number of components of this one.
+
+        Raises:
+            CheckpointError: it has others.
+        """
+        self.check_layers(posterior.layers)
         for name in _TENSORS:
-            target: Tensor = getattr(posterior, name)
-            if target.shape != self.tensors[name].shape:
+            expected, found = getattr(posterior, name).shape, self.tensors[name].shape
+            if expected != found:
                 raise CheckpointError(
-                    f"{self.path}: {name} has shape {tuple(self.tensors[name].shape)}, expected {tuple(target.shape)}",
+                    f"{self.path}: {name} has shape {tuple(found)}, expected {tuple(expected)}",
                     "Load it with the num_samples it was trained with.",
                 )
-            target.copy_(self.tensors[name])
+
+    @torch.no_grad()
+    def copy_into(self, posterior: AdapterPosterior) -> None:
+        """Restore parameters, scales and the stream's position into a posterior that it fits.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        self.check_fits(posterior)
+        for name in _TENSORS:
+            getattr(posterior, name).copy_(self.tensors[name])
         posterior.seed, posterior.draws, posterior.enabled = self.seed, self.draws, self.enabled
 
 
@@ -199,38 +223,34 @@ def load_posterior(path: Path) -> StoredPosterior:
     """Read a sidecar.
 
     Raises:
-        CheckpointError: not a sidecar, damaged, or of a later format.
+        CheckpointError: not a sidecar, damaged, or of another format.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        version = document["format"]
-        if version != _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
-            )
-        stored = StoredPosterior(
-            path=path,
-            tensors=tensors,
-            layers=[LayerShape(*layer) for layer in document["layers"]],
-            fields=document["config"],
-            seed=document["seed"],
-            draws=document["draws"],
-            enabled=document["enabled"],
-        )
-        damaged = _checksum(tensors) != document["sha256"]
-        _check_shapes(stored)
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError, ConfigError) as error:
+        document, expected = metadata[_KEY], metadata["sha256"]
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a readable posterior file ({type(error).__name__}: {error})",
-            "Take the folder from a backup or an earlier checkpoint.",
+            f"{path} is not a readable posterior file ({type(error).__name__}: {error})", _RESTORE
         ) from error
-    if damaged:
+    if _checksum(document, tensors) != expected:
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum", _RESTORE)
+    fields = json.loads(document)
+    if fields["format"] != _FORMAT:
         raise CheckpointError(
-            f"{path} is damaged: its tensors do not match their checksum",
-            "Take the folder from a backup or an earlier checkpoint.",
+            f"{path} has format {fields['format']}, this version reads format {_FORMAT}", "Upgrade monteclora."
         )
+    stored = StoredPosterior(
+        path=path,
+        tensors=tensors,
+        layers=[LayerShape(*layer) for layer in fields["layers"]],
+        fields=fields["config"],
+        seed=fields["seed"],
+        draws=fields["draws"],
+        enabled=fields["enabled"],
+    )
+    _check_shapes(stored)
     return stored
 
 
@@ -242,5 +262,5 @@ def _check_shapes(stored: StoredPosterior) -> None:
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise CheckpointError(
                 f"{stored.path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats of {shape}",
-                "Take the folder from a backup or an earlier checkpoint.",
+                _RESTORE,
             )
