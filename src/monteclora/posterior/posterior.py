@@ -398,11 +398,12 @@ class AdapterPosterior(nn.Module):
         """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
         into = [layer.in_features for layer in self.layers]
         out = [layer.rank for layer in self.layers]
-        count = batch_size * (sum(into) + sum(out))
+        width = sum(into) + sum(out)
+        count = batch_size * width
         octets = torch.empty(-(-count // 8), dtype=torch.uint8, device=self.rho.device)
         octets.random_(generator=noise.generator(self.seed, rank, self.draws, noise.Kind.SIGN, self.rho.device))
         bits = octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
-        signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1).view(batch_size, -1)
+        signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1).view(batch_size, width)
         columns, rows = signs.split([sum(into), sum(out)], -1)
         return columns.split(into, -1), rows.split(out, -1)
 
