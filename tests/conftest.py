@@ -20,5 +20,7 @@ settings.load_profile("monteclora")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make warnings that our own modules cause errors; those of the libraries below stay warnings."""
+    """Leave slow tests out unless marks are asked for; make warnings that our own modules cause errors."""
+    config.option.markexpr = config.option.markexpr or "not slow"
+    # those of the libraries below stay warnings
     config.addinivalue_line("filterwarnings", r"error:::monteclora(\.|$)")

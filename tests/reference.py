@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-__all__ = ["Law", "covariances", "draws", "weights"]
+__all__ = ["Law", "covariances", "draws", "name_of", "weights"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Law:
     full: bool = False
     laplace: bool = False
     normalised: bool = True
+
+
+def name_of(law: Law) -> str:
+    """What distinguishes a law's settings, for the names of tests."""
+    parts = ("full" if law.full else "diagonal", "laplace" if law.laplace else "exact")
+    return "-".join((*parts, "normalised" if law.normalised else "published", str(law.dof)))
 
 
 def weights(law: Law, count: int, rng: np.random.Generator) -> Array:

@@ -15,17 +15,12 @@ from torch import Tensor
 from monteclora.posterior import dirichlet, mixture, wishart
 from tests import reference
 from tests.posterior.checks import COUNT, SEEDS, assert_law, assert_mean
-from tests.reference import Law
+from tests.reference import Law, name_of
 
 LAWS = [
     Law(full=full, laplace=laplace, normalised=normalised, dof=dof)
     for full, laplace, (normalised, dof) in itertools.product((False, True), (False, True), ((True, 3), (False, 6)))
 ]
-
-
-def name_of(law: Law) -> str:
-    parts = ("full" if law.full else "diagonal", "laplace" if law.laplace else "exact")
-    return "-".join((*parts, "normalised" if law.normalised else "published", str(law.dof)))
 
 
 def collapsed(law: Law, seed: int, count: int = COUNT) -> Tensor:

@@ -1,0 +1,63 @@
+"""Posteriors of known laws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings
+from tests.reference import Law
+
+__all__ = ["posterior_of", "random_posterior", "set_law", "stacked_noise"]
+
+
+def posterior_of(laws: Sequence[Law], *, seed: int = 0, **settings: Any) -> AdapterPosterior:
+    """One layer for each law; the laws agree in N and in everything that is a setting."""
+    first = laws[0]
+    posterior = AdapterPosterior(
+        [LayerShape(f"layer{i}", len(law.rho), law.columns) for i, law in enumerate(laws)],
+        [law.scale for law in laws],
+        PosteriorSettings(
+            num_samples=len(first.alpha),
+            covariance="full" if first.full else "diagonal",
+            dirichlet="laplace" if first.laplace else "exact",
+            normalised=first.normalised,
+            # None is each layer's rank
+            degrees_of_freedom=None if all(law.dof == len(law.rho) for law in laws) else float(first.dof),
+            **settings,
+        ),
+        seed=seed,
+    )
+    set_law(posterior, laws)
+    return posterior
+
+
+@torch.no_grad()
+def set_law(posterior: AdapterPosterior, laws: Sequence[Law]) -> None:
+    """Give the parameters the values of the laws."""
+    posterior.rho.copy_(torch.tensor([value for law in laws for value in law.rho]))
+    posterior.eta.copy_(torch.tensor([law.alpha for law in laws]).log())
+
+
+def random_posterior(
+    seed: int = 0, *, shapes: Sequence[tuple[int, int]] = ((2, 5), (3, 4), (1, 7)), **settings: Any
+) -> AdapterPosterior:
+    """A few layers of different ranks and widths, away from the prior."""
+    layers = [LayerShape(f"layer{i}", rank, columns) for i, (rank, columns) in enumerate(shapes)]
+    scale = [0.1 * (i + 1) for i in range(len(layers))]
+    posterior = AdapterPosterior(layers, scale, PosteriorSettings(**settings), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        posterior.rho.normal_(generator=generator).mul_(0.5)
+        posterior.eta.normal_(generator=generator)
+    return posterior
+
+
+def stacked_noise(draw: Draw, every: slice = slice(None)) -> np.ndarray:
+    """``A - mu`` of the chosen layers, of one shape, as draws of one law: shape (layers [* S], r, n)."""
+    parts = draw.layers[every]
+    xi, row_scale = torch.stack([part.xi for part in parts]), torch.stack([part.row_scale for part in parts])
+    return (xi * row_scale.detach()).double().flatten(0, -3).numpy()
