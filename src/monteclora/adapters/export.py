@@ -42,7 +42,7 @@ def export_samples(
         ConfigError: no single active MonteCLoRA adapter, or ``num_samples`` below 1.
     """
     if num_samples < 1:
-        raise ConfigError(f"num_samples is {num_samples}, expected at least 1")
+        raise ConfigError(f"num_samples is {num_samples}, expected at least 1", "Ask for one adapter or more.")
     names = list(model.active_adapters)
     tuner: MonteCLoRATuner = model.base_model
     posterior = tuner.posterior(names[0]) if len(names) == 1 else None
