@@ -20,14 +20,16 @@ from typing import Any
 
 import monteclora
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 METHODS = ("lora", "monteclora")
 
 
-def recipe(out: Path, name: str, method: str, rate: float, seed: int, data: dict[str, Any]) -> dict[str, Any]:
+def recipe(
+    out: Path, name: str, method: str, rate: float, seed: int, epochs: int, data: dict[str, Any]
+) -> dict[str, Any]:
     options = {"name": method, "r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
-    training = {"epochs": 2, "batch_size": 32, "learning_rate": rate, "schedule": "linear", "precision": "bf16"}
+    training = {"epochs": epochs, "batch_size": 16, "learning_rate": rate, "schedule": "linear", "precision": "bf16"}
     return {
         "name": name,
         "model": {"name": "minilm"},
@@ -56,7 +58,7 @@ def selection_files(out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mrpc"))
-    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--num-samples", type=int, default=8)
     args = parser.parse_args()
     selection = selection_files(args.out)
     chosen: dict[str, float] = {}
@@ -64,7 +66,7 @@ def main() -> None:
         nll = {}
         for rate in LEARNING_RATES:
             name = f"select-{method}-{rate:g}"
-            result = monteclora.train(recipe(args.out, name, method, rate, 0, selection))
+            result = monteclora.train(recipe(args.out, name, method, rate, 0, 1, selection))
             nll[rate] = result.metrics["nll"]
             print(json.dumps({"method": method, "learning_rate": rate, **result.metrics}), flush=True)
         chosen[method] = min(nll, key=lambda rate: nll[rate])
@@ -73,8 +75,9 @@ def main() -> None:
     for seed in SEEDS:
         for method in METHODS:
             name = f"full-{method}-seed{seed}"
-            result = monteclora.train(recipe(args.out, name, method, chosen[method], seed, {"task": "mrpc"}))
-            found = monteclora.evaluate(result.folder, split="validation", num_samples=args.num_samples)
+            result = monteclora.train(recipe(args.out, name, method, chosen[method], seed, 2, {"task": "mrpc"}))
+            draws = args.num_samples if method == "monteclora" else 0
+            found = monteclora.evaluate(result.folder, split="validation", num_samples=draws)
             table.setdefault(f"{method}, mean weights", []).append(dict(found.point))
             if found.posterior is not None:
                 table.setdefault(f"{method}, {args.num_samples} draws", []).append(dict(found.posterior))

@@ -72,7 +72,9 @@ def main() -> None:
     base = load_model(resolve_model("smollm2"), "causal_lm", dtype="float32").to(args.device)
     kinds = args.kinds.split(",")
     models = {kind: build(kind, base, args.r, args.num_samples, ALL_LINEAR).train() for kind in kinds}
-    print(f"smollm2, all-linear, r = {args.r}, N = {args.num_samples}, {torch.get_num_threads()} threads, {args.device}")
+    print(
+        f"smollm2, all-linear, r = {args.r}, N = {args.num_samples}, {torch.get_num_threads()} threads, {args.device}"
+    )
     print("| tokens | method | median ms | min ms | median ratio | min ratio |\n|---|---|---|---|---|---|")
     for size in args.sizes.split(","):
         rows, length = map(int, size.split("x"))
