@@ -54,7 +54,7 @@ class DrawnLayer(LoraVariant):
 
     def __init__(self, posterior: AdapterPosterior, index: int) -> None:
         self.posterior = posterior
-        self.index = index
+        self.slot = posterior.slots[index]
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -88,10 +88,11 @@ class DrawnLayer(LoraVariant):
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling, posterior = module.scaling[active_adapter], self.posterior
         x = module.lora_dropout[active_adapter](x)
-        draw = posterior.current if module.training else posterior.predictive
-        if draw is None or not posterior.enabled:
+        slot = self.slot
+        draw, layer = (posterior.current, slot.current) if module.training else (posterior.predictive, slot.predictive)
+        if draw is None or layer is None or not posterior.enabled:
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
-        layer, device = draw.layers[self.index], x.device
+        device = x.device
         if device != layer.xi.device:
             layer = layer.to(device)
         if draw.groups:

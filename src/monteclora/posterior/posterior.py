@@ -21,7 +21,16 @@ from monteclora.posterior import dirichlet, mixture, noise, wishart
 
 Estimator = Literal["expected", "sampled"]
 
-__all__ = ["AdapterPosterior", "Draw", "Estimator", "LayerDraw", "LayerShape", "PosteriorSettings", "Regulariser"]
+__all__ = [
+    "AdapterPosterior",
+    "Draw",
+    "Estimator",
+    "LayerDraw",
+    "LayerShape",
+    "LayerSlot",
+    "PosteriorSettings",
+    "Regulariser",
+]
 
 
 class LayerShape(NamedTuple):
@@ -135,6 +144,20 @@ class Draw:
     weights: dirichlet.Raw
 
 
+class LayerSlot:
+    """Where one layer finds its part of the posterior's draws.
+
+    A layer that looked it up by its number would be compiled anew for every number.
+    """
+
+    def __init__(self) -> None:
+        self.current: LayerDraw | None = None
+        self.predictive: LayerDraw | None = None
+
+    def __getstate__(self) -> dict[str, None]:
+        return {"current": None, "predictive": None}
+
+
 class _Raw(NamedTuple):
     """One draw before it is cut into layers: ``xi`` (C,), ``row_scale`` (R,), d log||pi||/d eta (L, N), and more."""
 
@@ -186,6 +209,9 @@ class AdapterPosterior(nn.Module):
     rho: nn.Parameter
     eta: nn.Parameter
     scale: Tensor
+    slots: tuple[LayerSlot, ...]
+    _current: Draw | None
+    _predictive: Draw | None
     _nu: Tensor
     _c: Tensor
     _log_determinant: Tensor
@@ -207,8 +233,8 @@ class AdapterPosterior(nn.Module):
         self.seed = seed
         self.draws = 0
         self.enabled = True
-        self.current: Draw | None = None
-        self.predictive: Draw | None = None
+        self.slots = tuple(LayerSlot() for _ in self.layers)
+        self.current = self.predictive = None
         rows = sum(layer.rank for layer in self.layers)
         # float32 by name: the default dtype may be a lower one while a model is being built
         factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -261,9 +287,31 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "current": None, "predictive": None}
+        return {**self.__dict__, "_current": None, "_predictive": None}
 
     # -- draws ---------------------------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> Draw | None:
+        """The draw of the training forward pass; setting it hands every slot its part."""
+        return self._current
+
+    @current.setter
+    def current(self, draw: Draw | None) -> None:
+        self._current = draw
+        for index, slot in enumerate(self.slots):
+            slot.current = None if draw is None else draw.layers[index]
+
+    @property
+    def predictive(self) -> Draw | None:
+        """The draw of the evaluation forward pass while the posterior is sampled; likewise."""
+        return self._predictive
+
+    @predictive.setter
+    def predictive(self, draw: Draw | None) -> None:
+        self._predictive = draw
+        for index, slot in enumerate(self.slots):
+            slot.predictive = None if draw is None else draw.layers[index]
 
     def draw(self, rank: int = 0, batch_size: int | None = None) -> Draw:
         """The next training draw: made from the counter, which it advances, and kept as ``current``.
