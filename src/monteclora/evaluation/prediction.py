@@ -1,0 +1,191 @@
+"""Predictions for a file of new rows, with how certain each is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from monteclora.data import load_inputs
+from monteclora.errors import ConfigError
+from monteclora.evaluation.forward import batches
+from monteclora.evaluation.generation import complete, encode_prompts
+from monteclora.evaluation.inference import SplitPredictions, predict_classes
+from monteclora.evaluation.loading import LoadedRun, load_run
+from monteclora.evaluation.progress import progress_bar
+from monteclora.evaluation.records import replacing
+from monteclora.evaluation.scoring import Sampling, classify
+from monteclora.training.quiet import quiet_libraries
+from monteclora.training.run import RunResult
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["OUTPUT_ENDINGS", "PredictedFile", "predict_file"]
+
+OUTPUT_ENDINGS = (".parquet", ".jsonl")
+_ROWS_AT_ONCE = {"classification": 1024, "causal_lm": 64}  # the latter have a probability for every token there is
+
+
+@dataclass(frozen=True)
+class PredictedFile:
+    """What was written.
+
+    Attributes:
+        path: of the predictions.
+        rows: how many.
+        num_samples: posterior draws of each, 0 for none.
+        notes: what a reader of the predictions must know, in words.
+    """
+
+    path: Path
+    rows: int
+    num_samples: int
+    notes: tuple[str, ...]
+
+
+class _Writer(Protocol):
+    def __call__(self, table: pa.Table) -> None: ...
+
+
+def predict_file(
+    run: str | Path | RunResult,
+    file: str | Path,
+    out: str | Path,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> PredictedFile:
+    """Predict every row of a file.
+
+    A classifier gives label, confidence and the probability of each label. A causal LM gives its greedy completion at
+    the posterior's mean, the most likely next token after the prompt and its probability (confidence). Both give the
+    prediction's total, aleatoric and epistemic uncertainty in nats.
+
+    Args:
+        run: a run folder, or what ``train`` gave.
+        file: csv, tsv, jsonl or Parquet with the columns of the run's texts; labels are not read.
+        out: ``.parquet`` or ``.jsonl``; written at once when every row is predicted.
+        num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
+        seed: the stream of draws.
+        max_new_tokens: the most tokens of a completion.
+        batch_size: rows a forward pass; by default the recipe's ``training.eval_batch_size``.
+        progress: whether to draw a progress bar on standard error.
+
+    Raises:
+        CheckpointError: not a run, an unfinished one, or its adapter is damaged.
+        ConfigError: an argument does not fit the run, or ``out`` cannot be written.
+        DataError: the file is missing or wrong.
+    """
+    target = _checked_target(Path(out), Path(file))
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
+    loaded = load_run(run.folder if isinstance(run, RunResult) else run)
+    rows = load_inputs(file, loaded.recipe.data, loaded.kind)
+    draws, size = loaded.draws(num_samples), batch_size or loaded.recipe.training.eval_batch_size
+    at_once = _ROWS_AT_ONCE[loaded.kind]
+    notes: list[str] = []
+    with (
+        quiet_libraries(),
+        replacing(target) as temporary,
+        _writer(temporary, target.suffix) as write,
+        progress_bar(f"{loaded.recipe.name}: {Path(file).name}", len(rows), progress) as advance,
+    ):
+        for first in range(0, len(rows), at_once):
+            chunk = rows.select(range(first, min(first + at_once, len(rows))))
+            sampling = Sampling(draws, seed, size, advance)
+            if loaded.kind == "classification":
+                columns, cut = _classified(loaded, chunk, sampling)
+            else:
+                columns, cut = _completed(loaded, chunk, sampling, max_new_tokens)
+            notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in cut]
+            write(pa.table({"index": range(first, first + len(chunk)), **columns}))
+    return PredictedFile(target, len(rows), draws, tuple(notes))
+
+
+def _checked_target(out: Path, file: Path) -> Path:
+    if out.suffix not in OUTPUT_ENDINGS:
+        raise ConfigError(f"cannot tell the format of {out}", f"Name it with one of {', '.join(OUTPUT_ENDINGS)}.")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder", "Give the name of a file.")
+    if out.exists() and file.exists() and out.samefile(file):
+        raise ConfigError(f"{out} is the file to predict", "Choose another name for the predictions.")
+    return out
+
+
+@contextmanager
+def _writer(path: Path, suffix: str) -> Iterator[_Writer]:
+    """Appends tables to a file."""
+    if suffix == ".jsonl":
+        with path.open("w", encoding="utf-8") as file:
+            yield lambda table: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+        return
+    opened: list[pq.ParquetWriter] = []
+
+    def write(table: pa.Table) -> None:
+        if not opened:
+            opened.append(pq.ParquetWriter(path, table.schema))
+        opened[0].write_table(table)
+
+    try:
+        yield write
+    finally:
+        for writer in opened:
+            writer.close()
+
+
+def _classified(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> tuple[dict[str, Any], tuple[str, ...]]:
+    found, notes = classify(loaded, rows, sampling)
+    names = loaded.label_names or ()
+    columns = {
+        **_inputs(rows),
+        "label": [names[i] for i in found.probs.argmax(1)],
+        "confidence": found.probs.max(1),
+        "probabilities": pa.StructArray.from_arrays(list(map(pa.array, found.probs.T)), names=list(names)),
+        **_uncertainty(found),
+    }
+    return columns, notes
+
+
+def _completed(
+    loaded: LoadedRun, rows: Dataset, sampling: Sampling, max_new_tokens: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    prompts, notes = encode_prompts(loaded, rows, max_new_tokens)
+    completions = [""] * len(rows)
+    arguments = {**sampling.arguments(), "progress": None}
+    with loaded.precision():
+        found = predict_classes(loaded.model, prompts, loaded.collate, **arguments)
+        for indices in batches(prompts, sampling.batch_size):
+            texts = complete(loaded, [prompts[i] for i in indices], max_new_tokens)
+            for index, text in zip(indices, texts, strict=True):
+                completions[index] = text
+            if sampling.progress:
+                sampling.progress(len(indices))
+    tokens: list[str] = [loaded.tokenizer.decode([int(token)]) for token in found.probs.argmax(1)]
+    columns = {
+        **_inputs(rows),
+        "completion": completions,
+        "next_token": tokens,
+        "confidence": found.probs.max(1),
+        **_uncertainty(found),
+    }
+    return columns, notes
+
+
+def _inputs(rows: Dataset) -> dict[str, Any]:
+    return {name: rows[name] for name in rows.column_names}
+
+
+def _uncertainty(found: SplitPredictions) -> Mapping[str, np.ndarray]:
+    return {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}

@@ -1,0 +1,104 @@
+"""What an evaluation leaves in its run folder: ``predictions.parquet`` and ``evaluation.json``.
+
+Both hold every split that was evaluated, the last time it was, for the adapter and for the base model apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from monteclora.adapters.storage import write_bytes
+from monteclora.errors import CheckpointError, ConfigError
+
+__all__ = ["EVALUATION_FILE", "PREDICTIONS_FILE", "add_evaluation", "add_predictions", "replacing"]
+
+EVALUATION_FILE = "evaluation.json"
+PREDICTIONS_FILE = "predictions.parquet"
+_FORMAT = 1
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write; when the block ends well it is flushed and becomes ``target``, else nothing is left of it.
+
+    Raises:
+        ConfigError: the folder does not take it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}", "Choose another place.") from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's file is the owner's alone
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_predictions(folder: Path, table: pa.Table) -> Path:
+    """Put rows into the run's predictions, in the place of earlier ones of the same split and model.
+
+    Args:
+        folder: of the run.
+        table: with the columns ``split`` and ``model``, each the same in every row.
+    """
+    path = folder / PREDICTIONS_FILE
+    kept = _other_rows(path, table)
+    with replacing(path) as temporary:
+        pq.write_table(pa.concat_tables([*kept, table], promote_options="default"), temporary)
+    return path
+
+
+def _other_rows(path: Path, table: pa.Table) -> list[pa.Table]:
+    if not path.is_file():
+        return []
+    try:
+        before = pq.read_table(path)
+        split, model = table["split"][0], table["model"][0]
+        same = pa.compute.and_(pa.compute.equal(before["split"], split), pa.compute.equal(before["model"], model))
+        kept = before.filter(pa.compute.invert(same))
+        pa.concat_tables([kept, table], promote_options="default")
+    except (pa.ArrowException, KeyError):
+        return []  # not ours any more: predictions can be made again, so nothing is lost by making them anew
+    return [kept]
+
+
+def add_evaluation(folder: Path, about: Mapping[str, Any], split: str, model: str, facts: Mapping[str, Any]) -> Path:
+    """Put one evaluation into the run's ``evaluation.json``.
+
+    Args:
+        folder: of the run.
+        about: what is the same for every evaluation of the run.
+        split: what was evaluated.
+        model: ``adapter`` or ``base``.
+        facts: how, and what came out.
+
+    Raises:
+        CheckpointError: the file is there and damaged.
+    """
+    path = folder / EVALUATION_FILE
+    splits: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__})", "Remove it.") from None
+    splits.setdefault(split, {})[model] = dict(facts)
+    document = {"format": _FORMAT, **about, "splits": splits}
+    write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    return path

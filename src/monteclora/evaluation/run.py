@@ -1,0 +1,216 @@
+"""How well a run predicts a split of its data."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+
+import monteclora
+from monteclora.data import SplitSource, TaskData, load
+from monteclora.data.registry import Kind
+from monteclora.data.splitting import content_sha256, subset
+from monteclora.errors import ConfigError, DataError
+from monteclora.evaluation.loading import LoadedRun, load_run
+from monteclora.evaluation.progress import progress_bar
+from monteclora.evaluation.records import add_evaluation, add_predictions
+from monteclora.evaluation.scoring import Sampling, Scored, score
+from monteclora.training.quiet import quiet_libraries
+from monteclora.training.recipe import recipe_sha256
+from monteclora.training.run import RunResult
+from monteclora.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["EvaluationResult", "evaluate", "evaluate_loaded"]
+
+_PACKAGES = ("torch", "transformers", "peft", "tokenizers")
+_UNCERTAINTIES = ("total", "aleatoric", "epistemic")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How well a run predicts a split.
+
+    Attributes:
+        folder: of the run.
+        split: what was predicted.
+        source: where its rows came from, how many, and their checksum.
+        model: the ``adapter``, or the ``base`` model without it.
+        num_samples: posterior draws, 0 for none.
+        seed: their stream.
+        scored: predictions, labels, and the metrics of both.
+        rows: what was predicted.
+        seconds: it took.
+        unfinished: how far the run came if it did not come to its end.
+        notes: what a reader of the numbers must know, in words.
+    """
+
+    folder: Path
+    kind: Kind
+    split: str
+    source: SplitSource
+    model: Literal["adapter", "base"]
+    num_samples: int
+    seed: int
+    scored: Scored
+    rows: Dataset
+    seconds: float
+    unfinished: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def point(self) -> Mapping[str, float]:
+        """Metrics by name under the posterior's mean, a plain LoRA."""
+        return self.scored.point
+
+    @property
+    def posterior(self) -> Mapping[str, float] | None:
+        """Metrics by name of the posterior predictive distribution; None without draws."""
+        return self.scored.posterior
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the rows and their predictions, for JSON."""
+        found = self.scored.predictions
+        return {
+            "rows": self.source.rows,
+            "origin": self.source.origin,
+            "sha256": self.source.sha256,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "point": dict(self.point),
+            "posterior": None if self.posterior is None else dict(self.posterior),
+            "mean_uncertainty": {name: float(getattr(found, name).mean()) for name in _UNCERTAINTIES},
+            "unfinished": self.unfinished,
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+            "versions": {
+                "monteclora": monteclora.__version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in _PACKAGES},
+            },
+        }
+
+
+def evaluate(
+    run: str | Path | RunResult,
+    split: str | None = None,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    base: bool = False,
+    rows: int | None = None,
+    batch_size: int | None = None,
+    allow_unfinished: bool = False,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Predict a split of a run's data, measure the predictions, and keep both in the run folder.
+
+    Classification is measured by accuracy, F1, MCC, NLL, Brier score and ECE. Of a causal LM whose rows have answer
+    options, each option's likelihood is normalised over the options and measured by accuracy, NLL, Brier score and
+    ECE; without options, completions are measured by NLL a token, perplexity and token accuracy. All are taken at the
+    posterior's mean and, with draws, of the mean over draws.
+
+    Args:
+        run: a run folder, or what ``train`` gave.
+        split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
+        num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
+        seed: the stream of draws.
+        base: evaluate the pretrained model without the adapter (causal LM only).
+        rows: at most so many rows, chosen by their content: the same ones for every run.
+        batch_size: sequences a forward pass; by default the recipe's ``training.eval_batch_size``.
+        allow_unfinished: take the last checkpoint of a run that did not come to its end, and say so in the result.
+        progress: whether to draw a progress bar on standard error.
+
+    Raises:
+        CheckpointError: not a run, an unfinished one, or its adapter is damaged.
+        ConfigError: an argument does not fit the run.
+        DataError: the split is missing or wrong.
+    """
+    folder = run.folder if isinstance(run, RunResult) else run
+    loaded = load_run(folder, base=base, allow_unfinished=allow_unfinished)
+    return evaluate_loaded(
+        loaded, split, num_samples=num_samples, seed=seed, rows=rows, batch_size=batch_size, progress=progress
+    )
+
+
+def evaluate_loaded(
+    loaded: LoadedRun,
+    split: str | None = None,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    rows: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """As :func:`evaluate`, with a run that is loaded already."""
+    for name, value in (("rows", rows), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
+    draws = loaded.draws(num_samples)
+    data, split = _load_split(loaded, split)
+    chosen = subset(data.split(split), rows, seed=0)
+    source = data.sources[split]
+    notes = _changed_since_training(loaded, split, source)
+    if len(chosen) < source.rows:
+        source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
+    started = time.perf_counter()
+    with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: {split}", len(chosen), progress) as advance:
+        size = batch_size or loaded.recipe.training.eval_batch_size
+        scored = score(loaded, chosen, Sampling(draws, seed, size, advance))
+    result = EvaluationResult(
+        folder=loaded.folder,
+        kind=loaded.kind,
+        split=split,
+        source=source,
+        model="base" if loaded.is_base else "adapter",
+        num_samples=draws,
+        seed=seed,
+        scored=scored,
+        rows=chosen,
+        seconds=time.perf_counter() - started,
+        unfinished=loaded.unfinished,
+        notes=(*notes, *scored.notes),
+    )
+    _keep(loaded, result)
+    return result
+
+
+def _load_split(loaded: LoadedRun, split: str | None) -> tuple[TaskData, str]:
+    data = load(loaded.recipe.data, None if split is None else (split,))
+    if data.label_names != loaded.label_names:
+        raise DataError(
+            f"{data.name} has other labels than the run {loaded.folder} was trained with",
+            "Restore the data, or list the labels in data.label_names and train again.",
+        )
+    return data, split or ("test" if "test" in data.splits else "validation")
+
+
+def _changed_since_training(loaded: LoadedRun, split: str, source: SplitSource) -> tuple[str, ...]:
+    before = RunFolder(loaded.folder).environment["data"]["splits"].get(split)
+    changed = before is not None and before["sha256"] != source.sha256
+    return (f"the {split} rows of {source.origin} changed since the run was trained",) if changed else ()
+
+
+def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:
+    place = {"split": result.split, "model": result.model}
+    count = result.scored.table.num_rows
+    columns = {**{name: pa.array([value] * count) for name, value in place.items()}, "index": pa.array(range(count))}
+    table = pa.table({**columns, **{name: result.scored.table[name] for name in result.scored.table.column_names}})
+    add_predictions(loaded.folder, table)
+    about = {
+        "run": loaded.recipe.name,
+        "recipe_sha256": recipe_sha256(loaded.recipe),
+        "task": loaded.recipe.data.task,
+        "base_model": loaded.recipe.model.name,
+        "method": loaded.recipe.method.name,
+    }
+    add_evaluation(loaded.folder, about, **place, facts=result.facts())

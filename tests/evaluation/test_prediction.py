@@ -1,0 +1,153 @@
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from monteclora.data import load_inputs
+from monteclora.errors import CheckpointError, ConfigError, DataError
+from monteclora.evaluation.generation import complete, encode_prompts
+from monteclora.evaluation.loading import load_run
+from monteclora.evaluation.prediction import predict_file
+from monteclora.evaluation.run import evaluate
+from tests.runs import LABELS, questions, texts, write_rows
+
+
+def quietly(*args, **kwargs):
+    return predict_file(*args, progress=False, **kwargs)
+
+
+def read(path):
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """The texts of the test split, without their labels, in a csv file."""
+    path = tmp_path / "messages.csv"
+    path.write_text("id,text\n" + "".join(f"{i},{row['text']}\n" for i, row in enumerate(texts(15, seed=1))))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
+def test_predictions_are_those_of_the_evaluation(trained, unlabelled, tmp_path, ending):
+    found = quietly(trained["texts"], unlabelled, tmp_path / f"out{ending}", seed=5)
+    assert (found.rows, found.num_samples, found.notes) == (15, 3, ())
+    expected = evaluate(trained["texts"], seed=5, progress=False).scored.predictions
+    rows = read(found.path)
+    names = ["index", "text", "label", "confidence", "probabilities", "total", "aleatoric", "epistemic"]
+    for i, row in enumerate(rows):
+        assert list(row) == names
+        assert row["index"] == i
+        np.testing.assert_allclose(list(row["probabilities"].values()), expected.probs[i], atol=1e-6)
+        assert row["label"] == LABELS[expected.probs[i].argmax()]
+        assert row["epistemic"] == pytest.approx(expected.epistemic[i], abs=1e-6)
+
+
+def test_rows_come_in_the_order_of_the_file_however_they_are_cut_up(trained, tmp_path, monkeypatch):
+    rows = [{"text": row["text"]} for row in texts(23, seed=2)]
+    file = write_rows(tmp_path / "in.jsonl", rows)
+    whole = read(quietly(trained["texts"], file, tmp_path / "whole.jsonl").path)
+    monkeypatch.setitem(predict_file.__globals__["_ROWS_AT_ONCE"], "classification", 5)
+    parts = read(quietly(trained["texts"], file, tmp_path / "parts.parquet", batch_size=2).path)
+    assert [row["text"] for row in whole] == [row["text"] for row in parts] == [row["text"] for row in rows]
+    assert [row["index"] for row in parts] == list(range(23))
+    np.testing.assert_allclose([row["total"] for row in whole], [row["total"] for row in parts], atol=1e-6)
+
+
+def test_lora_predicts_without_epistemic_uncertainty(trained, unlabelled, tmp_path):
+    rows = read(quietly(trained["lora"], unlabelled, tmp_path / "out.jsonl").path)
+    assert {row["epistemic"] for row in rows} == {0.0}
+    assert all(row["total"] == row["aleatoric"] > 0 for row in rows)
+    with pytest.raises(ConfigError, match="the method lora has no posterior"):
+        quietly(trained["lora"], unlabelled, tmp_path / "out.jsonl", num_samples=2)
+
+
+# causal LM
+
+
+def test_completions_are_the_most_likely_tokens_one_by_one(trained, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": row["prompt"]} for row in questions(7, seed=3)])
+    rows = read(quietly(trained["pairs"], file, tmp_path / "out.parquet", max_new_tokens=4, num_samples=2).path)
+    loaded = load_run(trained["pairs"])
+    end = loaded.tokenizer.eos_token_id
+    for row in rows:
+        ids = loaded.tokenizer(row["prompt"] + "\n")["input_ids"][-15:]  # max_length 16, and the end of the answer
+        answer = []
+        while len(answer) < 4 and (not answer or answer[-1] != end):
+            with torch.no_grad():
+                logits = loaded.model(input_ids=torch.tensor([[*ids, *answer]])).logits[0, -1]
+            answer.append(int(logits.argmax()))
+        assert row["completion"] == loaded.tokenizer.decode(answer, skip_special_tokens=True)
+        assert 0 < row["confidence"] <= 1
+        assert row["total"] == pytest.approx(row["aleatoric"] + row["epistemic"], abs=1e-9)
+        assert row["epistemic"] > 0
+
+
+def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
+    loaded = load_run(trained["pairs"])
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1"}, {"prompt": "w1 w2 w3 w4 w5 w6 w7"}])
+    rows = load_inputs(file, loaded.recipe.data, loaded.kind)
+    prompts, _ = encode_prompts(loaded, rows, 4)
+    together = complete(loaded, prompts, 4)
+    assert together == [answer for prompt in prompts for answer in complete(loaded, [prompt], 4)]
+
+
+def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
+    from monteclora.data.encoding import encode_completion
+
+    loaded = load_run(trained["pairs"])
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
+    (prompt,), notes = encode_prompts(loaded, load_inputs(file, loaded.recipe.data, loaded.kind), 4)
+    whole = encode_completion("w1 w2", "w9", loaded.tokenizer, 16)
+    learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)
+    assert prompt["input_ids"] == whole["input_ids"][:learned]
+    assert notes == ()
+
+
+def test_a_completion_that_has_no_room_is_refused(trained, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1"}])
+    with pytest.raises(ConfigError, match=r"max_new_tokens is 64.*has room for 32"):
+        quietly(trained["pairs"], file, tmp_path / "out.jsonl")
+
+
+# what can be wrong
+
+
+@pytest.mark.parametrize(
+    ("out", "problem"),
+    [("out.csv", "cannot tell the format"), (".", "cannot tell the format"), ("in.jsonl", "is the file to predict")],
+)
+def test_a_bad_output_is_refused_before_anything_is_loaded(tmp_path, out, problem):
+    file = write_rows(tmp_path / "in.jsonl", [{"text": "w1"}])
+    with pytest.raises(ConfigError, match=problem):
+        quietly(tmp_path / "no-run", file, tmp_path / out)
+
+
+def test_bad_input_leaves_nothing_behind(trained, tmp_path):
+    out = tmp_path / "out.parquet"
+    out.write_text("before")
+    cases = {"columns": [{"body": "w1"}], "no text": [{"text": "w1"}, {"text": " "}]}
+    for rows in cases.values():
+        with pytest.raises(DataError):
+            quietly(trained["texts"], write_rows(tmp_path / "in.jsonl", rows), out)
+    with pytest.raises(DataError, match="there is no file"):
+        quietly(trained["texts"], tmp_path / "missing.jsonl", out)
+    with pytest.raises(CheckpointError, match="not a run"):
+        quietly(tmp_path, tmp_path / "in.jsonl", out)
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+
+
+def test_an_interruption_leaves_nothing_behind(trained, unlabelled, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(predict_file.__globals__, "_classified", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(trained["texts"], unlabelled, tmp_path / "out.parquet")
+    assert os.listdir(tmp_path) == ["messages.csv"]
