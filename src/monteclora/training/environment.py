@@ -14,7 +14,7 @@ import monteclora
 from monteclora.data import TaskData
 from monteclora.training.recipe import Recipe, recipe_sha256
 
-__all__ = ["PeakMemory", "changes", "describe_environment"]
+__all__ = ["PeakMemory", "changes", "describe_environment", "training_device"]
 
 _PACKAGES = (
     "torch",
@@ -53,6 +53,13 @@ def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -
             "notes": list(data.notes),
         },
     }
+
+
+def training_device() -> torch.device:
+    """The device that training takes: this process's GPU, another accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

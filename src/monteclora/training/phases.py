@@ -27,7 +27,7 @@ from monteclora.training.run_trainer import RunTrainer
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["Outcome", "Phase", "phases_of", "steps_per_epoch", "train_phase"]
+__all__ = ["Outcome", "Phase", "batches", "phases_of", "steps_per_epoch", "train_phase"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def processes() -> int:
 
 def steps_per_epoch(spec: TrainingSpec, rows: int) -> int:
     """Optimiser steps that go through ``rows`` once; the last one may have fewer rows."""
-    micro, accumulated = _batches(spec)
+    micro, accumulated = batches(spec)
     return math.ceil(math.ceil(rows / (micro * processes())) / accumulated)
 
 
-def _batches(spec: TrainingSpec) -> tuple[int, int]:
+def batches(spec: TrainingSpec) -> tuple[int, int]:
     """Rows a forward pass of one process, and passes a step.
 
     Raises:
@@ -112,7 +112,7 @@ def _steps(spec: TrainingSpec, rows: int, epochs: float, most: int | None) -> in
 
 def _arguments(recipe: Recipe, phase: Phase, run: RunFolder, data: PreparedData) -> TrainingArguments:
     spec = recipe.training
-    micro, accumulated = _batches(spec)
+    micro, accumulated = batches(spec)
     per_epoch = steps_per_epoch(spec, len(data.train))
     validates = phase.validates and data.validation is not None
     best = spec.best_metric if validates else None

@@ -5,25 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from monteclora.errors import CheckpointError
-from monteclora.training.environment import PeakMemory, changes, describe_environment
+from monteclora.training.environment import PeakMemory, changes, describe_environment, training_device
 from monteclora.training.folders import discard_remains, new_folder
 from monteclora.training.interruption import Interruption, stop_on_signals
 from monteclora.training.manifest import Checkpoint, newest_complete
 from monteclora.training.phases import phases_of, train_phase
 from monteclora.training.prepare import PreparedData, prepare_data, prepare_model
+from monteclora.training.quiet import quiet_libraries
 from monteclora.training.recipe import Recipe, load_recipe, recipe_sha256
 from monteclora.training.run_folder import RunFolder
 
@@ -100,7 +97,7 @@ def train(
         finished = run.finished
         if finished is None:
             interruption = stack.enter_context(stop_on_signals())
-            stack.enter_context(_quiet_libraries())
+            stack.enter_context(quiet_libraries())
             finished = _train(recipe, run, interruption, console)
         else:
             console.print(f"{run.path} is finished: nothing to train", highlight=False)
@@ -115,7 +112,7 @@ def _train(recipe: Recipe, run: RunFolder, interruption: Interruption, console: 
     model = prepare_model(recipe, data)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = _newest_checkpoint(run, recipe)
-    memory = PeakMemory(_device())
+    memory = PeakMemory(training_device())
     if _is_main():
         discard_remains(run.path)
         discard_remains(run.checkpoints)
@@ -211,28 +208,5 @@ def _result(recipe: Recipe, run: RunFolder, finished: Mapping[str, Any]) -> RunR
     return RunResult(run.path, recipe, finished["step"], **{name: finished[name] for name in same})
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Let the libraries tell errors only; what matters of their warnings is checked or measured here."""
-    verbosity, bars = transformers_logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            # peft and transformers deprecate each other's names
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()

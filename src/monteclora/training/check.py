@@ -1,0 +1,214 @@
+"""A dry run: what a recipe would train, on what, and what it would cost, before anything is trained or written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+
+from monteclora.data.encoding import RowView, describe_rows
+from monteclora.data.models import ModelSource, resolve_model
+from monteclora.errors import ConfigError
+from monteclora.methods import get_method
+from monteclora.training.environment import PeakMemory, training_device
+from monteclora.training.estimate import Memory, Sizes, operations, required_memory
+from monteclora.training.phases import Phase, batches, phases_of
+from monteclora.training.prepare import PreparedData, prepare_data, prepare_model
+from monteclora.training.quiet import quiet_libraries
+from monteclora.training.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["CheckReport", "MeasuredStep", "check"]
+
+_ROWS_SHOWN = 5
+_LARGEST_TO_LOAD = 4 * 2**30  # bytes; loading more for a dry run takes longer than it tells
+_EVALUATION_SHARE = 0.35  # of a training pass's time: no backward pass
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """One forward and backward pass on this machine: rows, seconds, and peak memory in bytes."""
+
+    rows: int
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a recipe comes to.
+
+    Attributes:
+        recipe: with every default written out.
+        kind: of its task.
+        rows: of each split.
+        tokens: mean and longest row of the training split.
+        notes: what was set aside, shortened or left out.
+        views: the first training rows as the model sees them.
+        sizes: counts of the model.
+        trained: names of what is trained, layer numbers replaced by ``*``, with how many numbers.
+        phases: of the run.
+        memory: estimated.
+        operations: floating-point operations of the whole run, estimated.
+        measured: a step on this machine; None where the weights are not at hand or too large to load for this.
+    """
+
+    recipe: Recipe
+    kind: str
+    rows: Mapping[str, int]
+    tokens: tuple[float, int]
+    notes: tuple[str, ...]
+    views: tuple[RowView, ...]
+    sizes: Sizes
+    trained: Mapping[str, int]
+    phases: tuple[Phase, ...]
+    memory: Memory
+    operations: float
+    measured: MeasuredStep | None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the run on this machine, validation included; None where no step was measured."""
+        if self.measured is None:
+            return None
+        row = self.measured.seconds / self.measured.rows
+        spec = self.recipe.training
+        trained_rows = self.steps * spec.batch_size
+        validated = [phase for phase in self.phases if phase.validates]
+        per_epoch = max(self.rows["train"] // spec.batch_size, 1)
+        evaluations = sum(-(-phase.steps // (spec.eval_every or per_epoch)) for phase in validated)
+        return row * (trained_rows + _EVALUATION_SHARE * evaluations * self.rows.get("validation", 0))
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        facts = asdict(self)
+        del facts["views"]
+        return {
+            **facts,
+            "shown_rows": [str(view) for view in self.views],
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+
+
+def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[tuple[str, str]] = ()) -> CheckReport:
+    """Go through everything that training does before its first step, and measure or estimate one.
+
+    Large models, and those whose weights are not on this machine, are built without weights from their configuration.
+
+    Args:
+        recipe: as for :func:`monteclora.train`.
+        overrides: likewise.
+
+    Raises:
+        ConfigError: the recipe is wrong.
+        DataError: the data are.
+    """
+    recipe = load_recipe(recipe, overrides)
+    with quiet_libraries():
+        data = prepare_data(recipe)
+        model = _empty_model(recipe, data)
+        sizes = Sizes.of(model)
+        trained = _trained_names(model)
+        lengths = [len(ids) for ids in data.train["input_ids"]]
+        phases = tuple(phases_of(recipe, len(lengths)))
+        micro = min(batches(recipe.training)[0], len(lengths))
+        mean = sum(lengths) / len(lengths)
+        memory = required_memory(recipe, sizes, micro, max(lengths), predicts_tokens=data.task.kind == "causal_lm")
+        rows = sum(phase.steps for phase in phases) * recipe.training.batch_size
+        measured = None
+        if memory.weights <= _LARGEST_TO_LOAD and _weights_at_hand(resolve_model(recipe.model.name)):
+            del model
+            measured = _measure(prepare_model(recipe, data), recipe, data, micro)
+        return CheckReport(
+            recipe=recipe,
+            kind=data.task.kind,
+            rows={split: len(encoded.dataset) for split, encoded in data.encoded.items()},
+            tokens=(mean, max(lengths)),
+            notes=data.notes,
+            views=tuple(describe_rows(data.encoded["train"], data.tokenizer, _ROWS_SHOWN, data.task.label_names)),
+            sizes=sizes,
+            trained=trained,
+            phases=phases,
+            memory=memory,
+            operations=operations(recipe, sizes, rows * mean),
+            measured=measured,
+        )
+
+
+def _empty_model(recipe: Recipe, data: PreparedData) -> PeftModel:
+    """The model with its adapter, without weights."""
+    import transformers
+
+    source = resolve_model(recipe.model.name)
+    if source.gguf_file is not None:
+        return prepare_model(recipe, data)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=recipe.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"cannot read the configuration of {source.name}: {reason}", source.remedy) from error
+    auto: Any = transformers.AutoModelForCausalLM
+    if data.task.kind == "classification":
+        auto = transformers.AutoModelForSequenceClassification
+        config.num_labels = len(data.task.label_names or ())
+    with init_empty_weights(include_buffers=True):
+        model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+    return get_method(recipe.method.name).wrap(model, recipe.method, data.task.kind, recipe.seed)
+
+
+def _trained_names(model: PeftModel) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = ["*" if part.isdigit() else part for part in name.split(".")]
+            short = ".".join(part for part in parts if part not in ("base_model", "model", "default"))
+            found[short] = found.get(short, 0) + parameter.numel()
+    return found
+
+
+def _weights_at_hand(source: ModelSource) -> bool:
+    """Whether the weights are on this machine."""
+    if source.where != "hub":
+        return any(path.suffix in (".safetensors", ".bin", ".gguf") for path in Path(source.path).iterdir())
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(source.path, name), str) for name in files)
+
+
+def _measure(model: PeftModel, recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
+    """The faster of two passes over the first rows, after one that warms up."""
+    device = training_device()
+    if recipe.model.quantization == "none":
+        model.to(device)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.precision)
+    batch = data.collate([dict(row) for row in data.train.select(range(rows))]).to(device)
+    memory = PeakMemory(device)
+    model.train()
+    seconds = []
+    for _ in range(3):
+        model.zero_grad()
+        begin = time.perf_counter()
+        with torch.autocast(device.type, precision) if precision else nullcontext():
+            loss = model(**batch).loss
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return MeasuredStep(rows, min(seconds[1:]), memory.bytes)
