@@ -1,0 +1,74 @@
+"""``monteclora check``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from monteclora.cli.output import Json, note, print_facts, print_json, print_line
+from monteclora.cli.overrides import Overrides, parse_overrides
+
+if TYPE_CHECKING:
+    from monteclora.training.check import CheckReport
+
+__all__ = ["check"]
+
+
+def check(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
+    """Show what a recipe would train, on what, and what it would cost, without training.
+
+    Works for a model too large for this machine, without its weights.
+    Any value of the recipe can be changed by its dotted name: --training.learning_rate 1e-4.
+
+    Args:
+        recipe: a YAML file, or the name of a bundled recipe (see: monteclora recipes).
+    """
+    changes = parse_overrides(overrides)
+
+    from monteclora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
+
+    from monteclora.training.check import check as dry_run
+
+    report = dry_run(loaded)
+    if as_json:
+        print_json(report.facts())
+        return
+    print_facts(_facts(report))
+    print_line("\nThe first rows as the model sees them" + (", what is learned in [[ ]]:" if _marks(report) else ":"))
+    for view in report.views:
+        print_line(f"  {view}")
+    for text in report.notes:
+        note(text)
+
+
+def _marks(report: CheckReport) -> bool:
+    return report.kind == "causal_lm"
+
+
+def _facts(report: CheckReport) -> list[tuple[str, str]]:
+    from monteclora.reports.formats import duration, size
+
+    sizes, memory = report.sizes, report.memory
+    rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items())
+    parts = (
+        f"weights {size(memory.weights)}, optimiser {size(memory.optimizer)}, activations {size(memory.activations)}"
+    )
+    time = f"{report.steps:,} steps, {report.operations:.1e} operations"
+    if report.seconds is not None:
+        time += f", about {duration(report.seconds)} on this machine (a step was measured)"
+    share = sizes.trained / sizes.parameters
+    return [
+        ("recipe", report.recipe.name),
+        ("output", str(report.recipe.folder)),
+        ("task", f"{report.recipe.data.task or 'own files'} ({report.kind}): {rows} rows"),
+        ("tokens", f"{report.tokens[0]:.0f} a row on average, {report.tokens[1]} at most"),
+        (
+            "model",
+            f"{report.recipe.model.name}: {sizes.parameters:,} parameters, {sizes.trained:,} trained ({share:.2%})",
+        ),
+        ("method", report.recipe.method.name),
+        *(("trained" if i == 0 else "", f"{name} {n:,}") for i, (name, n) in enumerate(report.trained.items())),
+        ("memory", f"about {size(memory.total)} a step ({parts})"),
+        ("time", time),
+    ]

@@ -1,0 +1,87 @@
+"""``monteclora evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from monteclora.evaluation.run import EvaluationResult
+
+__all__ = ["METRIC_NAMES", "evaluate"]
+
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "mcc": "MCC",
+    "nll": "NLL (nats)",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+
+
+def evaluate(
+    run: str,
+    /,
+    *,
+    split: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    base: Flag = False,
+    rows: int | None = None,
+    batch_size: int | None = None,
+    allow_unfinished: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a run's predictions, at the posterior's mean and under draws from it.
+
+    Metrics go to evaluation.json and predictions to predictions.parquet in the run folder.
+
+    Args:
+        run: a run folder.
+        split: train, validation or test; by default test where it has labels, else validation.
+        num_samples: posterior draws; by default the recipe's number, 0 for the mean alone.
+        seed: of the draws.
+        base: measure the pretrained model without the adapter (causal LM only).
+        rows: measure at most so many rows, the same ones for every run.
+        batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
+        allow_unfinished: take the last checkpoint of a run that did not come to its end.
+    """
+    from monteclora.evaluation.run import evaluate as measure
+
+    result = measure(
+        run,
+        split,
+        num_samples=num_samples,
+        seed=seed,
+        base=base,
+        rows=rows,
+        batch_size=batch_size,
+        allow_unfinished=allow_unfinished,
+    )
+    if as_json:
+        print_json({"folder": result.folder, "split": result.split, "model": result.model, **result.facts()})
+        return
+    _print(result)
+
+
+def _print(result: EvaluationResult) -> None:
+    from monteclora.evaluation.records import EVALUATION_FILE, PREDICTIONS_FILE
+
+    state = f", unfinished: {result.unfinished}" if result.unfinished else ""
+    title = f"{result.folder} on {result.split} ({result.source.rows:,} rows{state})"
+    if result.model == "base":
+        title = f"the pretrained model, for {title}"
+    by_name: dict[str, Mapping[str, float]] = {"mean": result.point}
+    if result.posterior is not None:
+        by_name[f"posterior, {result.num_samples} draws"] = result.posterior
+    shown = [name for name in METRIC_NAMES if name in result.point]
+    rows = [[name, *(f"{metrics[m]:.3f}" for m in shown)] for name, metrics in by_name.items()]
+    print_table(["", *(METRIC_NAMES[name] for name in shown)], rows, title)
+    print_line(f"written: {result.folder / EVALUATION_FILE}, {result.folder / PREDICTIONS_FILE}")
+    for text in result.notes:
+        note(text)

@@ -1,0 +1,58 @@
+"""``monteclora export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from monteclora.cli.output import Json, print_json, print_line
+from monteclora.errors import ConfigError
+
+__all__ = ["export"]
+
+
+def export(
+    run: str,
+    /,
+    *,
+    kind: Annotated[Literal["merged", "samples"], Parameter(name="--format")],
+    out: Path | None = None,
+    num_samples: int = 8,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model for use without monteclora.
+
+    Args:
+        run: a run folder.
+        kind: merged is the pretrained model with the posterior's mean merged in, an ordinary transformers folder;
+            samples are plain LoRA adapters drawn from the posterior, for servers that serve several.
+        out: the folder to write; by default merged or samples in the run folder.
+        num_samples: how many adapters to draw.
+        seed: of the draws.
+    """
+    from monteclora.adapters.export import export_merged, export_samples
+    from monteclora.evaluation.loading import load_run
+    from monteclora.training.quiet import quiet_libraries
+
+    if out is not None and out.is_file():
+        raise ConfigError(f"{out} is a file", "Give the name of a folder.")
+    loaded = load_run(run)
+    target = out or loaded.folder / kind
+    if kind == "samples" and not loaded.has_posterior:
+        raise ConfigError(
+            f"the method {loaded.recipe.method.name} of {loaded.folder} has no posterior to draw from",
+            "Export it with --format merged; its adapter folder is a plain LoRA adapter.",
+        )
+    with quiet_libraries():
+        if kind == "merged":
+            written = [export_merged(loaded.model, target, loaded.tokenizer)]
+        else:
+            written = export_samples(loaded.model, target, num_samples, seed)
+    if as_json:
+        print_json({"written": written})
+        return
+    for folder in written:
+        print_line(str(folder))

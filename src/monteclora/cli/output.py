@@ -1,0 +1,67 @@
+"""Results on standard output: tables for people, JSON for machines. Notes on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Flag", "Json", "note", "print_facts", "print_json", "print_line", "print_table"]
+
+_WIDTH_OF_A_FILE = 200  # where nobody's window says how wide a line may be
+
+Flag = Annotated[bool, Parameter(show_default=False)]
+Json = Annotated[bool, Parameter(name="--json", help="print JSON for machines.", show_default=False)]
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
+    return Console(markup=False, highlight=False, emoji=False, width=width)
+
+
+def print_json(data: Any) -> None:
+    """A document; what JSON does not know, such as a path, as text."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def print_line(text: str) -> None:
+    """A line as it is, however long."""
+    print(text)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: int = 1) -> None:
+    """A table of texts; ``left`` columns are words, the others numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names with what there is to say of each."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in facts:
+        grid.add_row(name, text)
+    _console().print(grid)
+
+
+def note(text: str) -> None:
+    """Something to know about the results, on standard error."""
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""``monteclora recipes``: what comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App
+
+from monteclora.cli.output import Json, print_json, print_line, print_table
+from monteclora.errors import ConfigError
+from monteclora.training.bundled import bundled_recipes, summary
+
+__all__ = ["app"]
+
+app = App(name="recipes", help="List, show or copy the bundled recipes.")
+
+
+@app.default
+@app.command(name="list")
+def list_recipes(*, as_json: Json = False) -> None:
+    """List the bundled recipes."""
+    found = {name: summary(path) for name, path in bundled_recipes().items()}
+    if as_json:
+        print_json([{"name": name, "summary": text} for name, text in found.items()])
+        return
+    print_table(["recipe", "what it does"], found.items(), left=2)
+    print_line("monteclora train NAME trains one; monteclora recipes copy NAME gives you one to change.")
+
+
+@app.command
+def show(name: str, /) -> None:
+    """Print a recipe.
+
+    Args:
+        name: of a bundled recipe.
+    """
+    print_line(_find(name).read_text(encoding="utf-8").rstrip())
+
+
+@app.command
+def copy(name: str, to: Path | None = None, /) -> None:
+    """Copy a recipe, to change it.
+
+    Args:
+        name: of a bundled recipe.
+        to: a file or folder; by default NAME.yaml in this folder.
+    """
+    source = _find(name)
+    target = to or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise ConfigError(f"{target} exists", "Give another name, or remove it.") from None
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}", "Give another name.") from None
+    print_line(str(target))
+
+
+def _find(name: str) -> Path:
+    bundled = bundled_recipes()
+    if name not in bundled:
+        from monteclora.config import nearest
+
+        near = nearest(name, bundled)
+        raise ConfigError(
+            f"there is no bundled recipe '{name}'", f"Did you mean {near}?" if near else "See `monteclora recipes`."
+        )
+    return bundled[name]

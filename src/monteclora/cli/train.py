@@ -1,0 +1,55 @@
+"""``monteclora train``."""
+
+from __future__ import annotations
+
+from monteclora.cli.output import Json, print_facts, print_json
+from monteclora.cli.overrides import Overrides, parse_overrides
+
+__all__ = ["train"]
+
+
+def train(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
+    """Train a recipe, or go on where its run folder stopped.
+
+    The same command again resumes an interrupted run.
+    Any value of the recipe can be changed by its dotted name: --training.learning_rate 1e-4.
+
+    Args:
+        recipe: a YAML file, or the name of a bundled recipe (see: monteclora recipes).
+    """
+    changes = parse_overrides(overrides)
+
+    from monteclora.reports.formats import duration, size
+    from monteclora.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
+
+    from monteclora.training.run import train as run
+
+    result = run(loaded)
+    metrics = dict(result.metrics)
+    if as_json:
+        print_json(
+            {
+                "folder": result.folder,
+                "adapter": result.adapter,
+                "steps": result.steps,
+                "kept_step": result.kept_step,
+                "metrics": metrics,
+                "seconds": result.seconds,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "tokens": result.tokens,
+                "trained_parameters": result.trained_parameters,
+            }
+        )
+        return
+    kept = "" if result.kept_step == result.steps else f", kept step {result.kept_step}"
+    cost = f"{duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}"
+    print_facts(
+        [
+            ("trained", f"{result.steps} steps{kept} in {cost}, {result.trained_parameters:,} parameters"),
+            *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))] if metrics else []),
+            ("adapter", str(result.adapter)),
+            ("next", f"monteclora evaluate {result.folder}"),
+        ]
+    )
