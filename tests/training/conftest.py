@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -133,15 +134,23 @@ def without_times(value: Any) -> Any:
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
+def adapter_content(folder: Path) -> dict[str, Any]:
+    """Everything in the adapter's files; the order of a file's metadata is not fixed, so bytes are not compared."""
+    content: dict[str, Any] = {}
+    for path in (folder / "adapter").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            content[path.name] = (file.metadata(), {name: t.numpy().tobytes() for name, t in tensors.items()})
+    return content
+
+
 def trace(folder: Path) -> dict[str, Any]:
     """Everything about a run that must not depend on how often it was interrupted."""
     run = RunFolder(folder)
-    files = ("adapter_model.safetensors", "posterior.safetensors")
-    adapter = {name: (run.adapter / name).read_bytes() for name in files if (run.adapter / name).exists()}
     last = max(run.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((last / "training_state.json").read_text())
     return {
-        "adapter": adapter,
+        "adapter": adapter_content(folder),
         "optimizer": (last / "training_state.safetensors").read_bytes(),
         "state": without_times(state),
         "trainer": json.loads((last / "trainer_state.json").read_text()),

@@ -22,13 +22,9 @@ from monteclora.training.recipe import load_recipe
 from monteclora.training.run import train
 from monteclora.training.run_folder import RunFolder
 from monteclora.training.tree import load_tree
-from tests.training.conftest import Recipe, StopAfter, quietly, train_until
+from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, train_until
 
 MakeRecipe = Callable[..., Recipe]
-
-
-def adapter_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "adapter").glob("*.safetensors")}
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -118,13 +114,13 @@ def test_how_a_run_is_watched_does_not_change_it(
 ) -> None:
     quietly(recipe(kind=kind, name="one"))
     quietly(recipe(kind=kind, name="other", **other))
-    assert adapter_bytes(tmp_path / "one") == adapter_bytes(tmp_path / "other")
+    assert adapter_content(tmp_path / "one") == adapter_content(tmp_path / "other")
 
 
 def test_the_seed_changes_it(recipe: MakeRecipe, tmp_path: Path) -> None:
     for seed in (0, 1):
         quietly({**recipe(name=f"seed{seed}"), "seed": seed})
-    assert adapter_bytes(tmp_path / "seed0") != adapter_bytes(tmp_path / "seed1")
+    assert adapter_content(tmp_path / "seed0") != adapter_content(tmp_path / "seed1")
 
 
 def test_lora_and_monteclora_are_paired(recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -278,7 +274,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     quietly(recipe(name="parts", save_every=2))
     assert "checkpoint-6" in caplog.text
     assert "checkpoint-4" in caplog.text
-    assert adapter_bytes(tmp_path / "whole") == adapter_bytes(tmp_path / "parts")
+    assert adapter_content(tmp_path / "whole") == adapter_content(tmp_path / "parts")
     assert read_checkpoint(folder / "checkpoint-10").complete
 
 
