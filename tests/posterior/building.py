@@ -1,7 +1,9 @@
-"""Posteriors of known laws."""
+"""Posteriors of known laws, and what is compared of their draws with those of the reference."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +11,36 @@ import numpy as np
 import torch
 
 from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings
+from tests import reference
+from tests.posterior.checks import COUNT
 from tests.reference import Law
 
-__all__ = ["posterior_of", "random_posterior", "set_law", "stacked_noise"]
+__all__ = ["LAWS", "posterior_of", "random_posterior", "reference_statistics", "set_law", "stacked_noise", "statistics"]
+
+# both covariances, both laws of the weights, normalised (nu = r) and published (here with more degrees of freedom)
+LAWS = [
+    Law(full=full, laplace=laplace, normalised=normalised, dof=dof)
+    for full, laplace, (normalised, dof) in itertools.product((False, True), (False, True), ((True, 3), (False, 6)))
+]
+
+
+def statistics(a: np.ndarray) -> dict[str, np.ndarray]:
+    """Of draws (count, r, n): single entries, and how those of a row, of a column and all of them hang together."""
+    last = a.shape[1] - 1
+    return {
+        "A_11": a[:, 0, 0],
+        "|A_r1|": np.abs(a[:, last, 0]),
+        "A_11 A_r1": a[:, 0, 0] * a[:, last, 0],
+        "|A_11 A_12|": np.abs(a[:, 0, 0] * a[:, 0, 1]),
+        "||A||": np.linalg.norm(a, axis=(1, 2)),
+    }
+
+
+@functools.cache
+def reference_statistics(law: Law) -> dict[str, np.ndarray]:
+    """Those of the N-draw sampler, each sorted."""
+    draws = reference.draws(law, COUNT, np.random.default_rng(0))
+    return {name: np.sort(values) for name, values in statistics(draws).items()}
 
 
 def posterior_of(laws: Sequence[Law], *, seed: int = 0, **settings: Any) -> AdapterPosterior:
