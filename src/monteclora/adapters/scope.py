@@ -72,6 +72,9 @@ class BoundCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint ``function`` with the draws that are current now."""
+        if torch.compiler.is_compiling():
+            # the draw is an input of the compiled graph, whose repetition reads the same input
+            return self.checkpoint(function, *args, **kwargs)
         posteriors = list(self.source.drawn_posteriors())
         draws = [posterior.current for posterior in posteriors]
 
