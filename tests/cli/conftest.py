@@ -1,0 +1,1 @@
+from tests.runs import assets, trained  # noqa: F401
