@@ -44,12 +44,14 @@ def save_tokenizer(folder: Path, *, classifies: bool) -> None:
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``bert`` and ``llama`` with models, and ``class.jsonl`` and ``text.jsonl`` with 44 rows each."""
+    """Model folders ``bert``, ``llama`` and ``wide``; ``class.jsonl`` and ``text.jsonl`` with 44 rows each."""
     folder = tmp_path_factory.mktemp("assets")
     bert(hidden_dropout_prob=0.1).bert.save_pretrained(folder / "bert")
     llama().save_pretrained(folder / "llama")
+    llama(hidden_size=64, intermediate_size=64).save_pretrained(folder / "wide")  # blocks of 4-bit weights are of 64
     save_tokenizer(folder / "bert", classifies=True)
     save_tokenizer(folder / "llama", classifies=False)
+    save_tokenizer(folder / "wide", classifies=False)
     generator = random.Random(0)
 
     def text(words: list[str]) -> str:

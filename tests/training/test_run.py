@@ -117,6 +117,18 @@ def test_how_a_run_is_watched_does_not_change_it(
     assert adapter_content(tmp_path / "one") == adapter_content(tmp_path / "other")
 
 
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_evaluating_quantized_weights_does_not_change_training(
+    quantization: str, recipe: MakeRecipe, assets: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    for name, often in (("seldom", 10), ("often", 1)):
+        made = recipe(kind="causal_lm", name=name, eval_every=often, precision="bf16")
+        made["model"] = {"name": str(assets / "wide"), "quantization": quantization, "dtype": "bfloat16"}
+        quietly(made)
+    assert adapter_content(tmp_path / "seldom") == adapter_content(tmp_path / "often")
+
+
 def test_the_seed_changes_it(recipe: MakeRecipe, tmp_path: Path) -> None:
     for seed in (0, 1):
         quietly({**recipe(name=f"seed{seed}"), "seed": seed})

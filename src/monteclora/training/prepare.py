@@ -121,6 +121,11 @@ def prepare_model(recipe: Recipe, data: PreparedData) -> PeftModel:
     """
     method = get_method(recipe.method.name)
     model = method.wrap(base_model(recipe, data), recipe.method, data.task.kind, recipe.seed)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks 4-bit weights in evaluation mode for a kernel that passes no gradient back, and
+            # keeps them so: training would go on without the gradient of whatever lies below
+            module.support_avx512bf16_for_cpu = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             if recipe.training.precision == "fp32":

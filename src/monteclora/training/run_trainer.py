@@ -122,7 +122,7 @@ class RunTrainer(CheckpointingMixin, MonteCLoRATrainerMixin, _TaskLossMixin, Tra
         """As in the Trainer, with the task's loss apart from the objective."""
         if "loss" in logs:
             objective, logs["loss"] = logs["loss"], self.mean_task_loss()
-            if self.has_posterior():
+            if self._regulariser is not None:
                 logs["objective"] = objective
         logs.pop("eval_loss", None)
         super().log(logs, *args, **kwargs)
