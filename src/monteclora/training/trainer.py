@@ -3,7 +3,8 @@
 What it changes, and nothing else: the regulariser is added once for each optimiser step, however many batches are
 accumulated in it; the loss of sequence and token classification is normalised by the examples of the whole
 accumulated batch (several heads ignore the count that transformers hands them, which multiplies their gradient by the
-number of accumulated batches); and rho and eta are exempt from weight decay.
+number of accumulated batches); rho and eta are exempt from weight decay; evaluation leaves the global generators as
+they were, so that how often it happens does not change dropout; and a loss that is not finite ends training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, regularisers
+from monteclora.errors import DivergenceError
 from monteclora.posterior import Regulariser
+from monteclora.training.randomness import preserved_generators
 
 __all__ = ["MonteCLoRATrainer", "MonteCLoRATrainerMixin", "classification_loss"]
 
@@ -97,6 +100,26 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
             share = torch.stack([part.loss for part in parts]).sum().to(loss.device)
             loss = loss + share / self._accumulated_batches(num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the Trainer.
+
+        Raises:
+            DivergenceError: the loss is not finite; the weights have not taken it up.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise DivergenceError(
+                f"the loss is not finite at step {self.state.global_step + 1}",
+                "Lower the learning rate or the gradient's norm; the last checkpoint is finite.",
+            )
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the Trainer."""
+        with preserved_generators():
+            measured: dict[str, float] = super().evaluate(*args, **kwargs)
+        return measured
 
     def has_posterior(self) -> bool:
         """Whether the model has MonteCLoRA adapters."""
