@@ -74,9 +74,7 @@ def _print(result: EvaluationResult) -> None:
 
     state = f", unfinished: {result.unfinished}" if result.unfinished else ""
     title = f"{result.folder} on {result.split} ({result.source.rows:,} rows{state})"
-    if result.model == "base":
-        title = f"the pretrained model, for {title}"
-    by_name: dict[str, Mapping[str, float]] = {"mean": result.point}
+    by_name: dict[str, Mapping[str, float]] = {"pretrained" if result.model == "base" else "mean": result.point}
     if result.posterior is not None:
         by_name[f"posterior, {result.num_samples} draws"] = result.posterior
     shown = [name for name in METRIC_NAMES if name in result.point]

@@ -34,15 +34,17 @@ def print_json(data: Any) -> None:
 
 def print_line(text: str) -> None:
     """A line as it is, however long."""
-    print(text)
+    print(text, flush=True)  # before what rich writes next, and before anything on standard error
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: int = 1) -> None:
-    """A table of texts; ``left`` columns are words, the others numbers."""
+    """A table of texts under a line that says what it is; ``left`` columns are words, the others numbers."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    if title:
+        print_line(title)
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
