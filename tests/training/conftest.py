@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from monteclora.training import run as run_module
+from monteclora.training import phases
 from monteclora.training.interruption import Interruption
 from monteclora.training.run import RunResult, train
 from monteclora.training.run_folder import RunFolder
@@ -117,11 +117,11 @@ def train_until(monkeypatch: pytest.MonkeyPatch, interruption: Interruption, rec
     """Train until the request comes in."""
 
     @contextmanager
-    def signals() -> Iterator[Interruption]:
+    def signals(acknowledgement: str) -> Iterator[Interruption]:
         yield interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "stop_on_signals", signals)
+        patch.setattr(phases, "stop_on_signals", signals)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, progress=False)
 

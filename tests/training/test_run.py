@@ -236,6 +236,12 @@ def test_a_changed_recipe_is_refused_by_its_keys(recipe: MakeRecipe, monkeypatch
     assert train(recipe(), harmless, progress=False).steps == 10
 
 
+def test_a_recipe_that_could_not_be_trained_may_be_corrected(recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError):
+        quietly(recipe(method_options={"target_modules": ["qeury"]}))
+    assert quietly(recipe(method_options={"target_modules": ["query"]})).steps == 10
+
+
 def test_changed_data_are_refused(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = recipe()
     copy = tmp_path / "rows.jsonl"
@@ -251,6 +257,15 @@ def test_a_run_in_use_is_refused(recipe: MakeRecipe) -> None:
     made = recipe()
     with RunFolder(Path(made["output"])).locked(), pytest.raises(CheckpointError, match="another process"):
         quietly(made)
+
+
+def test_too_little_memory(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("monteclora.training.run_trainer.RunTrainer.training_step", refuse)
+    with pytest.raises(ConfigError, match=r"a pass over 4 rows does not fit .* Lower training\.micro_batch_size"):
+        quietly(recipe(micro_batch_size=4))
 
 
 def test_divergence_within_a_step(recipe: MakeRecipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -34,8 +35,12 @@ class Interruption:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Interruption]:
-    """Inside the block the first SIGINT or SIGTERM is a request; a second one acts as it would have outside."""
+def stop_on_signals(acknowledgement: str = "") -> Iterator[Interruption]:
+    """Inside the block the first SIGINT or SIGTERM is a request; a second one acts as it would have outside.
+
+    Args:
+        acknowledgement: written to standard error when the request comes in; may be empty.
+    """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption  # only the main thread may set signal handlers
@@ -48,6 +53,7 @@ def stop_on_signals() -> Iterator[Interruption]:
     def request(number: int, frame: FrameType | None) -> None:
         interruption.requested = True
         restore()
+        os.write(2, acknowledgement.encode())  # print may be in the middle of something
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

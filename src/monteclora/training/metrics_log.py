@@ -29,11 +29,20 @@ class MetricsLog:
         self.path = path
 
     def append(self, event: dict[str, Any]) -> None:
-        """Write a line; it is on disk when this returns, and readable whatever happens next."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Write a line; it is on disk when this returns, and readable whatever happens next.
+
+        Raises:
+            CheckpointError: the disk refuses it, for instance because it is full.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}", "Make room; the same command resumes the run."
+            ) from error
 
     def read(self) -> list[dict[str, Any]]:
         """Every event; a last line that a killed process left unfinished is passed over.

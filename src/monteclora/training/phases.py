@@ -16,7 +16,7 @@ from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.training.callbacks import LogEverything, ShowProgress
 from monteclora.training.checkpoint import CheckpointPlan, load_adapter
-from monteclora.training.interruption import Interruption, TrainingInterrupted
+from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
 from monteclora.training.manifest import Checkpoint, checkpoint_folder
 from monteclora.training.measures import greater_is_better
 from monteclora.training.prepare import PreparedData
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = ["Outcome", "Phase", "batches", "phases_of", "steps_per_epoch", "train_phase"]
+
+
+_STOPPING = "\nstopping: this step is finished and saved first; asked again, it stops at once\n"
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,6 @@ def train_phase(
     *,
     first_step: int,
     resume: Checkpoint | None,
-    interruption: Interruption,
     console: Console,
 ) -> Outcome:
     """Train one phase, from its start or from one of its checkpoints; ``model`` ends with the weights to keep.
@@ -206,9 +208,14 @@ def train_phase(
         phase=phase.name,
         first_step=first_step,
     )
-    trainer.interruption = interruption
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
+        with stop_on_signals("" if console.quiet else _STOPPING) as trainer.interruption:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a pass over {trainer.args.per_device_train_batch_size} rows does not fit into the memory of the device",
+            "Lower training.micro_batch_size or data.max_length, or set training.gradient_checkpointing to true.",
+        ) from error
     finally:
         progress.close()
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -249,5 +256,10 @@ def _trainer(
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"report_to {', '.join(recipe.report_to)}: {reason}", "Correct report_to.") from error
         raise
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "a run trains on one device, or on several that each hold the whole model",
+            "Launch it without FSDP and DeepSpeed, or use monteclora.MonteCLoRATrainer in a program of your own.",
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -16,7 +16,6 @@ from rich.console import Console
 from monteclora.errors import CheckpointError
 from monteclora.training.environment import PeakMemory, changes, describe_environment, training_device
 from monteclora.training.folders import discard_remains, new_folder
-from monteclora.training.interruption import Interruption, stop_on_signals
 from monteclora.training.manifest import Checkpoint, newest_complete
 from monteclora.training.phases import phases_of, train_phase
 from monteclora.training.prepare import PreparedData, prepare_data, prepare_model
@@ -96,15 +95,14 @@ def train(
             run.claim(recipe)
         finished = run.finished
         if finished is None:
-            interruption = stack.enter_context(stop_on_signals())
             stack.enter_context(quiet_libraries())
-            finished = _train(recipe, run, interruption, console)
+            finished = _train(recipe, run, console)
         else:
             console.print(f"{run.path} is finished: nothing to train", highlight=False)
     return _result(recipe, run, finished)
 
 
-def _train(recipe: Recipe, run: RunFolder, interruption: Interruption, console: Console) -> dict[str, Any]:
+def _train(recipe: Recipe, run: RunFolder, console: Console) -> dict[str, Any]:
     """Train an unfinished run to its end; gives the last line of its metrics."""
     data = prepare_data(recipe)
     for note in data.notes:
@@ -118,7 +116,7 @@ def _train(recipe: Recipe, run: RunFolder, interruption: Interruption, console: 
         discard_remains(run.checkpoints)
         _note_environment(run, describe_environment(recipe, data.task, memory.device), checkpoint)
         run.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
-    done = _train_phases(recipe, run, data, model, checkpoint, interruption, console)
+    done = _train_phases(recipe, run, data, model, checkpoint, console)
     facts = {
         "event": "finished",
         "phase": done[-1]["phase"],
@@ -143,7 +141,6 @@ def _train_phases(
     data: PreparedData,
     model: PeftModel,
     checkpoint: Checkpoint | None,
-    interruption: Interruption,
     console: Console,
 ) -> list[dict[str, Any]]:
     """Train the phases that are left; gives a line of metrics for every phase of the run."""
@@ -157,7 +154,6 @@ def _train_phases(
             model,
             first_step=done[-1]["step"] if done else 0,
             resume=checkpoint if checkpoint is not None and checkpoint.phase == phase.name else None,
-            interruption=interruption,
             console=console,
         )
         done.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})

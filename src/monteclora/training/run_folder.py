@@ -97,6 +97,11 @@ class RunFolder:
         done = bool(events) and events[-1]["event"] == "finished" and self.adapter.is_dir()
         return events[-1] if done else None
 
+    @property
+    def _begun(self) -> bool:
+        """Whether anything was measured or saved: else a recipe that could not be trained may be corrected."""
+        return bool(self.metrics.read()) or any(self.checkpoints.glob("*"))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training this run at the same time.
@@ -118,7 +123,7 @@ class RunFolder:
             ) from None
 
     def claim(self, recipe: Recipe) -> None:
-        """Make this the folder of ``recipe``: a new one, or one that was begun with the same.
+        """Make this the folder of ``recipe``: a new one, one that was begun with the same, or one where nothing was.
 
         Raises:
             CheckpointError: it holds a run of another recipe; the message names the keys that differ.
@@ -126,7 +131,7 @@ class RunFolder:
         if self.recipe_file.is_file():
             before = load_recipe(self.recipe_file)
             changed = differences(before, recipe)
-            if changed:
+            if changed and self._begun:
                 raise CheckpointError(
                     f"{self.path} was begun with another recipe: {', '.join(changed)} changed",
                     "Choose another name or output, or remove the folder.",
