@@ -111,9 +111,7 @@ def _base(model: nn.Module) -> nn.Module:
     return cast(nn.Module, found)
 
 
-def predict(
-    model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0
-) -> PredictiveDistribution:
+def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0) -> PredictiveDistribution:
     """Sample the posterior predictive distribution of labels or next tokens.
 
     Draw s is the same for every input and every call with this seed: the result for an input depends neither on what
