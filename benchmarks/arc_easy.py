@@ -2,8 +2,8 @@
 
     MONTECLORA_DATA=<folder> python benchmarks/arc_easy.py --out runs/arc-easy
 
-Each answer option is scored by its likelihood. Resumable: finished runs are not trained again. Prints the table of
-docs/benchmarks.md.
+Each answer option is scored by its likelihood. Resumable: finished runs are not trained again. Prints a table
+in Markdown.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     MONTECLORA_DATA=<folder> python benchmarks/mrpc.py --out runs/mrpc
 
-The learning rate is chosen on training rows only: 1,000 to train on, 500 others to compare by likelihood. The official validation
-split is seen once, at the end. Resumable: finished runs are kept in the folder and not trained again. Prints the
-table of docs/benchmarks.md.
+The learning rate is chosen on training rows only: 1,000 to train on, 500 others to compare by likelihood. The official
+validation split is seen once, at the end. Resumable: finished runs are kept in the folder and not trained again.
+Prints a table in Markdown.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def test_every_kind_of_field_is_read():
     assert recipe == Recipe(
         name="trial",
         training=Training(learning_rate=1e-4, schedule="cosine"),
-        adapter=Adapter(
-            sample_scale="relative:0.3", target_modules=["query", "value"], rank_pattern={"layer.0": 4}
-        ),
+        adapter=Adapter(sample_scale="relative:0.3", target_modules=["query", "value"], rank_pattern={"layer.0": 4}),
         stages=[Training(batch_size=2)],
     )
 
@@ -129,9 +127,7 @@ def test_list_items_and_mapping_values_are_checked_where_they_stand():
 
 
 def test_yaml_scalars_follow_version_1_2():
-    recipe = build(
-        Recipe, parse_yaml("name: no\nextra: [1e-4, 0o17, 0x1F, 1_000, 12:30, off, ~, 2024-01-01, .inf]\n")
-    )
+    recipe = build(Recipe, parse_yaml("name: no\nextra: [1e-4, 0o17, 0x1F, 1_000, 12:30, off, ~, 2024-01-01, .inf]\n"))
     assert recipe.name == "no"
     assert recipe.extra == [1e-4, 15, 31, "1_000", "12:30", "off", None, "2024-01-01", float("inf")]
 
@@ -196,9 +192,7 @@ def test_a_wrong_override_is_named_as_it_was_typed():
 
 def test_a_mapping_is_as_good_as_a_file_and_as_strict():
     assert build(Recipe, {"name": "x", "adapter": {"betas": (0.5, 1)}}).adapter == Adapter(betas=(0.5, 1.0))
-    with pytest.raises(
-        ConfigError, match=r"recipe: training\.batch_size: expected an integer, found <object"
-    ):
+    with pytest.raises(ConfigError, match=r"recipe: training\.batch_size: expected an integer, found <object"):
         build(Recipe, {"name": "x", "training": {"batch_size": object()}})
 
 

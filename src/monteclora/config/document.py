@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the base class declares it so
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not allowed: write the value out", event.start_mark
@@ -122,9 +122,7 @@ def parse_yaml(text: str, source: str = "recipe") -> Document:
     if root is None or root.value is None:
         root = Node({}, source)
     if not isinstance(root.value, dict):
-        raise ConfigError(
-            f"{source} holds {root.describe()} where a mapping is expected", "Write `key: value` lines."
-        )
+        raise ConfigError(f"{source} holds {root.describe()} where a mapping is expected", "Write `key: value` lines.")
     return Document(root, source, tuple(problems))
 
 

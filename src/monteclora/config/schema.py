@@ -50,9 +50,7 @@ def build(
 
 def dump(instance: Any) -> str:
     """Write a schema instance as YAML that :func:`build` reads back to an equal instance."""
-    return yaml.dump(
-        _to_python(instance), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
-    )
+    return yaml.dump(_to_python(instance), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 def _to_python(value: Any) -> Any:

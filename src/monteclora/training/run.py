@@ -8,9 +8,11 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from rich.console import Console
 
 from monteclora.errors import CheckpointError
@@ -116,23 +118,13 @@ def _train(recipe: Recipe, run: RunFolder, console: Console) -> dict[str, Any]:
         discard_remains(run.checkpoints)
         _note_environment(run, describe_environment(recipe, data.task, memory.device), checkpoint)
         run.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
-    done = _train_phases(recipe, run, data, model, checkpoint, console)
-    facts = {
-        "event": "finished",
-        "phase": done[-1]["phase"],
-        "step": done[-1]["step"],
-        "kept_step": done[-1]["kept_step"],
-        "metrics": _validation_metrics(run, {phase["kept_step"] for phase in done}),
-        "seconds": sum(phase["seconds"] for phase in done),
-        "tokens": sum(phase["tokens"] for phase in done),
-        "peak_memory_bytes": memory.bytes,
-        "trained_parameters": parameters,
-    }
+    _train_phases(recipe, run, data, model, checkpoint, console)
     if _is_main():
         with new_folder(run.adapter) as stage:
             model.save_pretrained(str(stage), save_embedding_layers=False)
-        run.metrics.append(facts)
-    return facts
+        run.metrics.append(_conclusion(run, parameters, memory))
+    PartialState().wait_for_everyone()
+    return run.metrics.read()[-1]
 
 
 def _train_phases(
@@ -142,24 +134,38 @@ def _train_phases(
     model: PeftModel,
     checkpoint: Checkpoint | None,
     console: Console,
-) -> list[dict[str, Any]]:
-    """Train the phases that are left; gives a line of metrics for every phase of the run."""
-    done = [event for event in run.metrics.read() if event["event"] == "phase"]
-    for phase in phases_of(recipe, len(data.train))[len(done) :]:
-        outcome = train_phase(
-            recipe,
-            phase,
-            run,
-            data,
-            model,
-            first_step=done[-1]["step"] if done else 0,
-            resume=checkpoint if checkpoint is not None and checkpoint.phase == phase.name else None,
-            console=console,
-        )
-        done.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
+) -> None:
+    """Train the phases that are left, and write a line of metrics for each."""
+    phases = phases_of(recipe, len(data.train))
+    first_step = 0
+    if checkpoint is not None:
+        phases = list(dropwhile(lambda phase: phase.name != checkpoint.phase, phases))
+        first_step = checkpoint.first_step
+    for phase in phases:
+        resume = checkpoint if checkpoint is not None and checkpoint.phase == phase.name else None
+        outcome = train_phase(recipe, phase, run, data, model, first_step=first_step, resume=resume, console=console)
+        first_step = outcome.step
         if _is_main():
-            run.metrics.append(done[-1])
-    return done
+            run.metrics.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
+
+
+def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> dict[str, Any]:
+    """The last line of the metrics."""
+    events = run.metrics.read()
+    phases = [event for event in events if event["event"] == "phase"]
+    kept_steps = {phase["kept_step"] for phase in phases}
+    # of the last validated step whose weights a phase ended with
+    validated = [event for event in events if event["event"] == "eval" and event["step"] in kept_steps]
+    about = ("event", "phase", "step", "epoch", "seconds")
+    metrics = {name: value for name, value in (validated or [{}])[-1].items() if name not in about}
+    return {
+        "event": "finished",
+        **{name: phases[-1][name] for name in ("phase", "step", "kept_step")},
+        "metrics": metrics,
+        **{name: sum(phase[name] for phase in phases) for name in ("seconds", "tokens")},
+        "peak_memory_bytes": memory.bytes,
+        "trained_parameters": trained_parameters,
+    }
 
 
 def _newest_checkpoint(run: RunFolder, recipe: Recipe) -> Checkpoint | None:
@@ -190,13 +196,6 @@ def _note_environment(run: RunFolder, facts: dict[str, Any], checkpoint: Checkpo
         logger.warning("resuming in another environment, the result may differ: %s", ", ".join(changed))
     resumed = [*before.get("resumed", []), {"step": checkpoint.total_step, "changes": changed}]
     run.write_environment({**before, "resumed": resumed})
-
-
-def _validation_metrics(run: RunFolder, kept_steps: set[int]) -> dict[str, float]:
-    """The metrics of the last validated step whose weights a phase ended with."""
-    about = ("event", "phase", "step", "epoch", "seconds")
-    found = [event for event in run.metrics.read() if event["event"] == "eval" and event["step"] in kept_steps]
-    return {key: value for key, value in found[-1].items() if key not in about} if found else {}
 
 
 def _result(recipe: Recipe, run: RunFolder, finished: Mapping[str, Any]) -> RunResult:
