@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings
+from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings, noise
 from tests.posterior.building import random_posterior
 
 VARIANTS: list[dict[str, Any]] = [
@@ -107,6 +107,24 @@ def test_ranks_seeds_draws_layers_and_uses_are_uncorrelated():
     stacked = torch.stack(streams)
     correlation = torch.corrcoef(stacked) - torch.eye(len(streams))
     assert correlation.abs().max() < 5.0 / stacked.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_every_kind_of_noise_has_a_generator_of_its_own(covariance, monkeypatch):
+    asked = []
+
+    def recording(seed: int, rank: int, draw: int, kind: noise.Kind, *rest: Any, **use: Any) -> torch.Generator:
+        asked.append((seed, rank, draw, kind, use.get("posterior_sample", False)))
+        return original(seed, rank, draw, kind, *rest, **use)
+
+    original = noise.generator
+    monkeypatch.setattr(noise, "generator", recording)
+    posterior = random_posterior(8, covariance=covariance, per_example=True)
+    at(posterior, 7, rank=3)
+    assert sorted(asked) == [(8, 3, 7, kind, False) for kind in noise.Kind]
+    asked.clear()
+    posterior.sample(5, 2)
+    assert sorted(asked) == [(5, 0, 2, kind, True) for kind in noise.Kind if kind != noise.Kind.SIGN]
 
 
 def test_prediction_never_draws_what_training_drew():
