@@ -303,6 +303,20 @@ def test_sampling_once_for_a_whole_generation() -> None:
         assert torch.equal(model(input_ids=ids).logits, first)
 
 
+@pytest.mark.parametrize(("resample", "draws"), [(True, [0, 1, 2]), (False, [0])])
+def test_no_draw_is_made_in_vain(monkeypatch: pytest.MonkeyPatch, resample: bool, draws: list[int]) -> None:
+    model, made = wrapped(llama).eval(), []
+    posterior = posterior_of(model)
+    sample = posterior.sample
+    monkeypatch.setattr(
+        posterior, "sample", lambda seed, first, count: made.append(first) or sample(seed, first, count)
+    )
+    with posterior_sampling(model, resample=resample), torch.no_grad():
+        for _ in range(3):
+            model(input_ids=tokens())
+    assert made == draws
+
+
 def test_training_inside_a_sampling_block_uses_training_draws() -> None:
     model, twin = wrapped(llama), wrapped(llama)
     with posterior_sampling(model, seed=1):

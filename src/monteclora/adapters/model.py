@@ -28,6 +28,7 @@ __all__ = [
     "get_peft_model",
     "posterior_sampling",
     "regularisers",
+    "sampled_posteriors",
     "train_posterior_only",
     "variational_loss",
 ]
@@ -283,12 +284,28 @@ def posterior_sampling(
         first: number of the first draw.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter.
+        ConfigError: the model has no MonteCLoRA adapter, or none that is active.
+    """
+    posteriors = sampled_posteriors(model)
+    sampler = PosteriorSampler(seed, num_samples, resample=resample, first=first)
+    with _tuner(model).scope.sampling(posteriors, sampler):
+        yield
+
+
+def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
+    """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter, or none that is active.
     """
     tuner = _tuner(model)
-    sampler = PosteriorSampler(seed, num_samples, resample=resample, first=first)
-    with tuner.scope.sampling(tuner.active_posteriors(), sampler):
-        yield
+    posteriors = tuner.active_posteriors()
+    if not posteriors:
+        raise ConfigError(
+            f"active adapters are {tuner.active_adapters}, which have no posterior",
+            "Choose a MonteCLoRA adapter with model.set_adapter(name).",
+        )
+    return posteriors
 
 
 def train_posterior_only(model: nn.Module) -> None:

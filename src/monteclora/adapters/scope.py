@@ -189,6 +189,7 @@ class DrawScope:
             stack.callback(setattr, self, "sampler", before)
             for posterior in posteriors:
                 stack.callback(setattr, posterior, "predictive", posterior.predictive)
-                posterior.predictive = sampler(posterior)
+                # where every forward pass draws, the first one's draw is not made here as well
+                posterior.predictive = None if sampler.resample else sampler(posterior)
             self.sampler = sampler
             yield

@@ -17,12 +17,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from monteclora.adapters.model import active_posteriors, posterior_sampling
+from monteclora.adapters.model import posterior_sampling, sampled_posteriors
 from monteclora.errors import ConfigError
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
 
 _ROWS_AT_ONCE = 64
+_OTHER_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 
 
 @dataclass(frozen=True)
@@ -86,29 +87,49 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: with a classification or a language-modelling head.
-        inputs: what the model takes; rows may be padded on either side if ``attention_mask`` is among them.
+        inputs: what the model takes; rows may be padded on either side if ``attention_mask`` is among them
+            (``decoder_attention_mask`` where tokens are a decoder's).
+
+    Raises:
+        ConfigError: the model has a head of another kind.
     """
-    inputs = dict(inputs)
-    parameters = inspect.signature(_base(model).forward).parameters
-    mask = inputs.get("attention_mask")
-    generative = "logits_to_keep" in parameters or _base(model).__class__.__name__.endswith("LMHeadModel")
-    if generative and mask is not None and mask.dim() == 2 and "position_ids" in parameters:
+    inputs, base = dict(inputs), _base(model)
+    if type(base).__name__.endswith(_OTHER_HEADS):
+        raise ConfigError(
+            f"{type(base).__name__} does not predict one label or next token a row",
+            "Use a model with a sequence classification or language-modelling head.",
+        )
+    parameters = inspect.signature(base.forward).parameters
+    two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    mask = inputs.get("decoder_attention_mask" if two_stacks else "attention_mask")
+    if mask is not None and not two_stacks and {"past_key_values", "position_ids"} <= parameters.keys():
         # absolute positions must not count padding on the left
-        inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp_min(0))
-    logits: Tensor = model(**inputs).logits
-    if logits.dim() == 3:
-        length = logits.shape[1]
-        if mask is None:
-            last = torch.full((logits.shape[0],), length - 1, device=logits.device)
-        else:
-            last = (mask.long() * torch.arange(length, device=mask.device)).argmax(-1).to(logits.device)
-        logits = logits[torch.arange(logits.shape[0], device=logits.device), last]
-    return logits.float()
+        inputs.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp_min(0))
+    if "logits_to_keep" in parameters:
+        # over a large vocabulary, the logits of all positions would take more memory than the model
+        sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        kept, column = _last_positions(mask, sequence).unique(return_inverse=True)
+        logits: Tensor = model(**{**inputs, "logits_to_keep": kept}).logits
+    else:
+        logits = model(**inputs).logits
+        if logits.dim() == 2:
+            return logits.float()
+        column = _last_positions(mask, logits)
+    return logits[torch.arange(logits.shape[0], device=logits.device), column.to(logits.device)].float()
+
+
+def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:
+    """Where each row's last token is, shape (B,), in a sequence of shape (B, T, ...)."""
+    rows, length = sequence.shape[:2]
+    if mask is None:
+        return torch.full((rows,), length - 1, device=sequence.device)
+    return (mask.long() * torch.arange(length, device=mask.device)).argmax(-1)
 
 
 def _base(model: nn.Module) -> nn.Module:
-    found = model.get_base_model() if isinstance(model, PeftModel) else model
-    return cast(nn.Module, found)
+    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed)."""
+    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    return model if found is None else cast(nn.Module, found.get_base_model())
 
 
 def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0) -> PredictiveDistribution:
@@ -128,27 +149,38 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
         Probabilities of shape (S, B, C), and their split into aleatoric and epistemic uncertainty.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter, or ``num_samples`` is below 1.
+        ConfigError: the model has no active MonteCLoRA adapter or a head of another kind, ``num_samples`` is below 1,
+            or there is no tensor in the batch.
     """
-    if num_samples < 1:
-        raise ConfigError(f"num_samples is {num_samples}, expected at least 1")
-    device = active_posteriors(model)[0].rho.device
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ConfigError(
+            f"num_samples is {num_samples}, expected a whole number of at least 1", "Ask for one draw or more."
+        )
+    device = sampled_posteriors(model)[0].rho.device
     inputs = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in batch.items()
         if key not in ("labels", "label")
     }
-    rows = max(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+    rows = max((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), default=0)
+    if rows == 0:
+        raise ConfigError(
+            "the batch has no tensor with a row in it", "Give what the model takes, such as input_ids of shape (B, T)."
+        )
     together = max(1, _ROWS_AT_ONCE // rows)
     chunks = []
     with evaluating(model):
         for first in range(0, num_samples, together):
             count = min(together, num_samples - first)
-            repeated = {
-                key: value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value
-                for key, value in inputs.items()
-            }
+            repeated = {key: _repeated(value, rows, count) for key, value in inputs.items()}
             with posterior_sampling(model, seed, num_samples=count, first=first):
                 logits = class_logits(model, repeated)
             chunks.append(logits.softmax(-1).view(count, rows, -1))
     return PredictiveDistribution(torch.cat(chunks))
+
+
+def _repeated(value: Any, rows: int, count: int) -> Any:
+    """What belongs to the rows, ``count`` times over; what they share (one row of positions, an option) as it is."""
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+        return value.repeat(count, *[1] * (value.dim() - 1))
+    return value
