@@ -155,6 +155,7 @@ def test_the_first_phase_of_post_hoc_is_plain_lora(recipe: MakeRecipe, tmp_path:
     quietly(recipe(method="lora", name="lora"))
     quietly(recipe(name="post_hoc", mode="post_hoc"))
     plain, both = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("lora", "post_hoc"))
+    assert both.keys() == plain.keys()
     assert all(torch.equal(tensor, both[name]) for name, tensor in plain.items())
     posterior = load_file(tmp_path / "post_hoc/adapter/posterior.safetensors")
     assert posterior["rho"].abs().max() > 1e-3
