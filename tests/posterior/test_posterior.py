@@ -152,6 +152,18 @@ def test_every_training_draw_advances_the_counter_and_becomes_the_current_one():
         assert posterior.draws == index + 1
 
 
+def test_slots_hold_their_layers_part_of_whatever_is_current():
+    posterior = random_posterior()
+    assert len(posterior.slots) == len(posterior.layers)
+    draw, prediction = posterior.draw(), posterior.sample(0, 0, 2)
+    posterior.predictive = prediction
+    for slot, trained, sampled in zip(posterior.slots, draw.layers, prediction.layers, strict=True):
+        assert slot.current is trained
+        assert slot.predictive is sampled
+    posterior.current = posterior.predictive = None
+    assert all(slot.current is slot.predictive is None for slot in posterior.slots)
+
+
 def test_prediction_and_the_regulariser_leave_the_counter_and_the_current_draw():
     posterior = random_posterior(estimator="sampled")
     current = posterior.draw()
@@ -291,11 +303,14 @@ def test_a_copy_keeps_parameters_and_counter_and_is_its_own(copied):
     assert torch.equal(other.eta, posterior.eta)
     assert (other.seed, other.draws, other.layers) == (posterior.seed, posterior.draws, posterior.layers)
     assert other.settings == posterior.settings
-    assert other.current is None
+    assert other.current is other.predictive is None
+    assert all(slot.current is slot.predictive is None for slot in other.slots)
     assert other.rho.grad is None
-    assert same(other.draw(), posterior.draw())
-    other.draw()
+    held = [slot.current for slot in posterior.slots]
+    theirs = other.draw()
+    assert all(slot.current is part for slot, part in zip(posterior.slots, held, strict=True))
     assert other.draws == posterior.draws + 1
+    assert same(theirs, posterior.draw())
     with torch.no_grad():
         other.rho.add_(1.0)
     assert not torch.equal(other.rho, posterior.rho)
@@ -361,6 +376,6 @@ def test_moving_forgets_draws_on_the_old_device():
     posterior.draw()
     posterior.predictive = posterior.sample(0, 0)
     posterior.to("cpu")
-    assert posterior.current is None
-    assert posterior.predictive is None
+    assert posterior.current is posterior.predictive is None
+    assert all(slot.current is slot.predictive is None for slot in posterior.slots)
     assert posterior.draws == 1

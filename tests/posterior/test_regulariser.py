@@ -78,7 +78,7 @@ def test_the_loss_weighs_divergences_and_cooperation():
 @pytest.mark.parametrize(("covariance", "normalised"), [*itertools.product(COVARIANCES, (True, False))])
 def test_the_sampled_parts_and_gradients_have_the_mean_of_the_expected_ones(covariance, normalised):
     """Many copies of three layers; each copy's gradient is one observation."""
-    copies, times = 300, 40
+    copies, times = 150, 40
     laws = [
         Law(rho=rho, alpha=(0.5, 1.0, 2.0), dof=len(rho), full=covariance == "full", normalised=normalised)
         for rho in ((0.3, -0.5, 0.1), (-0.2,), (0.5, 0.0))
