@@ -20,7 +20,8 @@ settings.load_profile("monteclora")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave slow tests out unless marks are asked for; make warnings that our own modules cause errors."""
-    config.option.markexpr = config.option.markexpr or "not slow"
+    """Leave slow tests out unless marks are asked for, and nightly ones unless they are named; our warnings are errors."""
+    marks = config.option.markexpr or "not slow"
+    config.option.markexpr = marks if "nightly" in marks else f"({marks}) and not nightly"
     # those of the libraries below stay warnings
     config.addinivalue_line("filterwarnings", r"error:::monteclora(\.|$)")
