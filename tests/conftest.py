@@ -20,7 +20,7 @@ settings.load_profile("monteclora")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave slow tests out unless marks are asked for, and nightly ones unless they are named; our warnings are errors."""
+    """Leave slow tests out unless marks are asked for, nightly ones unless they are named; our warnings are errors."""
     marks = config.option.markexpr or "not slow"
     config.option.markexpr = marks if "nightly" in marks else f"({marks}) and not nightly"
     # those of the libraries below stay warnings
