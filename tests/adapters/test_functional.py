@@ -90,7 +90,7 @@ def written_out(posterior: AdapterPosterior, leaves: dict[str, Tensor], index: i
 def fused(posterior: AdapterPosterior, leaves: dict[str, Tensor]) -> Tensor:
     draw = posterior.current
     assert draw is not None
-    return drawn_lora(leaves["x"], leaves["result"], leaves["mu"], leaves["b"], draw.layers[LAYER], draw.token, SCALING)
+    return drawn_lora(leaves["x"], leaves["result"], leaves["mu"], leaves["b"], draw.layers[LAYER], SCALING)
 
 
 LAWS = list(itertools.product([False, True], ["diagonal", "full"], ["exact", "laplace"]))

@@ -92,17 +92,14 @@ class DrawnLayer(LoraVariant):
         draw, layer = (posterior.current, slot.current) if module.training else (posterior.predictive, slot.predictive)
         if draw is None or layer is None or not posterior.enabled:
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
-        device = x.device
-        if device != layer.xi.device:
-            layer = layer.to(device)
+        if x.device != layer.xi.device:
+            layer = layer.to(x.device)
         if draw.groups:
             output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
-        elif torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-            with torch.autocast(device.type, enabled=False):
-                output = drawn_lora(x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling, dtype=dtype)
         else:
-            output = drawn_lora(x, result, lora_a.weight, lora_b.weight, layer, draw.token, scaling)
+            if not torch.compiler.is_compiling():
+                posterior.note_repetition(layer)
+            output = drawn_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
         return output if lora_b.bias is None else output + lora_b.bias * scaling
 
 

@@ -52,15 +52,15 @@ class PosteriorSampler:
 
 @contextmanager
 def holding(posteriors: Sequence[AdapterPosterior], draws: Sequence[Draw | None]) -> Iterator[None]:
-    """Make ``draws`` the current ones inside the block."""
-    before = [posterior.current for posterior in posteriors]
+    """Repeat a forward pass inside the block: ``draws`` are the current ones."""
+    before = [(posterior.current, posterior.repeating) for posterior in posteriors]
     for posterior, draw in zip(posteriors, draws, strict=True):
-        posterior.current = draw
+        posterior.current, posterior.repeating = draw, True
     try:
         yield
     finally:
-        for posterior, draw in zip(posteriors, before, strict=True):
-            posterior.current = draw
+        for posterior, state in zip(posteriors, before, strict=True):
+            posterior.current, posterior.repeating = state
 
 
 class BoundCheckpoint:

@@ -124,8 +124,6 @@ class Draw:
 
     Attributes:
         index: the draw's number in its stream.
-        token: the same as a scalar tensor on the CPU, by which a recomputation is checked against the forward pass it
-            repeats.
         layers: each layer's part, as views of flat buffers.
         groups: 0 for training, else S, the number of draws made at once.
         squared_norm: ``||pi||^2`` of each layer, shape (L,).
@@ -135,7 +133,6 @@ class Draw:
     """
 
     index: int
-    token: Tensor
     layers: tuple[LayerDraw, ...]
     groups: int
     squared_norm: Tensor
@@ -170,6 +167,32 @@ class _Raw(NamedTuple):
     weights: dirichlet.Raw
 
 
+class _Repetitions:
+    """The draws under which layers ran inside a backward pass, unbidden: by a checkpoint that knows of no draws.
+
+    Such a checkpoint repeats a layer under the current draw, which need not be that of the forward pass it repeats.
+    """
+
+    def __init__(self) -> None:
+        self.indices: set[int] = set()
+
+    def note(self, index: int) -> None:
+        self.indices.add(index)
+
+    def check(self, index: int) -> None:
+        """Layers that ran under draw ``index`` have their gradients: were they repeated under the same?
+
+        Raises:
+            RuntimeError: all that were repeated were so under other draws.
+        """
+        if self.indices and index not in self.indices:
+            raise RuntimeError(
+                f"activation checkpointing recomputed a layer under noise draw {max(self.indices)}, and its forward "
+                f"pass used draw {index}: run the backward pass before the next training forward, or checkpoint "
+                "through the model's gradient_checkpointing_enable()"
+            )
+
+
 class _RowScale(torch.autograd.Function):
     """Give the drawn row scales their gradient: they are proportional to ``exp(rho)`` and to ``||pi||(eta)``.
 
@@ -178,16 +201,27 @@ class _RowScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rho: Tensor, eta: Tensor, row_scale: Tensor, log_norm_grad: Tensor, ranks: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        rho: Tensor,
+        eta: Tensor,
+        row_scale: Tensor,
+        log_norm_grad: Tensor,
+        ranks: Tensor,
+        index: int,
+        repetitions: _Repetitions,
+    ) -> Tensor:
         ctx.derivatives = row_scale, log_norm_grad, ranks
+        ctx.index, ctx.repetitions = index, repetitions
         return row_scale.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.repetitions.check(ctx.index)
         row_scale, log_norm_grad, ranks = ctx.derivatives
         log_grad = grad * row_scale
         per_layer = torch.segment_reduce(log_grad, "sum", lengths=ranks)
-        return log_grad, log_norm_grad * per_layer.unsqueeze(-1), None, None, None
+        return log_grad, log_norm_grad * per_layer.unsqueeze(-1), *[None] * 5
 
 
 class AdapterPosterior(nn.Module):
@@ -233,6 +267,8 @@ class AdapterPosterior(nn.Module):
         self.seed = seed
         self.draws = 0
         self.enabled = True
+        self.repeating = False
+        self._repetitions = _Repetitions()
         self.slots = tuple(LayerSlot() for _ in self.layers)
         self.current = self.predictive = None
         rows = sum(layer.rank for layer in self.layers)
@@ -335,11 +371,30 @@ class AdapterPosterior(nn.Module):
         raw = self._raw(self.seed, rank, self.draws, differentiable=trainable)
         row_scale = raw.row_scale
         if raw.log_norm_grad is not None:
-            row_scale = _RowScale.apply(self.rho, self.eta, row_scale, raw.log_norm_grad, self._ranks)
+            known = row_scale, raw.log_norm_grad, self._ranks
+            row_scale = _RowScale.apply(self.rho, self.eta, *known, self.draws, self._repetitions)
         draw = self._draw(self.draws, [raw], row_scale, raw.xi, signs)
+        self._repetitions.indices.clear()
         self.draws += 1
         self.current = draw
         return draw
+
+    def note_repetition(self, layer: LayerDraw) -> None:
+        """A layer runs with its part of the current draw; this matters where it runs inside a backward pass.
+
+        Whoever repeats a forward pass under its own draw sets ``repeating`` meanwhile.
+
+        Raises:
+            RuntimeError: it is repeated unbidden, and with rho and eta frozen nothing would notice a wrong draw.
+        """
+        if self.repeating or self.current is None or torch._C._current_graph_task_id() == -1:
+            return
+        if torch.is_grad_enabled() and not layer.row_scale.requires_grad:
+            raise RuntimeError(
+                "activation checkpointing recomputes a layer whose rho and eta are frozen: checkpoint through the "
+                "model's gradient_checkpointing_enable()"
+            )
+        self._repetitions.note(self.current.index)
 
     def sample(self, seed: int, first: int, count: int = 1) -> Draw:
         """Draw from the posterior for prediction; the training counter and ``current`` stay as they are.
@@ -372,7 +427,6 @@ class AdapterPosterior(nn.Module):
         parts = zip(blocks, rows, *signs, strict=True) if signs else zip(blocks, rows, strict=True)
         return Draw(
             index=index,
-            token=torch.tensor(index, device="cpu"),
             layers=tuple(LayerDraw(*part) for part in parts),
             groups=len(raws) if lead else 0,
             squared_norm=raws[0].squared_norm,
