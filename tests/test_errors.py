@@ -31,3 +31,9 @@ def test_exit_codes_tell_wrong_input_from_divergence():
 def test_input_errors_are_value_errors_too():
     assert issubclass(errors.ConfigError, ValueError)
     assert issubclass(errors.DataError, ValueError)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal():
+    assert (
+        str(errors.DataError("a\x1b[2J.csv\x00 \ud800 \u202e is empty")) == r"a\x1b[2J.csv\x00 \ud800 \u202e is empty"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -12,6 +14,10 @@ __all__ = [
 ]
 
 
+# what a terminal would obey (escape sequences, writing from right to left) or an encoder refuse
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 class MonteCLoRAError(Exception):
     """An error with a remedy.
 
@@ -19,7 +25,8 @@ class MonteCLoRAError(Exception):
         message: what is wrong, naming the file, field or value and what was expected.
         hint: what to do about it, as an imperative sentence.
 
-    ``str(error)`` is one line: the message, then the hint. ``exit_code`` is the status the command line ends with.
+    ``str(error)`` is one line: the message, then the hint; control characters, which names and values out of files may
+    hold, are escaped in it. ``exit_code`` is the status the command line ends with.
     """
 
     exit_code = 2
@@ -31,7 +38,7 @@ class MonteCLoRAError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
-        return " ".join(text.split())
+        return _NOT_SHOWN.sub(lambda match: ascii(match[0])[1:-1], " ".join(text.split()))
 
 
 class ConfigError(MonteCLoRAError, ValueError):

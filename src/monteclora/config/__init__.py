@@ -9,7 +9,7 @@ unions of these. It may define ``problems(self) -> list[tuple[str, str]]``: pair
 for values that have the right type and are wrong all the same.
 """
 
-from monteclora.config.document import Document, Node, load_yaml, nearest, parse_yaml
+from monteclora.config.document import Document, Node, brief, load_yaml, nearest, parse_yaml
 from monteclora.config.schema import build, dump
 
-__all__ = ["Document", "Node", "build", "dump", "load_yaml", "nearest", "parse_yaml"]
+__all__ = ["Document", "Node", "brief", "build", "dump", "load_yaml", "nearest", "parse_yaml"]

@@ -1,13 +1,15 @@
 """YAML text to nodes that know their line.
 
 Scalars follow YAML 1.2 (``1e-4`` is a number, ``no`` is a word). Tags, anchors and aliases are refused, so a
-file can neither name Python objects nor grow while it is read.
+file can neither name Python objects nor grow while it is read; so are pipes, devices and files of megabytes, so
+reading one ends.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +19,38 @@ import yaml
 
 from monteclora.errors import ConfigError
 
-__all__ = ["Document", "Dumper", "Node", "from_python", "load_yaml", "nearest", "override", "parse_yaml"]
+__all__ = ["Document", "Dumper", "Node", "brief", "from_python", "load_yaml", "nearest", "override", "parse_yaml"]
 
+_LARGEST_FILE = 2**20  # bytes
+_DEEPEST = 100  # levels of brackets or indentation
 _TAG = "tag:yaml.org,2002:"
-_CORE_SCALARS = (  # YAML 1.2, section 10.3.2
+_CORE_SCALARS = (  # YAML 1.2, section 10.3.2; integers no longer than float() takes
     ("null", r"null|Null|NULL|~|", "nN~"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]{1,4000}|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),  # int() reads at most 4300 digits
+    ("int", r"[-+]?[0-9]{1,300}|0o[0-7]{1,300}|0x[0-9a-fA-F]{1,240}", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 )
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes with the scalars of YAML 1.2 and without anchors."""
+    """Composes nodes with the scalars of YAML 1.2, without anchors, and no deeper than anyone can read."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the base class declares it so
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
+        if self.depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", event.start_mark)
         if getattr(event, "anchor", None) is not None:
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not allowed: write the value out", event.start_mark
             )
-        return super().compose_node(parent, index)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -82,10 +92,10 @@ class Node:
             case list():
                 return "a list"
             case str():
-                return f"the text {self.value!r}"
+                return f"the text {brief(self.value)}"
             case None | bool():
                 return {None: "null", True: "true", False: "false"}[self.value]
-        return repr(self.value)
+        return brief(self.value)
 
 
 @dataclass(frozen=True)
@@ -101,18 +111,37 @@ def load_yaml(path: str | Path) -> Document:
     """Read a YAML file (UTF-8, with or without a byte-order mark).
 
     Raises:
-        ConfigError: no such file, not UTF-8, not YAML, or the top level is not a mapping.
+        ConfigError: no such file, not an ordinary one, too large, not UTF-8, not YAML, or the top level is not a
+            mapping.
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 at byte {error.start}", "Save the file as UTF-8.") from None
-    except OSError as error:
-        near = nearest(path.name, (file.name for file in path.parent.glob("*.y*ml")))
-        hint = f"Did you mean {path.parent / near}?" if near else "Give the path of a YAML file."
-        raise ConfigError(f"cannot read {path}: {error.strerror}", hint) from None
+    except (OSError, ValueError) as error:  # a name with a NUL or half a character is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot read {path}: {reason}", _hint_for(path)) from None
     return parse_yaml(text, str(path))
+
+
+def _content(path: Path) -> bytes:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not path.is_dir():  # opening a pipe would wait for its other end
+        raise ConfigError(f"{path} is not an ordinary file", "Give the path of a YAML file.")
+    if found.st_size > _LARGEST_FILE:
+        raise ConfigError(
+            f"{path} has {found.st_size:,} bytes, a recipe at most {_LARGEST_FILE:,}", "Is it another file?"
+        )
+    return path.read_bytes()
+
+
+def _hint_for(path: Path) -> str:
+    try:
+        near = nearest(path.name, (file.name for file in path.parent.glob("*.y*ml") if file.name != path.name))
+    except (OSError, ValueError):
+        near = None
+    return f"Did you mean {path.parent / near}?" if near else "Give the path of a YAML file."
 
 
 def parse_yaml(text: str, source: str = "recipe") -> Document:
@@ -128,8 +157,10 @@ def parse_yaml(text: str, source: str = "recipe") -> Document:
 
 def _parse(text: str, source: str, problems: list[str]) -> Node | None:
     """Compose ``text``; duplicate keys and tags go to ``problems``, broken YAML raises."""
+    loader: _Loader | None = None
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node: yaml.Node | None = loader.get_single_node()
         return None if node is None else _from_yaml(node, source, problems)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -139,8 +170,9 @@ def _parse(text: str, source: str, problems: list[str]) -> Node | None:
     except yaml.YAMLError as error:
         message = f"{source}: {' '.join(str(error).split())}"
         raise ConfigError(message, "Remove the special characters.") from None
-    except RecursionError:
-        raise ConfigError(f"{source} is nested too deeply", "Write a flatter file.") from None
+    except (ValueError, OverflowError) as error:  # PyYAML lets escapes and version numbers out of range through
+        line = f", line {loader.line + 1}" if loader else ""
+        raise ConfigError(f"{source}{line}: {error}", "Correct the escapes in double quotes.") from None
 
 
 def _from_yaml(node: yaml.Node, source: str, problems: list[str]) -> Node:
@@ -152,9 +184,9 @@ def _from_yaml(node: yaml.Node, source: str, problems: list[str]) -> Node:
             key_where = f"{source}, line {key.start_mark.line + 1}"
             if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
                 text = getattr(key, "value", "")
-                problems.append(f"{key_where}: the key {text if isinstance(text, str) else ''!r} is not text")
+                problems.append(f"{key_where}: the key {brief(text if isinstance(text, str) else '')} is not text")
             elif key.value in entries:
-                problems.append(f"{key_where}: the key {key.value} is given twice")
+                problems.append(f"{key_where}: the key {brief(key.value, quotes=False)} is given twice")
             else:
                 child = _from_yaml(value, source, problems)
                 entries[key.value] = Node(child.value, key_where)
@@ -162,7 +194,11 @@ def _from_yaml(node: yaml.Node, source: str, problems: list[str]) -> Node:
     if isinstance(node, yaml.SequenceNode) and tag == "seq":
         return Node([_from_yaml(item, source, problems) for item in node.value], where)
     if isinstance(node, yaml.ScalarNode) and tag in ("null", "bool", "int", "float", "str"):
-        return Node(_scalar(tag, node.value), where)
+        try:
+            return Node(_scalar(tag, node.value), where)
+        except ValueError:  # a tag that is written out, as in !!int x
+            problems.append(f"{where}: {brief(node.value)} is no {tag}")
+            return Node(None, where)
     problems.append(f"{where}: the YAML tag {node.tag.replace(_TAG, '!!')} is not allowed")
     return Node(None, where)
 
@@ -181,12 +217,23 @@ def _scalar(tag: str, text: str) -> Any:
 
 
 def from_python(value: Any, where: str) -> Node:
-    """Plain mappings, lists and scalars as nodes that all stand at ``where``."""
-    if isinstance(value, Mapping):
-        return Node({str(key): from_python(item, where) for key, item in value.items()}, where)
-    if isinstance(value, list | tuple):
-        return Node([from_python(item, where) for item in value], where)
-    return Node(value, where)
+    """Plain mappings, lists and scalars as nodes that all stand at ``where``.
+
+    Raises:
+        ConfigError: the value is nested too deeply, or holds itself.
+    """
+
+    def convert(inner: Any) -> Node:
+        if isinstance(inner, Mapping):
+            return Node({str(key): convert(item) for key, item in inner.items()}, where)
+        if isinstance(inner, list | tuple):
+            return Node([convert(item) for item in inner], where)
+        return Node(inner, where)
+
+    try:
+        return convert(value)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply", "Give a flatter mapping.") from None
 
 
 def override(root: Node, path: list[str], text: str, problems: list[str]) -> Node:
@@ -207,6 +254,15 @@ def override(root: Node, path: list[str], text: str, problems: list[str]) -> Nod
     except ConfigError:
         value = text  # a string such as `a: b: c`; any other field then says what it expects
     return put(root, path)
+
+
+def brief(value: Any, most: int = 60, *, quotes: bool = True) -> str:
+    """How a message shows a value that may be of any size: its ``repr`` (or text), cut to ``most`` characters."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print much longer ones
+        return f"a number of {value.bit_length():,} bits"
+    text = value if isinstance(value, str) else repr(value)
+    shown = repr(text[:most]) if isinstance(value, str) and quotes else text[:most]
+    return shown if len(text) <= most else f"{shown}... ({len(text):,} characters)"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

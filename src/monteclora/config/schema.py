@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +12,17 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from monteclora.config.document import Document, Dumper, Node, from_python, nearest, override
+from monteclora.config.document import Document, Dumper, Node, brief, from_python, nearest, override
 from monteclora.errors import ConfigError
 
 __all__ = ["build", "dump"]
 
 Schema = TypeVar("Schema")
+
+_MOST_TOLD = 50  # problems of one document
+_LARGEST_INTEGER = 10**300  # as in YAML: no longer than float() takes
+_LARGEST_FLOAT = sys.float_info.max
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: no UTF-8 file holds it
 
 
 def build(
@@ -44,7 +50,8 @@ def build(
     result = _Builder(problems, tuple(_paths(schema))).mapping_to(schema, root, "")
     if problems:
         where = "Correct this entry" if len(problems) == 1 else f"Correct these {len(problems)} entries"
-        raise ConfigError("; ".join(problems), f"{where} and run again.")
+        more = [f"and {len(problems) - _MOST_TOLD} more"] if len(problems) > _MOST_TOLD else []
+        raise ConfigError("; ".join(problems[:_MOST_TOLD] + more), f"{where} and run again.")
     return typing.cast(Schema, result)
 
 
@@ -106,20 +113,30 @@ class _Builder:
             items = (self.to(arguments[0], child, f"{path}[{i}]") for i, child in enumerate(node.value))
             return origin(items)
         if origin is dict and isinstance(node.value, dict):
-            return {key: self.to(arguments[1], item, _join(path, key)) for key, item in node.value.items()}
+            return {
+                self.text(key, node, path): self.to(arguments[1], v, _join(path, key)) for key, v in node.value.items()
+            }
         if origin is Literal and any(node.value == a and type(node.value) is type(a) for a in arguments):
             return node.value
         if origin is Literal and node.raw in arguments:
             return node.raw
         if expected is Any:
             return _plain(node)
-        if expected is float and type(node.value) in (int, float) and math.isfinite(node.value):
-            return float(node.value)
-        if expected in (int, str, bool, type(None)) and type(node.value) is expected:
+        if expected is int and type(node.value) is int and abs(node.value) <= _LARGEST_INTEGER:
             return node.value
-        if expected is str and node.raw is not None:
-            return node.raw
+        if expected is float and type(node.value) in (int, float) and abs(node.value) <= _LARGEST_FLOAT:
+            return float(node.value)
+        if expected in (bool, type(None)) and type(node.value) is expected:
+            return node.value
+        if expected is str and (type(node.value) is str or node.raw is not None):
+            return self.text(node.value if type(node.value) is str else node.raw, node, path)
         return self.refuse(node, path, _name_of(expected))
+
+    def text(self, value: str, node: Node, path: str) -> str:
+        """``value``; a problem is recorded when no file could hold it."""
+        if _HALF.search(value):
+            self.refuse(Node(value, node.where), path, "text without halves of characters")
+        return value
 
     def to_union(self, members: tuple[Any, ...], node: Node, path: str) -> Any:
         # The narrowest first: null before a section, an int in `float | int`, command-line text at the end.
@@ -140,6 +157,9 @@ class _Builder:
 
     def unknown(self, name: str, node: Node, path: str, level: tuple[str, ...]) -> str:
         """The message for an unknown key: the nearest name of its own level, else of the whole schema."""
+        shown = brief(_join(path, name), quotes=False)
+        if len(self.problems) >= _MOST_TOLD:  # nobody reads it
+            return f"{node.where}: unknown key {shown}"
         near = nearest(name, level)
         target = _join(path, near) if near else None
         if target is None:
@@ -149,7 +169,7 @@ class _Builder:
             leaf = nearest(name, leaves)
             target = leaves[leaf] if leaf else nearest(_join(path, name), self.known_paths)
         remedy = f"did you mean {target}?" if target else f"expected one of {', '.join(level)}"
-        return f"{node.where}: unknown key {_join(path, name)}, {remedy}"
+        return f"{node.where}: unknown key {shown}, {remedy}"
 
 
 def _paths(schema: Any, prefix: str = "") -> Iterator[str]:
