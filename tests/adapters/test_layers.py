@@ -108,6 +108,28 @@ def test_quantised_layers_really_draw(bits: int) -> None:
     assert found["posteriors.0.eta"].ne(0).all()
 
 
+@pytest.mark.parametrize("order", ["train first", "evaluate first"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_layers_keep_their_gradients_after_an_evaluation(bits: int, order: str) -> None:
+    found = []
+    for evaluate in (False, True):
+        torch.manual_seed(3)
+        model = monteclora.get_peft_model(quantised(bits), config_for(llama))
+        stir(model)
+        if order == "train first":
+            model.train()
+        if evaluate:
+            with torch.no_grad():
+                model.eval()(**batch_for(llama))
+        found.append(step(model.train(), llama))
+    assert len(found[0]) > 10
+    for name, gradient in found[0].items():
+        if order == "train first" or bits == 8:
+            assert torch.equal(gradient, found[1][name]), name
+        else:  # the scales were rounded when the weights were repacked
+            torch.testing.assert_close(found[1][name], gradient, rtol=0.2, atol=0.1 * float(gradient.abs().max()))
+
+
 @pytest.mark.filterwarnings("ignore:.*rounding errors")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_mean_and_merge_are_those_of_plain_lora(bits: int) -> None:

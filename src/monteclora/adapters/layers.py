@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.functional import drawn_lora, grouped_lora
+from monteclora.adapters.quantised import keep_differentiable
 from monteclora.adapters.scope import DrawScope
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.errors import ConfigError
@@ -233,6 +234,13 @@ class MonteCLoRATuner(LoraModel):
         with unchanged_on_error(model, adapter_name), config.handled():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.attach(adapter_name)
+
+    def train(self, mode: bool = True) -> MonteCLoRATuner:
+        """As in torch; quantised layers stay differentiable from the first time on."""
+        super().train(mode)
+        if mode:
+            keep_differentiable(self.model)
+        return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; the posteriors become trainable and frozen with their adapters."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from monteclora.adapters.quantised import keep_differentiable
 from monteclora.data import TaskData, load
 from monteclora.data.encoding import Encoded, collator, encode
 from monteclora.data.models import load_model, load_tokenizer, resolve_model
@@ -121,11 +122,7 @@ def prepare_model(recipe: Recipe, data: PreparedData) -> PeftModel:
     """
     method = get_method(recipe.method.name)
     model = method.wrap(base_model(recipe, data), recipe.method, data.task.kind, recipe.seed)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks 4-bit weights in evaluation mode for a kernel that passes no gradient back, and
-            # keeps them so: training would go on without the gradient of whatever lies below
-            module.support_avx512bf16_for_cpu = False
+    keep_differentiable(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             if recipe.training.precision == "fp32":
