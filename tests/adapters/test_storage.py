@@ -320,11 +320,31 @@ def test_a_safetensors_file_that_is_no_posterior(tmp_path: Path) -> None:
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
     """Alter a sidecar and give it the checksum that belongs to it."""
     with safetensors.safe_open(path, framework="pt") as file:
-        document = json.loads(file.metadata()["monteclora"])
+        document = json.loads(json.loads(file.metadata()["monteclora"])["document"])
     tensors = load_file(path)
     change(document, tensors)
     text = json.dumps(document, sort_keys=True)
-    save_file(tensors, path, metadata={"monteclora": text, "sha256": storage._checksum(text, tensors)})
+    envelope = json.dumps({"document": text, "sha256": storage._checksum(text, tensors)})
+    save_file(tensors, path, metadata={"monteclora": envelope})
+
+
+def test_equal_posteriors_are_equal_files(tmp_path: Path) -> None:
+    model = trained()
+    contents = set()
+    for number in range(8):
+        model.save_pretrained(tmp_path / str(number))
+        contents.add((tmp_path / str(number) / POSTERIOR_FILE).read_bytes())
+    assert len(contents) == 1
+
+
+def test_the_two_entries_of_older_files_are_read(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / POSTERIOR_FILE
+    with safetensors.safe_open(path, framework="pt") as file:
+        envelope = json.loads(file.metadata()["monteclora"])
+    save_file(load_file(path), path, metadata={"monteclora": envelope["document"], "sha256": envelope["sha256"]})
+    assert torch.equal(storage.load_posterior(path).tensors["rho"], posterior_of(model).rho)
 
 
 def test_a_later_format_asks_for_an_upgrade(tmp_path: Path) -> None:

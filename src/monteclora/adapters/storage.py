@@ -108,7 +108,9 @@ def save_posterior(posterior: AdapterPosterior, config: MonteCLoRAConfig, path: 
         "enabled": posterior.enabled,
     }
     document = json.dumps(fields, sort_keys=True)
-    write_bytes(path, save(tensors, metadata={_KEY: document, "sha256": _checksum(document, tensors)}))
+    # in one entry: safetensors writes several in any order, and equal posteriors should be equal files
+    envelope = json.dumps({"document": document, "sha256": _checksum(document, tensors)})
+    write_bytes(path, save(tensors, metadata={_KEY: envelope}))
 
 
 def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | None:
@@ -229,7 +231,7 @@ def load_posterior(path: Path) -> StoredPosterior:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        document, expected = metadata[_KEY], metadata["sha256"]
+        document, expected = _sealed(metadata)
     except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a readable posterior file ({type(error).__name__}: {error})", _RESTORE
@@ -252,6 +254,14 @@ def load_posterior(path: Path) -> StoredPosterior:
     )
     _check_shapes(stored)
     return stored
+
+
+def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The document and the checksum; in the first files they were two entries."""
+    if "sha256" in metadata:
+        return metadata[_KEY], metadata["sha256"]
+    envelope = json.loads(metadata[_KEY])
+    return envelope["document"], envelope["sha256"]
 
 
 def _check_shapes(stored: StoredPosterior) -> None:
