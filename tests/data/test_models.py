@@ -69,6 +69,28 @@ def test_weights_that_are_missing_outside_a_new_head_are_refused(llama, tmp_path
             load_model(resolve_model(str(tmp_path)), kind, 2)
 
 
+def test_a_head_of_another_number_of_labels_is_replaced(llama, tmp_path):
+    torch.manual_seed(0)
+    trained = load_model(resolve_model(str(llama)), "classification", 3)
+    trained.save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    assert torch.equal(load_model(source, "classification", 3).score.weight, trained.score.weight)
+    other = load_model(source, "classification", 5)
+    assert other.score.weight.shape[0] == 5
+    assert 0 < other.score.weight.std() < 1
+    for name, weight in other.base_model.state_dict().items():
+        assert torch.equal(weight, trained.base_model.state_dict()[name])
+
+
+def test_weights_of_another_shape_outside_the_head_are_refused(llama, tmp_path):
+    transformers.LlamaForCausalLM.from_pretrained(llama).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(llama)
+    config.intermediate_size *= 2
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is no classification model: 3 weights are of another shape.* model\.layers"):
+        load_model(resolve_model(str(tmp_path)), "classification", 2)
+
+
 def test_code_that_comes_with_a_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "homemade", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}})

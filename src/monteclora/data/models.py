@@ -156,8 +156,8 @@ def load_model(
 
     Args:
         source: from :func:`resolve_model`.
-        kind: ``classification`` puts a new head of ``num_labels`` on the model, drawn from torch's global
-            generator; ``causal_lm`` takes the model's own.
+        kind: ``classification`` puts a head of ``num_labels`` on the model: its own if it has one of that size, else
+            a new one, drawn from torch's global generator. ``causal_lm`` takes the model's own.
         num_labels: number of labels, or the length of ``id2label``.
         dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` or a torch dtype.
         id2label: label names, kept in the model's config.
@@ -178,6 +178,7 @@ def load_model(
         auto = transformers.AutoModelForSequenceClassification
         names = dict(id2label) if id2label else {i: f"LABEL_{i}" for i in range(num_labels or 2)}
         config_options = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        options["ignore_mismatched_sizes"] = True  # a head of another number of labels; all else is refused below
     with _as_our_errors(source), _quiet():
         path = _ordinary_path(source)
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **config_options)
@@ -187,7 +188,9 @@ def load_model(
             options["quantization_config"] = _quantization(quantization, dtype, _head_names(auto, config, options))
         loaded = auto.from_pretrained(path, config=config, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
-    _refuse_untrained(source, kind, model, loaded[1]["missing_keys"])
+    _refuse_untrained(source, kind, model, loaded[1]["missing_keys"], "missing")
+    reshaped = [key if isinstance(key, str) else key[0] for key in loaded[1]["mismatched_keys"]]
+    _refuse_untrained(source, kind, model, reshaped, "of another shape than the model's")
     return model
 
 
@@ -197,15 +200,15 @@ def _ordinary_path(source: ModelSource) -> str:
     return str(dequantised_folder(Path(source.path) / source.gguf_file))
 
 
-def _refuse_untrained(source: ModelSource, kind: Kind, model: Any, missing: Sequence[str]) -> None:
-    """Weights that the files lack were drawn at random: fine in a new head, never elsewhere."""
+def _refuse_untrained(source: ModelSource, kind: Kind, model: Any, drawn: Sequence[str], why: str) -> None:
+    """Weights that the files lack, or have in another shape, were drawn at random: fine in a head, never elsewhere."""
     body = f"{model.base_model_prefix}."
     untrained = [
-        key for key in sorted(missing) if kind == "causal_lm" or (key.startswith(body) and ".pooler." not in key)
+        key for key in sorted(drawn) if kind == "causal_lm" or (key.startswith(body) and ".pooler." not in key)
     ]
     if untrained:
         raise ConfigError(
-            f"{source.name} is no {kind} model: {len(untrained)} weights are missing, as {untrained[0]}",
+            f"{source.name} is no {kind} model: {len(untrained)} weights are {why}, as {untrained[0]}",
             "Use a model that was trained for this.",
         )
 
