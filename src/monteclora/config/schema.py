@@ -128,8 +128,9 @@ class _Builder:
             return float(node.value)
         if expected in (bool, type(None)) and type(node.value) is expected:
             return node.value
-        if expected is str and (type(node.value) is str or node.raw is not None):
-            return self.text(node.value if type(node.value) is str else node.raw, node, path)
+        text = node.value if type(node.value) is str else node.raw
+        if expected is str and text is not None:
+            return self.text(text, node, path)
         return self.refuse(node, path, _name_of(expected))
 
     def text(self, value: str, node: Node, path: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from monteclora.config import nearest
+from monteclora.config import brief, nearest
 from monteclora.data.files import Table
 from monteclora.data.registry import Kind
 from monteclora.errors import DataError
 
-__all__ = ["Columns", "find_columns"]
+__all__ = ["Columns", "find_columns", "listed"]
 
 _TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -109,14 +109,17 @@ def _first_group(table: Table, groups: Sequence[tuple[str, ...]]) -> tuple[str, 
 def _missing(table: Table, option: str, name: str) -> DataError:
     near = nearest(name, table.columns)
     hint = f"Set data.{option} to {near}?" if near else f"Set data.{option} to one of them."
-    return DataError(f"{table.name} has no column {name!r}; it has {_listed(table)}", hint)
+    return DataError(f"{table.name} has no column {name!r}; it has {listed(table)}", hint)
 
 
 def _unrecognised(table: Table, options: str) -> DataError:
     return DataError(
-        f"cannot tell which columns of {table.name} to use; it has {_listed(table)}", f"Set data.{options}."
+        f"cannot tell which columns of {table.name} to use; it has {listed(table)}", f"Set data.{options}."
     )
 
 
-def _listed(table: Table) -> str:
-    return ", ".join(table.columns)
+def listed(table: Table, most: int = 50) -> str:
+    """The names of a table's columns for a message, the first ``most`` of them."""
+    listed = ", ".join(brief(column, quotes=False) for column in table.columns[:most])
+    more = len(table.columns) - most
+    return f"{listed} and {more:,} more" if more > 0 else listed

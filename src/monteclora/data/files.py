@@ -1,7 +1,8 @@
 """Reading csv, tsv, jsonl, jsonl.gz and parquet row by row, each defect named by file and line.
 
 A file is opened as a :class:`Table`: its column names, and its rows as dicts with their number. Rows are read
-one after the other, so that a caller who keeps two columns of a large file holds only these in memory.
+one after the other, so that a caller who keeps two columns of a large file holds only these in memory, and no line may
+be so long that it alone would fill it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import stat
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from monteclora.config import nearest
+from monteclora.config import brief, nearest
 from monteclora.errors import DataError
 
 __all__ = ["ENDINGS", "Row", "Table", "has_data_ending", "open_table"]
@@ -24,6 +28,7 @@ __all__ = ["ENDINGS", "Row", "Table", "has_data_ending", "open_table"]
 Row = tuple[int, dict[str, Any]]
 ENDINGS = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet")
 _LONGEST_FIELD = 2**24  # characters; the csv module's own limit of 131072 is shorter than some documents
+_LONGEST_LINE = 2**26  # bytes, of which a small gzip file can hold thousands of millions
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,14 @@ def open_table(path: str | Path) -> Table:
     """Open a data file by its ending.
 
     Raises:
-        DataError: the file is missing, empty, has no rows, has another ending, is not UTF-8, or is damaged.
-            Defects further down are raised while the rows are read.
+        DataError: the file is missing, not an ordinary file, empty, has no rows, has another ending, is not UTF-8, or
+            is damaged. Defects further down are raised while the rows are read.
     """
     path = Path(path)
-    if not path.is_file():
-        near = nearest(path.name, (file.name for file in path.parent.glob("*")))
-        hint = f"Did you mean {path.parent / near}?" if near else "Check the path; it is relative to here."
-        raise DataError(f"there is no file {path}", hint)
+    size = _size(path)
     if not has_data_ending(path):
         raise DataError(f"cannot tell the format of {path}", f"Name it with one of {', '.join(ENDINGS)}.")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     match path.suffix.lower():
         case ".parquet":
@@ -74,12 +76,37 @@ def open_table(path: str | Path) -> Table:
     return _open_jsonl(path)
 
 
+def _size(path: Path) -> int:
+    """The bytes of an ordinary file; opening a pipe would wait for whoever writes into it."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        near = nearest(path.name, (file.name for file in path.parent.glob("*") if file.name != path.name))
+        hint = f"Did you mean {path.parent / near}?" if near else "Check the path; it is relative to here."
+        raise DataError(f"there is no file {path}", hint) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"cannot read {brief(str(path), 300, quotes=False)}: {reason}", "Check the path.") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise DataError(f"{path} is a folder, a file is expected", "Give one of the files in it.")
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path} is not an ordinary file", "Write its content to a file, and give that.")
+    return found.st_size
+
+
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, plain or gzip, line ends kept, a byte-order mark removed."""
     offset = 0
     try:
         with _open_binary(path) as file:
-            for number, raw in enumerate(file, start=1):
+            for number in count(1):
+                raw = file.readline(_LONGEST_LINE + 1)
+                if not raw:
+                    return
+                if len(raw) > _LONGEST_LINE:
+                    raise DataError(
+                        f"{path}, line {number} has more than {_LONGEST_LINE:,} bytes", "Write one row a line."
+                    )
                 if number == 1:
                     _refuse_utf16(path, raw)
                 try:
@@ -109,10 +136,10 @@ def _refuse_utf16(path: Path, raw: bytes) -> None:
 
 
 def _check_columns(path: Path, columns: list[str]) -> tuple[str, ...]:
-    for column in columns:
-        if columns.count(column) > 1:
-            name = f"the column {column!r}" if column else "a column without a name"
-            raise DataError(f"{path} has {name} more than once", "Give every column its own name.")
+    column, times = Counter(columns).most_common(1)[0] if columns else ("", 0)
+    if times > 1:
+        name = f"the column {brief(column)}" if column else "a column without a name"
+        raise DataError(f"{path} has {name} more than once", "Give every column its own name.")
     return tuple(columns)
 
 
@@ -158,10 +185,10 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(
-                f"{path}, the row that starts in line {first_line}: {error}",
-                "Double each quote inside a quoted field, or save the data as .jsonl.",
-            ) from None
+            hint = "Double each quote inside a quoted field, or save the data as .jsonl."
+            if "new-line character" in str(error):
+                hint = "End each line with a line feed; a carriage return alone does not end one."
+            raise DataError(f"{path}, the row that starts in line {first_line}: {error}", hint) from None
         if values:
             yield first_line, values
 
@@ -198,7 +225,7 @@ def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} is given twice")
+            raise ValueError(f"the key {brief(key)} is given twice")
         result[key] = value
     return result
 
@@ -223,10 +250,14 @@ def _open_parquet(path: Path) -> Table:
                         yield number, row
         except (pyarrow.ArrowException, OSError) as error:
             raise damaged(error) from None
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates that Python has not
+            raise DataError(
+                f"{path}, after row {number}: a value cannot be read: {_first_line(error)}", "Write the file again."
+            ) from None
 
     try:
         names = pyarrow.parquet.read_schema(path).names
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise damaged(error) from None
     return _with_rows(Table(str(path), _check_columns(path, names), rows, unit="row"), "has no rows")
 

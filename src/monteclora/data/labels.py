@@ -6,31 +6,36 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from monteclora.config import brief
 from monteclora.errors import DataError
 
 __all__ = ["LabelSet", "label_key"]
 
-_INTEGER = re.compile(r"-?\d+")
+_INTEGER = re.compile(r"-?\d{1,4000}", re.ASCII)  # int() reads no more
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def label_key(value: Any) -> str:
     """A label as text: surrounding blanks removed, booleans in lower case, whole numbers without a fraction.
 
     Raises:
-        ValueError: there is no label, or it is not text, a whole number or a boolean; the message says which.
+        ValueError: there is no label, it is not text, a whole number or a boolean, or it holds what cannot be printed;
+            the message says which.
     """
     match value:
         case bool():
             return str(value).lower()
-        case int():
+        case int() if value.bit_length() <= 64:
             return str(value)
         case float() if value.is_integer():
             return str(int(value))
+        case str() if _CONTROL.search(value.strip()):
+            raise ValueError(f"has the label {brief(value)}, which holds a control character")
         case str() if value.strip():
             return value.strip()
         case None | str():
             raise ValueError("has no label")
-    raise ValueError(f"has the label {value!r}: labels are names or whole numbers")
+    raise ValueError(f"has the label {brief(value)}: labels are names or whole numbers")
 
 
 class LabelSet:
@@ -60,12 +65,12 @@ class LabelSet:
         """The id of a label from :func:`label_key`; DataError naming ``place`` when it is not in the set."""
         if key not in self._ids:
             raise DataError(
-                f"{place}: the label {key!r} is not among {_shortened(self.names)}",
+                f"{place}: the label {brief(key)} is not among {_shortened(self.names)}",
                 "Correct the label, or list every label in data.label_names.",
             )
         return self._ids[key]
 
 
 def _shortened(names: Sequence[str], most: int = 20) -> str:
-    listed = ", ".join(names[:most])
+    listed = ", ".join(brief(name, quotes=False) for name in names[:most])
     return f"the {len(names)} labels {listed}" + (", ..." if len(names) > most else "")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 
 from monteclora.data.files import Table, has_data_ending, open_table
 from monteclora.data.sources import SPLITS, hub_splits
@@ -11,7 +11,7 @@ from monteclora.errors import DataError
 
 __all__ = ["file_tables", "hub_tables", "is_hub_name", "looks_like_file"]
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # no dot in front: ../x is a path
 _OTHER_FORMATS = (".json", ".txt", ".xlsx", ".xls", ".gz", ".arrow", ".zip")
 _OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -19,7 +19,7 @@ _OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 def looks_like_file(task: str) -> bool:
     """Whether a recipe's ``task`` means a file rather than a name, even one that does not exist."""
     ending = has_data_ending(task) or task.lower().endswith(_OTHER_FORMATS)
-    return ending or ("/" in task and Path(task).is_file())
+    return ending or ("/" in task and os.path.isfile(task))
 
 
 def is_hub_name(task: str) -> bool:
@@ -41,6 +41,8 @@ def hub_tables(task: str) -> dict[str, Table]:
         UnsafeCodeError: the data set is a program.
     """
     name, _, config = task.partition(":")
+    if os.path.exists(name):  # the hub's library would read whatever is in it
+        raise DataError(f"{name} is a folder here, not a data set on the hub", "Give the files in it.")
     found = hub_splits(name, config or None)
     tables = {_OTHER_NAMES.get(split, split): table for split, table in found.items()}
     tables = {split: tables[split] for split in SPLITS if split in tables}
