@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from monteclora.cli.output import Json, print_facts, print_json
+from monteclora.cli.output import Flag, Json, print_facts, print_json
 from monteclora.cli.overrides import Overrides, parse_overrides
 
 __all__ = ["train"]
 
 
-def train(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
+def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json: Json = False) -> None:
     """Train a recipe, or go on where its run folder stopped.
 
     The same command again resumes an interrupted run.
@@ -16,6 +16,7 @@ def train(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
 
     Args:
         recipe: a YAML file, or the name of a bundled recipe (see: monteclora recipes).
+        override: go on with an unfinished run although its recipe or data changed, and write down how.
     """
     changes = parse_overrides(overrides)
 
@@ -26,7 +27,7 @@ def train(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
 
     from monteclora.training.run import train as run
 
-    result = run(loaded)
+    result = run(loaded, override=override)
     metrics = dict(result.metrics)
     if as_json:
         print_json(
@@ -40,10 +41,12 @@ def train(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
                 "peak_memory_bytes": result.peak_memory_bytes,
                 "tokens": result.tokens,
                 "trained_parameters": result.trained_parameters,
+                "skipped_steps": result.skipped_steps,
             }
         )
         return
     kept = "" if result.kept_step == result.steps else f", kept step {result.kept_step}"
+    kept += f", {result.skipped_steps} skipped: not finite" if result.skipped_steps else ""
     cost = f"{duration(result.seconds)}, peak memory {size(result.peak_memory_bytes)}"
     print_facts(
         [

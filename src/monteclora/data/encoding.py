@@ -35,13 +35,18 @@ class Encoded:
     ``dataset`` has ``input_ids``, ``attention_mask``, what else the tokenizer gives, and ``labels``: one id a
     row for classification, one a token for causal LM. ``shortened`` counts the rows that were too long,
     ``completions_cut`` those of them that lost part of what is learned; ``dropped`` counts the rows left out
-    because nothing to learn was left.
+    because nothing to learn was left, ``kept`` the numbers of the others, from 0 (None where all are).
     """
 
     dataset: Dataset
     shortened: int = 0
     completions_cut: int = 0
     dropped: int = 0
+    kept: Sequence[int] | None = None
+
+    def row_of(self, index: int) -> int:
+        """The number, among the rows that were encoded, of the one that stands at ``index`` of ``dataset``."""
+        return index if self.kept is None else self.kept[index]
 
 
 def encode(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -111,7 +116,8 @@ def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
     import jinja2
 
     encoded: list[dict[str, list[int]]] = []
-    shortened = completions_cut = dropped = 0
+    kept_rows: list[int] = []
+    shortened = completions_cut = 0
     for number, row in enumerate(rows, start=1):
         try:
             segments = _segments(row, tokenizer)
@@ -124,14 +130,15 @@ def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
         # The first token has no predecessor that could predict it.
         if any(kept[1:]):
             encoded.append(_row(kept_ids, kept))
-        else:
-            dropped += 1
+            kept_rows.append(number - 1)
     if not encoded:
         raise DataError(
             f"none of the {len(rows)} rows has a token left to learn within {max_length} tokens",
             "Set a larger data.max_length.",
         )
-    return Encoded(datasets.Dataset.from_list(encoded), shortened, completions_cut, dropped)
+    dropped = len(rows) - len(encoded)
+    dataset = datasets.Dataset.from_list(encoded)
+    return Encoded(dataset, shortened, completions_cut, dropped, kept_rows if dropped else None)
 
 
 def _segments(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:

@@ -23,6 +23,7 @@ from monteclora.evaluation.records import add_evaluation, add_predictions
 from monteclora.evaluation.scoring import Sampling, Scored, score
 from monteclora.training.quiet import quiet_libraries
 from monteclora.training.recipe import recipe_sha256
+from monteclora.training.resumption import overrides_of
 from monteclora.training.run import RunResult
 from monteclora.training.run_folder import RunFolder
 
@@ -159,7 +160,7 @@ def evaluate_loaded(
     data, split = _load_split(loaded, split)
     chosen = subset(data.split(split), rows, seed=0)
     source = data.sources[split]
-    notes = _changed_since_training(loaded, split, source)
+    notes = _to_be_known(loaded, split, source)
     if len(chosen) < source.rows:
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
     started = time.perf_counter()
@@ -194,10 +195,13 @@ def _load_split(loaded: LoadedRun, split: str | None) -> tuple[TaskData, str]:
     return data, split or ("test" if "test" in data.splits else "validation")
 
 
-def _changed_since_training(loaded: LoadedRun, split: str, source: SplitSource) -> tuple[str, ...]:
-    before = RunFolder(loaded.folder).environment["data"]["splits"].get(split)
+def _to_be_known(loaded: LoadedRun, split: str, source: SplitSource) -> list[str]:
+    """What of the run's past its numbers have to be read with."""
+    environment = RunFolder(loaded.folder).environment
+    before = environment["data"]["splits"].get(split)
     changed = before is not None and before["sha256"] != source.sha256
-    return (f"the {split} rows of {source.origin} changed since the run was trained",) if changed else ()
+    notes = [f"the {split} rows of {source.origin} changed since the run was trained"] if changed else []
+    return notes + [f"the run {note}" for note in overrides_of(environment)]
 
 
 def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:

@@ -223,13 +223,27 @@ class CheckpointingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[
                 f"{checkpoint} was trained with other weights than this model trains",
                 "Use the versions of peft and transformers that environment.json names.",
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._load_optimizer(state["optimizer"], state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._evaluation_pending = state["evaluation_pending"]
         self._stopped_early = state["stopped_early"]
         self._resumed = checkpoint, state["progress"]
+
+    def _load_optimizer(self, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
+        """Moments and position of the checkpoint, options of this run's arguments: where both are the same, no change.
+
+        ``load_state_dict`` would bring back the learning rate and the weight decay of the checkpoint.
+        """
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        highest = list(schedule.base_lrs)
+        self.optimizer.load_state_dict(optimizer)
+        factors = [factor(scheduler["last_epoch"]) for factor in schedule.lr_lambdas]
+        rates = [rate * factor for rate, factor in zip(highest, factors, strict=True)]
+        schedule.load_state_dict({**scheduler, "base_lrs": highest, "_last_lr": rates})
+        for group, own, rate in zip(self.optimizer.param_groups, options, rates, strict=True):
+            group.update(own, lr=rate)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Done with the optimiser."""

@@ -16,13 +16,14 @@ from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.training.callbacks import LogEverything, ShowProgress
 from monteclora.training.checkpoint import CheckpointPlan, load_adapter
+from monteclora.training.divergence import NonFiniteSteps
 from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
 from monteclora.training.manifest import Checkpoint, checkpoint_folder
 from monteclora.training.measures import greater_is_better
 from monteclora.training.prepare import PreparedData
 from monteclora.training.recipe import Recipe, TrainingSpec, recipe_sha256
 from monteclora.training.run_folder import RunFolder
-from monteclora.training.run_trainer import RunTrainer
+from monteclora.training.run_trainer import ROW, RunTrainer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,12 +63,14 @@ class Outcome:
         kept_step: the one whose weights it ended with.
         tokens: it saw, without padding.
         seconds: it took.
+        skipped_steps: how many were not finite, and changed nothing.
     """
 
     step: int
     kept_step: int
     tokens: int
     seconds: float
+    skipped_steps: int
 
 
 def processes() -> int:
@@ -208,6 +211,13 @@ def train_phase(
         phase=phase.name,
         first_step=first_step,
     )
+    trainer.non_finite = NonFiniteSteps(
+        run=run,
+        data=data,
+        phase=phase.name,
+        first_step=first_step,
+        most_in_a_row=recipe.training.max_skipped if recipe.training.non_finite == "skip" else 0,
+    )
     try:
         with stop_on_signals("" if console.quiet else _STOPPING) as trainer.interruption:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
@@ -230,6 +240,7 @@ def train_phase(
         kept_step=first_step + (last if best is None else best),
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=trainer.seconds,
+        skipped_steps=trainer.non_finite.skipped,
     )
 
 
@@ -245,7 +256,7 @@ def _trainer(
             model=model,
             args=arguments,
             data_collator=data.collate,
-            train_dataset=data.train,
+            train_dataset=data.train.add_column(ROW, list(range(len(data.train)))),
             eval_dataset=data.validation if phase.validates else None,
             compute_metrics=data.measures.compute,
             preprocess_logits_for_metrics=data.measures.reduce,

@@ -24,6 +24,7 @@ __all__ = [
     "PostHocSpec",
     "Recipe",
     "TrainingSpec",
+    "changed_values",
     "differences",
     "load_recipe",
     "recipe_sha256",
@@ -94,6 +95,9 @@ class TrainingSpec:
         warmup_ratio: the share of the steps in which the learning rate rises from zero.
         weight_decay: AdamW's; never applied to biases, norms and the posterior.
         max_grad_norm: gradients are scaled down to this norm; null leaves them as they are.
+        non_finite: what to do when the loss or gradient of a step is not finite: ``stop`` the run, or ``skip`` the
+            step, which leaves weights and optimiser as they are, and count it.
+        max_skipped: so many steps one after the other are skipped; the next one stops the run even so.
         gradient_checkpointing: keep fewer activations and compute them twice.
         precision: of the matmuls (autocast); float32 weights stay what they are.
         eval_every: evaluate after so many steps, null after each epoch; always after the last one.
@@ -117,6 +121,9 @@ class TrainingSpec:
     warmup_ratio: float = 0.06
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
+    # free: where ``stop`` has a result, ``skip`` has the same one
+    non_finite: Literal["stop", "skip"] = _free("stop")
+    max_skipped: int = _free(5)
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     eval_every: int | None = None
@@ -131,7 +138,7 @@ class TrainingSpec:
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values, see :mod:`monteclora.config`."""
         names = ("max_steps", "batch_size", "micro_batch_size", "eval_batch_size", "eval_every", "save_every")
-        ones = (*names, "logging_every", "keep_checkpoints", "early_stopping_patience")
+        ones = (*names, "logging_every", "keep_checkpoints", "early_stopping_patience", "max_skipped")
         found = _at_least(self, {**dict.fromkeys(ones, 1), "num_workers": 0, "weight_decay": 0})
         found += _above_zero(self, "epochs", "learning_rate", "max_grad_norm")
         if not 0 <= self.warmup_ratio < 1:
@@ -277,9 +284,15 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
     """The dotted keys, of those that determine the result, in which two recipes differ."""
+    return list(changed_values(first, second))
+
+
+def changed_values(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Both values of the keys that :func:`differences` gives; None for a key that only the other's method has."""
     one, other = (dict(_flat(_determining(recipe))) for recipe in (first, second))
     missing = object()
-    return sorted(key for key in {*one, *other} if one.get(key, missing) != other.get(key, missing))
+    keys = sorted(key for key in {*one, *other} if one.get(key, missing) != other.get(key, missing))
+    return {key: (one.get(key), other.get(key)) for key in keys}
 
 
 def _determining(instance: Any) -> Any:

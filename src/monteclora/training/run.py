@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -15,22 +14,20 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from rich.console import Console
 
-from monteclora.errors import CheckpointError
-from monteclora.training.environment import PeakMemory, changes, describe_environment, training_device
+from monteclora.training.environment import PeakMemory, describe_environment, training_device
 from monteclora.training.folders import discard_remains, new_folder
-from monteclora.training.manifest import Checkpoint, newest_complete
+from monteclora.training.manifest import Checkpoint
 from monteclora.training.phases import phases_of, train_phase
 from monteclora.training.prepare import PreparedData, prepare_data, prepare_model
 from monteclora.training.quiet import quiet_libraries
-from monteclora.training.recipe import Recipe, load_recipe, recipe_sha256
+from monteclora.training.recipe import Recipe, load_recipe
+from monteclora.training.resumption import claim, note_environment, overrides_of, resume_point
 from monteclora.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = ["RunResult", "train"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class RunResult:
         peak_memory_bytes: of the GPU where there is one, else of the process.
         tokens: seen in training, without padding.
         trained_parameters: how many numbers were trained.
+        skipped_steps: how many were not finite and changed nothing (``training.non_finite: skip``).
     """
 
     folder: Path
@@ -58,6 +56,7 @@ class RunResult:
     peak_memory_bytes: int
     tokens: int
     trained_parameters: int
+    skipped_steps: int = 0
 
     @property
     def adapter(self) -> Path:
@@ -69,6 +68,7 @@ def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     overrides: Iterable[tuple[str, str]] = (),
     *,
+    override: bool = False,
     progress: bool = True,
 ) -> RunResult:
     """Train what a recipe says, in the run folder it names.
@@ -79,6 +79,8 @@ def train(
     Args:
         recipe: the path of a YAML file, the name of a bundled recipe, a mapping, or a recipe.
         overrides: pairs of dotted key and YAML text, as in ``("training.learning_rate", "1e-4")``.
+        override: go on with an unfinished run although its recipe (``data``, ``training`` and the weights of the
+            regulariser) or its data changed; ``environment.json`` then says from which step, and how.
         progress: whether to tell on standard error what happens.
 
     Raises:
@@ -94,29 +96,33 @@ def train(
     with ExitStack() as stack:
         if _is_main():
             stack.enter_context(run.locked())
-            run.claim(recipe)
+            discard_remains(run.path)
+            discard_remains(run.checkpoints)
+            claim(run, recipe, override=override)
         finished = run.finished
         if finished is None:
             stack.enter_context(quiet_libraries())
-            finished = _train(recipe, run, console)
+            finished = _train(recipe, run, console, override)
         else:
             console.print(f"{run.path} is finished: nothing to train", highlight=False)
     return _result(recipe, run, finished)
 
 
-def _train(recipe: Recipe, run: RunFolder, console: Console) -> dict[str, Any]:
+def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> dict[str, Any]:
     """Train an unfinished run to its end; gives the last line of its metrics."""
     data = prepare_data(recipe)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     model = prepare_model(recipe, data)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpoint = _newest_checkpoint(run, recipe)
+    checkpoint = resume_point(run, recipe, override=override)
     memory = PeakMemory(training_device())
     if _is_main():
-        discard_remains(run.path)
-        discard_remains(run.checkpoints)
-        _note_environment(run, describe_environment(recipe, data.task, memory.device), checkpoint)
+        run.divergence_file.unlink(missing_ok=True)
+        facts = describe_environment(recipe, data.task, memory.device)
+        note_environment(run, recipe, facts, checkpoint, override=override)
+        for note in overrides_of(run.environment):
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         run.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
     _train_phases(recipe, run, data, model, checkpoint, console)
     if _is_main():
@@ -162,45 +168,16 @@ def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> 
         "event": "finished",
         **{name: phases[-1][name] for name in ("phase", "step", "kept_step")},
         "metrics": metrics,
-        **{name: sum(phase[name] for phase in phases) for name in ("seconds", "tokens")},
+        **{name: sum(phase.get(name, 0) for phase in phases) for name in ("seconds", "tokens", "skipped_steps")},
         "peak_memory_bytes": memory.bytes,
         "trained_parameters": trained_parameters,
     }
 
 
-def _newest_checkpoint(run: RunFolder, recipe: Recipe) -> Checkpoint | None:
-    found = newest_complete(run.checkpoints)
-    if found is not None and found.recipe_sha256 != recipe_sha256(recipe):
-        raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {run.checkpoints}.")
-    return found
-
-
-def _note_environment(run: RunFolder, facts: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Write down what is trained on; on resuming check that the data are the same, and tell what else is not.
-
-    Raises:
-        CheckpointError: the data are others than when the run began.
-    """
-    if checkpoint is None:
-        run.write_environment(facts)
-        return
-    before = run.environment
-    for split, source in facts["data"]["splits"].items():
-        if before["data"]["splits"].get(split, {}).get("sha256") != source["sha256"]:
-            raise CheckpointError(
-                f"the {split} rows of {source['origin']} changed since {run.path} was begun",
-                "Restore them, or choose another name or output.",
-            )
-    changed = changes(before, facts)
-    if changed:
-        logger.warning("resuming in another environment, the result may differ: %s", ", ".join(changed))
-    resumed = [*before.get("resumed", []), {"step": checkpoint.total_step, "changes": changed}]
-    run.write_environment({**before, "resumed": resumed})
-
-
 def _result(recipe: Recipe, run: RunFolder, finished: Mapping[str, Any]) -> RunResult:
     same = ("kept_step", "metrics", "seconds", "peak_memory_bytes", "tokens", "trained_parameters")
-    return RunResult(run.path, recipe, finished["step"], **{name: finished[name] for name in same})
+    values = {name: finished[name] for name in same}
+    return RunResult(run.path, recipe, finished["step"], **values, skipped_steps=finished.get("skipped_steps", 0))
 
 
 def _is_main() -> bool:

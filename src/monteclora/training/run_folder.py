@@ -16,7 +16,7 @@ from monteclora.adapters.storage import write_bytes
 from monteclora.config import dump
 from monteclora.errors import CheckpointError
 from monteclora.training.metrics_log import MetricsLog
-from monteclora.training.recipe import Recipe, differences, load_recipe
+from monteclora.training.recipe import Recipe, load_recipe
 
 __all__ = ["RunFolder"]
 
@@ -59,6 +59,11 @@ class RunFolder:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def divergence_file(self) -> Path:
+        """The rows of the batch that ended the run with a number that is not finite; absent where none did."""
+        return self.path / "diverged.json"
+
     @cached_property
     def metrics(self) -> MetricsLog:
         """What was measured."""
@@ -98,7 +103,7 @@ class RunFolder:
         return events[-1] if done else None
 
     @property
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
         """Whether anything was measured or saved: else a recipe that could not be trained may be corrected."""
         return bool(self.metrics.read()) or any(self.checkpoints.glob("*"))
 
@@ -122,20 +127,6 @@ class RunFolder:
                 f"cannot make the folder {self.path}: {error.strerror}", "Choose another output."
             ) from None
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make this the folder of ``recipe``: a new one, one that was begun with the same, or one where nothing was.
-
-        Raises:
-            CheckpointError: it holds a run of another recipe; the message names the keys that differ.
-        """
-        if self.recipe_file.is_file():
-            before = load_recipe(self.recipe_file)
-            changed = differences(before, recipe)
-            if changed and self._begun:
-                raise CheckpointError(
-                    f"{self.path} was begun with another recipe: {', '.join(changed)} changed",
-                    "Choose another name or output, or remove the folder.",
-                )
-            if before == recipe:
-                return
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Put down what is trained."""
         write_bytes(self.recipe_file, dump(recipe).encode())

@@ -108,12 +108,16 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
             DivergenceError: the loss is not finite; the weights have not taken it up.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
+        self.check_loss(loss)
+        return loss
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise DivergenceError for the loss of a batch that is not finite."""
         if not loss.isfinite():
             raise DivergenceError(
                 f"the loss is not finite at step {self.state.global_step + 1}",
                 "Lower the learning rate or the gradient's norm; the last checkpoint is finite.",
             )
-        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the Trainer."""

@@ -1,0 +1,41 @@
+"""``monteclora train`` on a run that was begun with another recipe."""
+
+import shutil
+
+import pytest
+
+from monteclora.cli import main
+from monteclora.config import dump
+from monteclora.training.recipe import load_recipe
+from monteclora.training.run_folder import RunFolder
+from tests.runs import tiny_recipe
+
+FASTER = ("--training.learning_rate", "0.5")
+
+
+@pytest.fixture
+def begun(assets, trained, tmp_path):
+    """A recipe, and its run with the last checkpoint and without the last line."""
+    run = shutil.copytree(trained["texts"], tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(load_recipe(tiny_recipe(assets, run))))
+    return str(recipe), RunFolder(run)
+
+
+@pytest.mark.parametrize(
+    "words", [("--override", *FASTER), (*FASTER, "--override"), ("--override", FASTER[0] + "=0.5")]
+)
+def test_override_stands_anywhere(words, begun, capfd):
+    recipe, run = begun
+    assert main(["train", recipe, *FASTER]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "begun with another recipe: training.learning_rate changed" in line
+    assert "--override" in line
+    assert main(["train", recipe, *words]) == 0
+    out, err = capfd.readouterr()
+    assert "trained" in out
+    assert "note: went on from step 6 with training.learning_rate 0.02 -> 0.5" in err
+    assert run.recipe.training.learning_rate == 0.5
+    assert run.finished is not None
