@@ -3,8 +3,7 @@ from importlib import metadata
 
 import pytest
 
-from monteclora.cli import doctor as doctor_module
-from monteclora.cli import main
+from monteclora.cli import installed, main
 from monteclora.data import models
 
 
@@ -59,9 +58,9 @@ def test_a_requirement_that_is_too_old_fails(monkeypatch, facts):
 
 
 def test_a_missing_extra_or_model_is_no_failure_and_names_the_command(capsys, absent, monkeypatch):
-    required = doctor_module._requirements()
-    present = {r.name for r in required if not r.marker and doctor_module._package(r)["fits"]}
-    monkeypatch.setattr(doctor_module, "_requirements", lambda: [r for r in required if r.marker or r.name in present])
+    required = installed._requirements()
+    present = {r.name for r in required if not r.marker and installed._package(r)["fits"]}
+    monkeypatch.setattr(installed, "_requirements", lambda: [r for r in required if r.marker or r.name in present])
     absent("trl")
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     assert main(["doctor"]) == 0

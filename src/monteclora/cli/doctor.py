@@ -5,12 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import tomllib
-from importlib import metadata
-from pathlib import Path
 from typing import Any
-
-from packaging.requirements import Requirement
 
 import monteclora
 from monteclora.cli.listing import models_at_hand, tasks_at_hand
@@ -18,22 +13,23 @@ from monteclora.cli.output import Json, print_facts, print_json
 
 __all__ = ["doctor"]
 
-_EXTRAS = ("trl", "quantization", "tracking")
-
 
 def doctor(*, as_json: Json = False) -> int:
     """Show versions, devices, caches, models and data, and how to get what is missing.
 
     Ends with status 1 where something required is missing.
     """
-    required = [_package(requirement) for requirement in _requirements() if not requirement.marker]
+    # importing what reads the packages' metadata takes as long as all the rest of the command line
+    from monteclora.cli import installed
+
+    required = installed.required()
     found: dict[str, Any] = {
         "monteclora": monteclora.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": required,
-        "extras": _extras(),
-        "devices": _devices() if _at_hand("torch") else [],
+        "extras": installed.extras(),
+        "devices": _devices() if installed.at_hand("torch") else [],
         "threads": os.cpu_count(),
         "caches": _caches(),
         "models": models_at_hand(),
@@ -47,41 +43,6 @@ def doctor(*, as_json: Json = False) -> int:
     if missing:
         print(f"required and not as they should be: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
-
-
-def _requirements() -> list[Requirement]:
-    """What the installed package asks for, else what the checkout it runs from does."""
-    try:
-        listed = metadata.requires("monteclora") or []
-    except metadata.PackageNotFoundError:
-        project = Path(monteclora.__file__).parents[2] / "pyproject.toml"
-        sections = tomllib.loads(project.read_text(encoding="utf-8"))["project"] if project.is_file() else {}
-        listed = list(sections.get("dependencies", []))
-        for extra, names in sections.get("optional-dependencies", {}).items():
-            listed += [f"{name}; extra == '{extra}'" for name in names]
-    return [Requirement(line) for line in listed]
-
-
-def _package(requirement: Requirement) -> dict[str, Any]:
-    try:
-        version = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
-        version = None
-    fits = version is not None and requirement.specifier.contains(version, prereleases=True)
-    return {"name": requirement.name, "version": version, "wanted": str(requirement.specifier), "fits": fits}
-
-
-def _at_hand(name: str) -> bool:
-    return _package(Requirement(name))["fits"]
-
-
-def _extras() -> list[dict[str, Any]]:
-    found = []
-    for extra in _EXTRAS:
-        for requirement in _requirements():
-            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
-                found.append({"extra": extra, **_package(requirement)})
-    return found
 
 
 def _devices() -> list[str]:
