@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from monteclora.adapters.storage import POSTERIOR_FILE
+from monteclora.config import brief
 from monteclora.data import TaskData
 from monteclora.data.encoding import collator
 from monteclora.data.models import load_tokenizer, resolve_model
 from monteclora.data.registry import Kind
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
 from monteclora.evaluation.forward import Collate
 from monteclora.methods import get_method
 from monteclora.training.checkpoint import load_adapter
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedRun", "load_run"]
 
-_WEIGHTS = "adapter_model.safetensors"
+_FORMAT = 1  # of run folders
+_WEIGHTS, _PICKLED, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 _RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
 
 
@@ -108,6 +111,7 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
     Raises:
         CheckpointError: not a run, an unfinished one, or its adapter or posterior is missing, damaged or does not fit.
         ConfigError: the model is missing, or ``base`` is asked of a classifier, whose head only training makes.
+        UnsafeCodeError: the adapter is a pickle, or the model needs code that comes with it.
     """
     with quiet_libraries():
         return _load(RunFolder.existing(folder), base, allow_unfinished)
@@ -116,9 +120,7 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
 def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
     adapter, unfinished = _adapter_of(run, allow_unfinished)
-    about = run.environment["data"]
-    kind: Kind = about["kind"]
-    labels = tuple(about["label_names"]) if about["label_names"] else None
+    name, kind, labels = _task_of(run)
     if base and kind == "classification":
         raise ConfigError(
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
@@ -126,7 +128,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         )
     tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
     prepared = PreparedData(
-        task=TaskData(about["name"], kind, labels, splits={}, sources={}, description=""),
+        task=TaskData(name, kind, labels, splits={}, sources={}, description=""),
         tokenizer=tokenizer,
         encoded={},
         collate=collator(kind, tokenizer),
@@ -138,6 +140,25 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         model.to(training_device())
     model.requires_grad_(False).eval()
     return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base)
+
+
+def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
+    """Name, kind and labels of what the run was trained on, out of its environment."""
+    facts = run.environment
+    try:
+        version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
+        name, kind, labels = about["name"], about["kind"], about["label_names"]
+        named = kind == "causal_lm" or (kind == "classification" and len(set(labels)) == len(labels) >= 2)
+        if not (named and isinstance(name, str) and all(isinstance(label, str) for label in labels or ())):
+            raise ValueError("neither a causal LM nor a classifier with its labels")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{run.path / 'environment.json'} is damaged ({reason})", _RESTORE) from None
+    if version > _FORMAT:
+        raise CheckpointError(
+            f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+        )
+    return name, kind, tuple(labels) if labels else None
 
 
 def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | None]:
@@ -163,18 +184,36 @@ def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
         )
         _check_names(folder, list(weights))
         load_adapter(model, folder)
-    except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder / _WEIGHTS} cannot be loaded into {recipe.model.name}: {reason[:200]}", _RESTORE
         ) from error
+    _check_finite(folder, model)
     return model
 
 
 def _check_files(folder: Path, has_posterior: bool) -> None:
-    for name in (_WEIGHTS, "adapter_config.json", *([POSTERIOR_FILE] if has_posterior else [])):
+    if (folder / _PICKLED).exists() and not (folder / _WEIGHTS).is_file():
+        raise UnsafeCodeError(
+            f"{folder} has {_PICKLED} in place of {_WEIGHTS}: a pickle, which can run any program",
+            "Convert it to safetensors where you trust it.",
+        )
+    for name in (_WEIGHTS, _CONFIG, *([POSTERIOR_FILE] if has_posterior else [])):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}", _RESTORE)
+    try:
+        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / _CONFIG} is damaged ({type(error).__name__})", _RESTORE) from None
+    if kind != "LORA":
+        raise CheckpointError(f"{folder / _CONFIG} has the peft_type {brief(kind)}, expected LORA", _RESTORE)
+
+
+def _check_finite(folder: Path, model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise CheckpointError(f"{folder}: {name} holds numbers that are not finite", _RESTORE)
 
 
 def _check_names(folder: Path, expected: Sequence[str]) -> None:

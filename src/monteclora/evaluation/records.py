@@ -89,15 +89,21 @@ def add_evaluation(folder: Path, about: Mapping[str, Any], split: str, model: st
         facts: how, and what came out.
 
     Raises:
-        CheckpointError: the file is there and damaged.
+        CheckpointError: the file is there and damaged, or of a later format.
     """
     path = folder / EVALUATION_FILE
     splits: dict[str, Any] = {}
     if path.is_file():
         try:
-            splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            splits = {name: dict(models) for name, models in before["splits"].items()}
+            version = int(before["format"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__})", "Remove it.") from None
+        if version > _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
     splits.setdefault(split, {})[model] = dict(facts)
     document = {"format": _FORMAT, **about, "splits": splits}
     write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
