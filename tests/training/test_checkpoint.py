@@ -37,6 +37,7 @@ CASES = {
         "method": "monteclora",
         "method_options": {"covariance": "full", "noise": "per_example", "regulariser": "sampled"},
     },
+    "rows grouped by length": {"kind": "classification", "method": "monteclora", "group_by_length": True},
     "post hoc": {
         "kind": "classification",
         "method": "monteclora",

@@ -126,6 +126,7 @@ DECISIVE = [
     ("training.eval_every", "7"),
     ("training.post_hoc.epochs", "2"),
     ("training.max_grad_norm", "null"),
+    ("training.group_by_length", "true"),
 ]
 
 
@@ -135,6 +136,11 @@ def test_what_does_not_determine_the_result(override: tuple[str, str]) -> None:
     assert one != other
     assert recipe_sha256(one) == recipe_sha256(other)
     assert differences(one, other) == []
+
+
+def test_fields_at_their_defaults_do_not_count() -> None:
+    written = load_recipe(SMALL, [("training.group_by_length", "false"), ("training.post_hoc.epochs", "1.0")])
+    assert recipe_sha256(load_recipe(SMALL)) == recipe_sha256(written)
 
 
 @pytest.mark.parametrize("override", DECISIVE, ids=lambda o: o[0])

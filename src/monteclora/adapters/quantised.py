@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, cast
+
 from torch import nn
 
 __all__ = ["keep_differentiable"]
@@ -14,7 +17,7 @@ def keep_differentiable(model: nn.Module) -> None:
     training would go on without the gradient of whatever lies below. From now on they are not repacked; those that are
     get their weights back, as exactly as bitsandbytes can (it rounds the scales). Other layers are left as they are.
     """
-    for module in model.modules():
+    for module in cast("Iterator[Any]", model.modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):

@@ -24,6 +24,7 @@ from monteclora.training.prepare import PreparedData
 from monteclora.training.recipe import Recipe, TrainingSpec, recipe_sha256
 from monteclora.training.run_folder import RunFolder
 from monteclora.training.run_trainer import ROW, RunTrainer
+from monteclora.training.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -273,4 +274,7 @@ def _trainer(
             "Launch it without FSDP and DeepSpeed, or use monteclora.MonteCLoRATrainer in a program of your own.",
         )
     trainer.remove_callback(PrinterCallback)
+    if recipe.training.group_by_length:
+        lengths = [len(ids) for ids in data.train["input_ids"]]
+        trainer.order = LengthGroupedSampler(lengths, recipe.training.batch_size, recipe.seed)
     return trainer

@@ -87,6 +87,7 @@ class TrainingSpec:
         epochs: passes over the training rows.
         max_steps: stop after so many steps even so; the schedule then ends there.
         batch_size: rows a step, over all processes.
+        group_by_length: make batches of rows of about the same length, so that less padding is computed.
         micro_batch_size: rows a forward pass; the gradients of ``batch_size / micro_batch_size`` passes are added up.
             null takes all rows of a step at once.
         eval_batch_size: rows a forward pass of evaluation.
@@ -114,6 +115,7 @@ class TrainingSpec:
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 32
+    group_by_length: bool = False
     micro_batch_size: int | None = None
     eval_batch_size: int = 64
     learning_rate: float = 5e-4
@@ -278,8 +280,12 @@ def _schema_for(options: type[MethodOptions]) -> type[Recipe]:
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    """The checksum of what determines the result: two recipes that share it train the same adapter."""
-    return hashlib.sha256(json.dumps(_determining(recipe), sort_keys=True).encode()).hexdigest()
+    """The checksum of what determines the result: two recipes that share it train the same adapter.
+
+    Fields at their defaults are left out, so that a field added later, whose default is what was done before, does not
+    make another recipe of an old one.
+    """
+    return hashlib.sha256(json.dumps(_changed(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
@@ -300,6 +306,22 @@ def _determining(instance: Any) -> Any:
         return instance
     kept = (f for f in dataclasses.fields(instance) if f.metadata.get(_RESULT, True))
     return {f.name: _determining(getattr(instance, f.name)) for f in kept}
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    """What :func:`_determining` gives, without the fields at their defaults and sections without any other."""
+    changed = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            value = _changed(value)
+        if f.metadata.get(_RESULT, True) and value not in ({}, _default(f)):
+            changed[f.name] = value
+    return changed
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from monteclora.training.checkpoint import CheckpointingMixin
@@ -64,17 +65,23 @@ class RunTrainer(CheckpointingMixin, MonteCLoRATrainerMixin, _TaskLossMixin, Tra
 
     Attributes:
         non_finite: what to do with such a step; set before training.
+        order: of the training rows, in place of the Trainer's; set before training.
     """
 
     non_finite: NonFiniteSteps
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.order: Sampler[int] | None = None
         self._batches: list[_Batch] = []
         self._sums = torch.zeros(2, device=self.args.device)  # of the task's loss and the objective, since the last log
         self._counted_steps = 0
         self._seconds_before = 0.0
         self._started = time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """As in the Trainer, unless ``order`` names another one."""
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
     @property
     def seconds(self) -> float:
