@@ -87,7 +87,7 @@ def test_weights_of_another_shape_outside_the_head_are_refused(llama, tmp_path):
     config = transformers.AutoConfig.from_pretrained(llama)
     config.intermediate_size *= 2
     config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"is no classification model: 3 weights are of another shape.* model\.layers"):
+    with pytest.raises(ConfigError, match=r"is no classification model: 3 weights are of another shape.* model\."):
         load_model(resolve_model(str(tmp_path)), "classification", 2)
 
 

@@ -10,8 +10,9 @@ import torch
 
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.data import TaskData, load
-from monteclora.data.encoding import Encoded, collator, encode
+from monteclora.data.encoding import Encoded, collator
 from monteclora.data.models import load_model, load_tokenizer, resolve_model
+from monteclora.data.token_cache import encode_once
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.methods.lora import seed_everything
@@ -75,7 +76,9 @@ def prepare_data(recipe: Recipe) -> PreparedData:
             "Give data.validation_file or a data.validation_fraction above 0.",
         )
     tokenizer = load_tokenizer(source, recipe.model.trust_remote_code)
-    encoded = {split: encode(rows, task.kind, tokenizer, recipe.data.max_length) for split, rows in task.splits.items()}
+    encoded = {
+        split: encode_once(rows, task.kind, tokenizer, recipe.data.max_length) for split, rows in task.splits.items()
+    }
     return PreparedData(
         task=task,
         tokenizer=tokenizer,

@@ -1,0 +1,114 @@
+"""Rows are tokenised once: token ids are kept on disk under the checksum of everything they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+import monteclora
+from monteclora.data.encoding import Encoded, encode
+from monteclora.data.gguf import cache_folder
+from monteclora.data.registry import Kind
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["encode_once"]
+
+_FORMAT = 1
+_COUNTS = ("shortened", "completions_cut", "dropped")
+_ROWS = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+def encode_once(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """As :func:`~monteclora.data.encoding.encode`; from the cache if the same was encoded before.
+
+    The key is the content of the rows, of the tokenizer and of its chat template, ``max_length`` and the versions of
+    what tokenises. A damaged file is made anew; where the cache cannot be written, nothing is kept.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:  # a tokenizer in Python: its content cannot be told
+        return encode(rows, kind, tokenizer, max_length)
+    folder, key = cache_folder() / "tokens", _key(rows, kind, tokenizer, json.loads(fast.to_str()), max_length)
+    for path in sorted(folder.glob(f"{key}-*.arrow")):
+        found = _read(path)
+        if found is not None:
+            return found
+    made = encode(rows, kind, tokenizer, max_length)
+    try:
+        _write(folder, key, made)
+    except OSError as error:
+        logger.info("token ids are not kept: %s", error)
+    return made
+
+
+def _key(
+    rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], max_length: int
+) -> str:
+    # how the last call cut and padded is in the content too
+    lasting = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
+    facts = {
+        "format": [_FORMAT, monteclora.__version__],
+        "kind": kind,
+        "max_length": max_length,
+        "tokenizer": [type(tokenizer).__name__, lasting, tokenizer.special_tokens_map, tokenizer.model_input_names],
+        "template": tokenizer.chat_template,
+        "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for table in rows.with_format("arrow").iter(batch_size=_ROWS):
+        digest.update(_stream(table.combine_chunks().replace_schema_metadata(None)))
+    return digest.hexdigest()[:32]
+
+
+def _stream(table: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _write(folder: Path, key: str, encoded: Encoded) -> None:
+    """One file, whose name ends with its own checksum."""
+    table = encoded.dataset.with_format("arrow")[:]
+    counts = json.dumps({name: getattr(encoded, name) for name in _COUNTS})
+    content = _stream(table.replace_schema_metadata({**(table.schema.metadata or {}), b"monteclora": counts}))
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(partial, folder / f"{key}-{_checksum(content)}.arrow")
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> Encoded | None:
+    """What :func:`_write` wrote, memory-mapped; None where the file is damaged."""
+    import datasets
+
+    try:
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if not path.stem.endswith(f"-{checksum}"):
+            return None
+        counts = json.loads(pa.ipc.open_stream(path).schema.metadata[b"monteclora"])
+        return Encoded(datasets.Dataset.from_file(str(path)), **counts)
+    except OSError:
+        return None
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
