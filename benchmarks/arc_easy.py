@@ -2,8 +2,8 @@
 
     MONTECLORA_DATA=<folder> python benchmarks/arc_easy.py --out runs/arc-easy
 
-Each answer option is scored by its likelihood. Resumable: finished runs are not trained again. Prints a table
-in Markdown.
+Each answer option is scored by its likelihood. Resumable: finished runs are not trained again. Two processes may share
+the training, ``--train lora`` and ``--train monteclora``; run without ``--train`` afterwards for the table, in Markdown.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import monteclora
 
 NAMES = ("accuracy", "nll", "ece")
+METHODS = ("lora", "monteclora")
 
 
 def recipe(out: Path, method: str) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def recipe(out: Path, method: str) -> dict[str, Any]:
         "training": {
             "epochs": 1,
             "batch_size": 16,
+            "group_by_length": True,
             "eval_batch_size": 16,
             "learning_rate": 1e-3,
             "schedule": "cosine",
@@ -45,10 +47,14 @@ def show(label: str, metrics: Mapping[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/arc-easy"))
-    parser.add_argument("--rows", type=int, default=250, help="test rows to score")
-    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=200, help="test rows to score")
+    parser.add_argument("--num-samples", type=int, default=0, help="posterior draws; each costs a pass over the rows")
+    parser.add_argument("--train", choices=METHODS, help="train this method and do no more")
     args = parser.parse_args()
-    results = {method: monteclora.train(recipe(args.out, method)) for method in ("lora", "monteclora")}
+    if args.train:
+        monteclora.train(recipe(args.out, args.train))
+        return
+    results = {method: monteclora.train(recipe(args.out, method)) for method in METHODS}
     for method, result in results.items():
         cost = {"seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes, "tokens": result.tokens}
         print(json.dumps({"method": method, **cost}), flush=True)
