@@ -2,8 +2,9 @@
 
     MONTECLORA_DATA=<folder> python benchmarks/arc_easy.py --out runs/arc-easy
 
-Each answer option is scored by its likelihood. Resumable: finished runs are not trained again. Two processes may share
-the training, ``--train lora`` and ``--train monteclora``; run without ``--train`` afterwards for the table, in Markdown.
+Each answer option is scored by its likelihood. Resumable: finished runs are not trained again. Two processes may
+share the training, ``--train lora`` and ``--train monteclora``; run without ``--train`` afterwards for the table, in
+Markdown.
 """
 
 from __future__ import annotations
