@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 
 from monteclora.errors import DataError
-from monteclora.reports.page import Page, render
-from monteclora.reports.results import RunReport
+from monteclora.reports.page import Page, render, write_page
+from monteclora.reports.results import RunReport, UncertainExample
 from monteclora.reports.runs import demo_page, run_page
+from tests.reports.test_page import Document
 
 UNFINISHED = "interrupted at step 120 of 400"
 
@@ -128,3 +129,27 @@ def test_runs_are_told_apart_by_name(runs, choose):
 
 def test_the_page_is_deterministic(runs, page):
     assert render(demo(runs)) == render(page)
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+
+
+def test_what_comes_out_of_data_and_recipes_stays_text(runs, tmp_path):
+    """A label, a text, a file name and a recipe's name are no markup, wherever the page shows them."""
+    example = UncertainExample(HOSTILE, HOSTILE, HOSTILE, 0.3, 1.0, 0.2)
+    uncertainty = {HOSTILE: runs[1].uncertainty["in-scope"]}
+    hostile = replace(runs[1], name=HOSTILE, method=HOSTILE, uncertain_examples=[example], uncertainty=uncertainty)
+    about = {
+        "subtitle": f"{HOSTILE}.csv",
+        "environment": {"data": f"{HOSTILE}.csv"},
+        "reproduce": [f"monteclora train '{HOSTILE}.yaml'"],
+    }
+    for run in (hostile, replace(hostile, status=HOSTILE)):
+        for page in (
+            run_page(run, trained=[HOSTILE], **about),
+            demo_page([runs[0], run], title=HOSTILE, compared=[HOSTILE], **about),
+        ):
+            document = Document(write_page(tmp_path / "report.html", page).read_text("utf-8"))
+            assert not {"script", "img"} & set(document.tags)
+            assert not any(name.startswith("on") for name, _ in document.attributes)
+            assert any("<script>alert(1)</script>" in text for text in document.texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +103,12 @@ def resolve_model(name: str) -> ModelSource:
         if path is None:
             return ModelSource(name, starter.hub_name, None, "hub", remedy)
         return _at(name, path, "package", remedy)
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path = Path(os.path.expanduser(name))
+    # os.path takes any text for a path; Path's methods raise for one that is too long or may not be read
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return _at(name, path, "folder")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
             raise ConfigError(f"{path} holds no model: it has no config.json", "Give a transformers model folder.")
         return _at(name, path, "folder")
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or name.count("/") > 1:
@@ -171,7 +173,8 @@ def load_model(
     """
     import transformers
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    # a pickled model can run any program
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     auto: Any = transformers.AutoModelForCausalLM
     config_options: dict[str, Any] = {}
     if kind == "classification":
