@@ -1,0 +1,43 @@
+"""What the package needs is bounded, and written out version by version."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+
+def declared() -> Iterator[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]:
+        requirement = Requirement(line)
+        if requirement.name != project["name"]:
+            yield requirement
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pinned = [line.partition("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, _, version in pinned}
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=str)
+def test_every_dependency_has_an_upper_bound_and_a_version_in_the_lock_file(requirement: Requirement) -> None:
+    assert any(specifier.operator == "<" for specifier in requirement.specifier)
+    version = locked()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version), f"the lock file has {requirement.name} {version}"
+
+
+def test_the_lock_file_names_versions_and_nothing_else() -> None:
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), line
