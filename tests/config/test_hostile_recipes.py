@@ -241,6 +241,10 @@ def test_a_typo_of_a_key_has_the_right_key_suggested() -> None:
             "training: {learning_rate: 1" + "0" * 400 + "}\n",
             "training.learning_rate: expected a finite number, found inf",
         ),
+        (
+            "method: {name: lora, rank_pattern: {'(': 3}}\n",
+            "line 1: method.rank_pattern has '(', which is neither a name",
+        ),
         ("seed: 0x" + "f" * 9000 + "\n", "found the text '0xfff"),
     ],
 )

@@ -63,6 +63,11 @@ class LoRAFields(MethodOptions):
                 for key, value in getattr(self, name).items()
                 if value < 1
             ]
+            found += [
+                (name, f"has {key!r}, which is neither a name nor a regular expression")
+                for key in getattr(self, name)
+                if not _is_pattern(key)
+            ]
         return found
 
 
@@ -109,6 +114,14 @@ def check_names(options: LoRAFields, model: PreTrainedModel) -> None:
         patterns = getattr(options, option)
         unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in modules)]
         _require(option, unmatched, modules)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _any_ends(modules: Iterable[str], name: str) -> bool:
