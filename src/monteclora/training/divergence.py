@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from monteclora.adapters.storage import write_bytes
 from monteclora.errors import DivergenceError
+from monteclora.training.folders import write_file
 from monteclora.training.prepare import PreparedData
 from monteclora.training.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ class NonFiniteSteps:
                 "rows": [{"row": row, "text": text} for row, text in zip(rows, texts, strict=True)],
             }
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-            write_bytes(self.run.divergence_file, text.encode())
+            write_file(self.run.divergence_file, text.encode())
         after = f" after {self.in_a_row} skipped steps" if self.in_a_row else ""
         raise DivergenceError(
             f"the {part} is not finite at step {facts['step']}{after}; in the batch: training rows {_listed(rows)} "

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: written aside, flushed, renamed."""
+"""Folders and files that are complete or absent: written aside, flushed, renamed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from monteclora.adapters.storage import write_bytes
 from monteclora.errors import CheckpointError
 
-__all__ = ["discard_remains", "new_folder", "remove_folder"]
+__all__ = ["discard_remains", "new_folder", "remove_folder", "write_file"]
 
 _STAGE = ".staged-"
+_REPLACED = ".replaced-"
 
 
 @contextmanager
@@ -34,13 +38,29 @@ def new_folder(target: Path) -> Iterator[Path]:
             # mkdtemp and some writers of files close them to everyone else
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
             _flush(path)
-        remove_folder(target)
-        os.rename(stage, target)
+        _put_in_place(stage, target)
         _flush(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _refused(target, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put_in_place(stage: Path, target: Path) -> None:
+    """Rename; an older folder stays within reach until the new one has its name."""
+    if not target.exists():
+        os.rename(stage, target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_REPLACED}{target.name}-"))
+    older = aside / target.name
+    os.rename(target, older)
+    try:
+        os.rename(stage, target)
+    except OSError:
+        os.rename(older, target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -52,9 +72,26 @@ def remove_folder(path: Path) -> None:
 
 
 def discard_remains(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``."""
+    """Remove what a killed process left half-written in ``folder``, and put back what it was about to replace."""
+    for aside in folder.glob(f"{_REPLACED}*"):
+        for older in aside.iterdir():
+            if not (folder / older.name).exists():
+                os.rename(older, folder / older.name)
+        shutil.rmtree(aside, ignore_errors=True)
     for path in folder.glob(f"{_STAGE}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the whole new one.
+
+    Raises:
+        CheckpointError: the disk refuses it, for instance because it is full.
+    """
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        raise _refused(path, error) from error
 
 
 def _umask() -> int:
@@ -73,5 +110,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _refused(target: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot write {target}: {error.strerror}", "Make room, or choose another output folder.")
+def _refused(target: Path, error: OSError | SafetensorError) -> CheckpointError:
+    # safetensors writes by itself, and has an error of its own for what the system refuses
+    reason = error.strerror if isinstance(error, OSError) else error
+    return CheckpointError(f"cannot write {target}: {reason}", "Make room, or choose another output folder.")

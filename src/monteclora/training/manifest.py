@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from monteclora.errors import CheckpointError
 from monteclora.training.folders import remove_folder
@@ -63,6 +64,7 @@ def write_manifest(stage: Path, checkpoint: Checkpoint) -> None:
     facts = {key: value for key, value in dataclasses.asdict(checkpoint).items() if key != "path"}
     files = {str(path.relative_to(stage)): _measure(path) for path in _files(stage)}
     document = {"format": _FORMAT, **facts, "files": files}
+    document["sha256"] = _checksum(document)
     (stage / _FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -75,11 +77,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     hint = "Remove the folder; an older checkpoint is used."
     try:
         document = json.loads((path / _FILE).read_text(encoding="utf-8"))
-        version, files = document.pop("format"), document.pop("files")
+        version = document["format"]
         if version != _FORMAT:
             raise CheckpointError(
                 f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
             )
+        # the first manifests had no checksum of their own
+        expected_sha256 = document.pop("sha256", None)
+        if expected_sha256 not in (None, _checksum(document)):
+            raise CheckpointError(f"{path / _FILE} is damaged: it does not match its checksum", hint)
+        del document["format"]
+        files = document.pop("files")
         for name, expected in files.items():
             if not (path / name).is_file():
                 raise CheckpointError(f"{path} lacks {name}", hint)
@@ -116,6 +124,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _measure(path: Path) -> dict[str, int | str]:

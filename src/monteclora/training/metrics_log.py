@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from monteclora.adapters.storage import write_bytes
 from monteclora.errors import CheckpointError
+from monteclora.training.folders import write_file
 
 __all__ = ["MetricsLog"]
 
@@ -74,4 +74,4 @@ class MetricsLog:
             return bool(event["step"] < step or (event["step"] == step and not ends))
 
         kept = [event for event in self.read() if is_past(event)]
-        write_bytes(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())
+        write_file(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())

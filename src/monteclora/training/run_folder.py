@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from monteclora.adapters.storage import write_bytes
 from monteclora.config import dump
 from monteclora.errors import CheckpointError
+from monteclora.training.folders import write_file
 from monteclora.training.metrics_log import MetricsLog
 from monteclora.training.recipe import Recipe, load_recipe
 
@@ -93,7 +93,7 @@ class RunFolder:
     def write_environment(self, facts: Mapping[str, Any]) -> None:
         """Put down what is trained on."""
         text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-        write_bytes(self.path / "environment.json", text.encode())
+        write_file(self.path / "environment.json", text.encode())
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -129,4 +129,4 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Put down what is trained."""
-        write_bytes(self.recipe_file, dump(recipe).encode())
+        write_file(self.recipe_file, dump(recipe).encode())
