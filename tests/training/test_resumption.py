@@ -163,3 +163,16 @@ def test_an_ordinary_resumption_overrides_nothing(
     override(recipe())
     assert resumed(tmp_path / "run") == [{"step": 2, "changes": []}]
     assert overrides_of(RunFolder(tmp_path / "run").environment) == []
+
+
+def test_a_checksum_of_another_version_is_no_other_recipe(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        for module in ("phases", "environment"):
+            patch.setattr(f"monteclora.training.{module}.recipe_sha256", lambda recipe: "former")
+        train_until(patch, StopAfter(2), recipe())
+    train_until(monkeypatch, StopAfter(2), recipe())
+    quietly(recipe())  # beside checkpoints of both versions
+    assert [entry["step"] for entry in resumed(tmp_path / "run")] == [2, 4]
+    assert all("override" not in entry for entry in resumed(tmp_path / "run"))

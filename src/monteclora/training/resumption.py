@@ -62,7 +62,11 @@ def resume_point(run: RunFolder, recipe: Recipe, *, override: bool = False) -> C
     found = newest_complete(run.checkpoints)
     if found is None or override or found.recipe_sha256 == recipe_sha256(recipe):
         return found
-    if found.recipe_sha256 not in [accepted["recipe_sha256"] for accepted in _accepted(run.environment)]:
+    environment = run.environment
+    accepted = [entry["recipe_sha256"] for entry in _accepted(environment)]
+    if not differences(run.recipe, recipe):
+        accepted.append(environment["recipe_sha256"])  # an earlier version's checksum of the same recipe
+    if found.recipe_sha256 not in accepted:
         raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {run.checkpoints}.")
     return found
 
@@ -92,12 +96,9 @@ def _note_resumption(
     if changed:
         logger.warning("resuming in another environment, the result may differ: %s", ", ".join(changed))
     entry: dict[str, Any] = {"step": checkpoint.total_step, "changes": changed}
-    if data or checkpoint.recipe_sha256 != recipe_sha256(recipe):
-        entry["override"] = {
-            "recipe_sha256": checkpoint.recipe_sha256,
-            "recipe": _changed_recipe(run, recipe, before, checkpoint),
-            "data": data,
-        }
+    values = _changed_recipe(run, recipe, before, checkpoint)
+    if data or values:
+        entry["override"] = {"recipe_sha256": checkpoint.recipe_sha256, "recipe": values, "data": data}
         before |= {key: facts[key] for key in ("recipe_sha256", "seeds", "data")}
     run.write_environment({**before, "resumed": [*before.get("resumed", []), entry]})
 
