@@ -84,7 +84,7 @@ def skipped(folder: Path) -> list[dict[str, Any]]:
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("step", [1, pytest.param(4, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("planted", PARTS)
 def test_stopped_within_the_step_and_told_with_its_rows(
     planted: str, step: int, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -150,7 +150,7 @@ def test_a_run_that_goes_on_forgets_the_divergence(
 
 
 @pytest.mark.parametrize("planted", PARTS)
-@pytest.mark.parametrize("micro", [8, 4])
+@pytest.mark.parametrize("micro", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_a_skipped_step_changes_nothing(
     planted: str, micro: int, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

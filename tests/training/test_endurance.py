@@ -129,7 +129,7 @@ def test_killed_at_random_points(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_saved_within_five_seconds_of_a_signal(number: signal.Signals, recipe: MakeRecipe, tmp_path: Path) -> None:
     """In the middle of training and of a long evaluation; a step of this model takes milliseconds."""
     made = recipe(epochs=400, save_every=10_000, eval_every=3, eval_batch_size=1, logging_every=1)

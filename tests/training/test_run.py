@@ -22,7 +22,7 @@ from monteclora.training.recipe import load_recipe
 from monteclora.training.run import train
 from monteclora.training.run_folder import RunFolder
 from monteclora.training.tree import load_tree
-from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, train_until
+from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, trace, train_until
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -115,6 +115,14 @@ def test_how_a_run_is_watched_does_not_change_it(
     quietly(recipe(kind=kind, name="one"))
     quietly(recipe(kind=kind, name="other", **other))
     assert adapter_content(tmp_path / "one") == adapter_content(tmp_path / "other")
+
+
+def test_the_same_recipe_five_times(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Adapter, posterior, optimiser, generators and metrics, to the bit."""
+    for number in range(5):
+        quietly({**recipe(max_steps=4, logging_every=1, best_metric="nll"), "output": str(tmp_path / str(number))})
+    first = trace(tmp_path / "0")
+    assert all(trace(tmp_path / str(number)) == first for number in range(1, 5))
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
