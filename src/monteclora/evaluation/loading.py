@@ -148,6 +148,7 @@ def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
     try:
         version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
         name, kind, labels = about["name"], about["kind"], about["label_names"]
+        _ = [source["sha256"] for source in about["splits"].values()]
         named = kind == "causal_lm" or (kind == "classification" and len(set(labels)) == len(labels) >= 2)
         if not (named and isinstance(name, str) and all(isinstance(label, str) for label in labels or ())):
             raise ValueError("neither a causal LM nor a classifier with its labels")
@@ -163,7 +164,7 @@ def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
 
 def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | None]:
     """The folder of the adapter to load, and how far the run came if it is not finished."""
-    if run.finished is not None:
+    if _is_finished(run):
         return run.adapter, None
     again = f"Run `monteclora train {run.recipe_file}` to finish it"
     if not allow_unfinished:
@@ -172,6 +173,13 @@ def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | Non
     if checkpoint is None:
         raise CheckpointError(f"the unfinished run {run.path} has no checkpoint yet", f"{again}.")
     return checkpoint.path, f"stopped at step {checkpoint.total_step}"
+
+
+def _is_finished(run: RunFolder) -> bool:
+    try:
+        return run.finished is not None
+    except (UnicodeDecodeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{run.metrics.path} is damaged ({type(error).__name__})", _RESTORE) from None
 
 
 def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
