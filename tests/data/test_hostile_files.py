@@ -272,7 +272,10 @@ def as_nobody() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(65534)
+    try:
+        os.seteuid(65534)
+    except OSError:  # a namespace without other users
+        pytest.skip("root may read everything")
     try:
         yield
     finally:
