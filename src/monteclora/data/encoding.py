@@ -87,9 +87,12 @@ def collator(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[d
     """Pads a batch to its longest row: ids with the padding token, the mask with 0, labels with -100."""
     import transformers
 
+    make: Callable[..., Callable[[list[dict[str, Any]]], Any]]
     if kind == "classification":
-        return transformers.DataCollatorWithPadding(tokenizer)
-    return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        make = transformers.DataCollatorWithPadding
+        return make(tokenizer)
+    make = transformers.DataCollatorForSeq2Seq
+    return make(tokenizer, label_pad_token_id=IGNORED)
 
 
 def _encode_classification(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
