@@ -104,7 +104,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for_by_name(folder: P
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", ".", ""])
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", ".", ""])
 def test_a_recipe_cannot_name_its_run_out_of_the_folder_of_runs(
     folder: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:

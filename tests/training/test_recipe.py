@@ -66,7 +66,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
         ({"training": {"weight_decay": -0.1}}, "weight_decay is -0.1"),
         ({"method": {"name": "lara"}}, "recipe: there is no method 'lara'. Did you mean lora?"),
         ({"method": {"name": "lora", "kl_weight": 1}}, "unknown key method.kl_weight"),
-        ({"method": {"r": 8, "name": ["lora"]}}, "there is no method"),
+        ({"method": {"r": 8, "name": ["lora"]}}, "there is no method like a list"),
         ({"method": "lora"}, "method: expected a mapping, found the text 'lora'"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from monteclora.adapters import storage
@@ -216,9 +217,11 @@ def from_pretrained(
     path = storage.find_posterior(model_id, **kwargs)
     if path is None:
         raise storage.missing_posterior(model_id)
+    storage.check_adapter(model_id, kwargs.get("subfolder"))
     stored = storage.load_posterior(path)
-    with unchanged_on_error(model, adapter_name):
+    with unchanged_on_error(model, adapter_name), storage.adapter_errors(model_id):
         wrapped = _as_monteclora(PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs))
+        storage.check_finite(model_id, get_peft_model_state_dict(wrapped, adapter_name=adapter_name))
         wrapped._restore(adapter_name, stored)
     return wrapped
 

@@ -22,16 +22,23 @@ from typing import Any
 import safetensors
 import torch
 from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.errors import CheckpointError
+from monteclora.config import brief
+from monteclora.errors import CheckpointError, MonteCLoRAError, UnsafeCodeError
 from monteclora.posterior import AdapterPosterior, LayerShape
 
 __all__ = [
+    "CONFIG_FILE",
     "POSTERIOR_FILE",
+    "WEIGHTS_FILE",
     "StoredPosterior",
+    "adapter_errors",
+    "check_adapter",
+    "check_finite",
     "find_posterior",
     "load_posterior",
     "missing_posterior",
@@ -41,6 +48,7 @@ __all__ = [
 ]
 
 POSTERIOR_FILE = "posterior.safetensors"
+WEIGHTS_FILE, CONFIG_FILE, _PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 _FORMAT = 1
 _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
@@ -134,6 +142,53 @@ def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | No
             f"adapter '{model_id}' is neither a folder nor within reach on the hub ({type(error).__name__})",
             "Give the folder that save_pretrained wrote.",
         ) from error
+
+
+def check_adapter(model_id: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Check the files of an adapter in a folder before peft sees them: it would read a pickle, and name no file.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or the adapter is no LoRA.
+        UnsafeCodeError: the weights are a pickle.
+    """
+    folder = Path(model_id) / (subfolder or "")
+    if not Path(model_id).exists():
+        return  # a name on the hub
+    if (folder / _PICKLED).exists() and not (folder / WEIGHTS_FILE).is_file():
+        raise UnsafeCodeError(
+            f"{folder} has {_PICKLED} in place of {WEIGHTS_FILE}: a pickle, which can run any program",
+            "Convert it to safetensors where you trust it.",
+        )
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}", _RESTORE)
+    try:
+        kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({type(error).__name__})", _RESTORE) from None
+    if kind != "LORA":
+        raise CheckpointError(f"{folder / CONFIG_FILE} has the peft_type {brief(kind)}, expected LORA", _RESTORE)
+
+
+@contextmanager
+def adapter_errors(model_id: str | os.PathLike[str]) -> Iterator[None]:
+    """What peft raises for an adapter that it cannot load, as one of ours that names the adapter."""
+    try:
+        yield
+    except MonteCLoRAError:
+        raise
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the adapter {model_id} cannot be loaded ({type(error).__name__}: {reason})", _RESTORE
+        ) from error
+
+
+def check_finite(model_id: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for a weight that is not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{model_id}: {name} holds numbers that are not finite", _RESTORE)
 
 
 def missing_posterior(model_id: str | os.PathLike[str]) -> CheckpointError:
@@ -238,21 +293,25 @@ def load_posterior(path: Path) -> StoredPosterior:
         ) from error
     if _checksum(document, tensors) != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum", _RESTORE)
-    fields = json.loads(document)
-    if fields["format"] != _FORMAT:
-        raise CheckpointError(
-            f"{path} has format {fields['format']}, this version reads format {_FORMAT}", "Upgrade monteclora."
+    # a checksum finds damage, and says nothing of who wrote the document
+    try:
+        fields = json.loads(document)
+        if fields["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {fields['format']}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
+        stored = StoredPosterior(
+            path=path,
+            tensors=tensors,
+            layers=[LayerShape(str(name), int(rank), int(inputs)) for name, rank, inputs in fields["layers"]],
+            fields=dict(fields["config"]),
+            seed=int(fields["seed"]),
+            draws=int(fields["draws"]),
+            enabled=bool(fields["enabled"]),
         )
-    stored = StoredPosterior(
-        path=path,
-        tensors=tensors,
-        layers=[LayerShape(*layer) for layer in fields["layers"]],
-        fields=fields["config"],
-        seed=fields["seed"],
-        draws=fields["draws"],
-        enabled=fields["enabled"],
-    )
-    _check_shapes(stored)
+        _check_shapes(stored)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a posterior file ({type(error).__name__}: {error})", _RESTORE) from error
     return stored
 
 
@@ -274,3 +333,5 @@ def _check_shapes(stored: StoredPosterior) -> None:
                 f"{stored.path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats of {shape}",
                 _RESTORE,
             )
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{stored.path}: {name} holds numbers that are not finite", _RESTORE)

@@ -32,6 +32,7 @@ _PACKAGES = (
 def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -> dict[str, Any]:
     """The content of ``environment.json``."""
     return {
+        "format": 1,  # of the run folder
         "monteclora": monteclora.__version__,
         "python": platform.python_version(),
         "packages": _versions(),

@@ -53,12 +53,16 @@ class MetricsLog:
         """
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # a byte that is no UTF-8 makes its line no JSON
+        lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
         events = []
         for number, line in enumerate(lines, start=1):
             try:
-                events.append(json.loads(line))
-            except ValueError:
+                event = json.loads(line)
+                if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
+                    raise ValueError("not an event")
+                events.append(event)
+            except (ValueError, RecursionError):
                 if line is lines[-1] and not line.endswith("\n"):
                     break
                 raise CheckpointError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from monteclora.config import Document, Node, build, load_yaml, nearest
+from monteclora.config import Document, Node, brief, build, load_yaml, nearest
 from monteclora.config.document import from_python
 from monteclora.data import DataSpec
 from monteclora.errors import ConfigError
@@ -205,8 +207,10 @@ class Recipe:
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong across sections, see :mod:`monteclora.config`."""
         found = []
-        if not self.name.strip() or Path(self.name).name != self.name:
-            found.append(("name", f"is {self.name!r}, expected a plain file name"))
+        if not _is_file_name(self.name):
+            found.append(("name", f"is {brief(self.name)}, expected a plain file name"))
+        if "\0" in (self.output or ""):
+            found.append(("output", "holds a NUL, expected a path"))
         if not 0 <= self.seed < 2**32:
             found.append(("seed", f"is {self.seed}, expected at least 0 and below 2**32"))
         if self.training.mode == "post_hoc" and not get_method(self.method.name).has_posterior:
@@ -239,11 +243,17 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     return Recipe(**{**values, "method": found.method.resolved()})
 
 
+def _is_file_name(name: str) -> bool:
+    plain = Path(name).name == name and name not in ("", "..") and "\\" not in name
+    return plain and bool(name.strip()) and not re.search("[\x00-\x1f\x7f]", name) and len(name.encode()) <= 200
+
+
 def _find(source: str | Path) -> Path:
     bundled = bundled_recipes()
-    if Path(source).is_file() or str(source) not in bundled:
+    is_file = os.path.isfile(source)  # Path.is_file raises for names that are too long
+    if is_file or str(source) not in bundled:
         is_name = not Path(source).suffix and Path(source).name == str(source)
-        if is_name and not Path(source).is_file():
+        if is_name and not is_file:
             near = nearest(str(source), bundled)
             hint = f"Did you mean {near}?" if near else "Give a YAML file, or see `monteclora recipes`."
             raise ConfigError(f"there is no bundled recipe {str(source)!r}", hint)
@@ -269,8 +279,10 @@ def _method_name(document: Document, overrides: list[tuple[str, str]]) -> str:
     name = section.value.get("name")
     if name is None:
         return "monteclora"
+    if not isinstance(name.value, str):
+        raise ConfigError(f"{name.where}: there is no method like {name.describe()}", "See `monteclora list methods`.")
     try:
-        return get_method(str(name.value)).name
+        return get_method(name.value).name
     except ConfigError as error:
         raise ConfigError(f"{name.where}: {error.message}", error.hint) from None
 
