@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-import monteclora
 from monteclora.data.encoding import Encoded, encode
 from monteclora.data.gguf import cache_folder
 from monteclora.data.registry import Kind
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["encode_once"]
 
-_FORMAT = 1
+_FORMAT = 1  # to be raised with every change of what encode() gives
 _COUNTS = ("shortened", "completions_cut", "dropped")
 _ROWS = 10_000
 
@@ -59,7 +58,7 @@ def _key(
     # how the last call cut and padded is in the content too
     lasting = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
     facts = {
-        "format": [_FORMAT, monteclora.__version__],
+        "format": _FORMAT,
         "kind": kind,
         "max_length": max_length,
         "tokenizer": [type(tokenizer).__name__, lasting, tokenizer.special_tokens_map, tokenizer.model_input_names],
