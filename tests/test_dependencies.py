@@ -31,7 +31,7 @@ def locked() -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in pinned}
 
 
-@pytest.mark.parametrize("requirement", declared(), ids=str)
+@pytest.mark.parametrize("requirement", list(declared()), ids=str)
 def test_every_dependency_has_an_upper_bound_and_a_version_in_the_lock_file(requirement: Requirement) -> None:
     assert any(specifier.operator == "<" for specifier in requirement.specifier)
     version = locked()[canonicalize_name(requirement.name)]
