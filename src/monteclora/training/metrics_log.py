@@ -59,16 +59,17 @@ class MetricsLog:
         for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
-                if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
-                    raise ValueError("not an event")
-                events.append(event)
             except (ValueError, RecursionError):
                 if line is lines[-1] and not line.endswith("\n"):
                     break
-                raise CheckpointError(
-                    f"{self.path}, line {number} is not JSON", "Remove the line, or take the file from a backup."
-                ) from None
+                raise self._damaged(number, "not JSON") from None
+            if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
+                raise self._damaged(number, "not an event")
+            events.append(event)
         return events
+
+    def _damaged(self, line: int, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}, line {line} is {why}", "Remove the line, or take the file from a backup.")
 
     def rewind(self, step: int) -> None:
         """Forget what was measured after ``step``, and what ended there: the run goes on from it."""
