@@ -6,6 +6,7 @@ import pytest
 from monteclora.data import token_cache
 from monteclora.data.encoding import encode
 from monteclora.data.token_cache import encode_once
+from monteclora.errors import ConfigError
 from tests.data.tiny import CHATML, byte_tokenizer
 
 
@@ -46,6 +47,27 @@ def test_the_same_is_tokenised_once(made, cache):
         assert found.dataset[:] == plain.dataset[:]
         assert found.dataset.features == plain.dataset.features
         assert (found.shortened, found.completions_cut, found.dropped) == (1, plain.completions_cut, 0)
+
+
+def test_what_was_left_out_is_remembered(made):
+    asked = [{"role": "user", "content": "one"}]
+    answered = [*asked, {"role": "assistant", "content": "two"}]
+    talks = datasets.Dataset.from_list([{"messages": asked}, {"messages": answered}, {"messages": answered}])
+    found = [encode_once(talks, "causal_lm", byte_tokenizer(), 60) for _ in range(2)]
+    assert len(made) == 1
+    assert found[0].dropped == 1
+    for one in found:
+        assert [one.row_of(index) for index in range(2)] == [1, 2]
+    for name in ("shortened", "completions_cut", "dropped", "kept"):
+        assert getattr(found[0], name) == getattr(found[1], name)
+
+
+def test_the_limits_of_the_model_are_checked_every_time(made):
+    encode_once(rows("one"), "causal_lm", byte_tokenizer(), 60)
+    narrow = byte_tokenizer()
+    narrow.model_max_length = 50
+    with pytest.raises(ConfigError, match="reads at most 50 tokens"):
+        encode_once(rows("one"), "causal_lm", narrow, 60)
 
 
 def test_classification(made):

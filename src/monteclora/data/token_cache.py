@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["encode_once"]
 
 _FORMAT = 1  # to be raised with every change of what encode() gives
-_COUNTS = ("shortened", "completions_cut", "dropped")
+_ATTRIBUTES = ("special_tokens_map", "model_input_names", "model_max_length", "truncation_side", "chat_template")
 _ROWS = 10_000
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ def _key(
         "format": _FORMAT,
         "kind": kind,
         "max_length": max_length,
-        "tokenizer": [type(tokenizer).__name__, lasting, tokenizer.special_tokens_map, tokenizer.model_input_names],
-        "template": tokenizer.chat_template,
+        "tokenizer": [type(tokenizer).__name__, lasting, *(getattr(tokenizer, name) for name in _ATTRIBUTES)],
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -81,8 +81,9 @@ def _stream(table: Any) -> bytes:
 def _write(folder: Path, key: str, encoded: Encoded) -> None:
     """One file, whose name ends with its own checksum."""
     table = encoded.dataset.with_format("arrow")[:]
-    counts = json.dumps({name: getattr(encoded, name) for name in _COUNTS})
-    content = _stream(table.replace_schema_metadata({**(table.schema.metadata or {}), b"monteclora": counts}))
+    about = {f.name: getattr(encoded, f.name) for f in dataclasses.fields(encoded) if f.name != "dataset"}
+    metadata = {**(table.schema.metadata or {}), b"monteclora": json.dumps(about)}
+    content = _stream(table.replace_schema_metadata(metadata))
     folder.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
     try:
@@ -103,8 +104,8 @@ def _read(path: Path) -> Encoded | None:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         if not path.stem.endswith(f"-{checksum}"):
             return None
-        counts = json.loads(pa.ipc.open_stream(path).schema.metadata[b"monteclora"])
-        return Encoded(datasets.Dataset.from_file(str(path)), **counts)
+        about = json.loads(pa.ipc.open_stream(path).schema.metadata[b"monteclora"])
+        return Encoded(datasets.Dataset.from_file(str(path)), **about)
     except OSError:
         return None
 
