@@ -177,3 +177,19 @@ def test_a_row_can_be_shown():
     rows = datasets.Dataset.from_list([{"text": "hello", "label": 1}] * 9)
     views = describe_rows(encode(rows, "classification", tokenizer, 100), tokenizer, 3, ("no", "yes"))
     assert [str(view) for view in views] == ["hello -> yes"] * 3
+
+
+def test_more_rows_than_are_tokenised_at_once():
+    tokenizer = byte_tokenizer()
+    talks = causal(*((f"question {i}", f"answer {i}") for i in range(2001)))
+    labelled = datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(2001)], "label": [*range(3)] * 667})
+    for rows, kind in ((talks, "causal_lm"), (labelled, "classification")):
+        found = encode(rows, kind, tokenizer, 60).dataset
+        assert len(found) == 2001
+        for index in (0, 999, 1000, 1999, 2000):
+            assert found[index] == encode(rows.select([index]), kind, tokenizer, 60).dataset[0]
+
+
+def test_no_rows_to_classify():
+    nothing = datasets.Dataset.from_dict({"text": [], "label": []})
+    assert len(encode(nothing, "classification", byte_tokenizer(), 60).dataset) == 0

@@ -25,6 +25,9 @@ __all__ = ["IGNORED", "Encoded", "RowView", "collator", "describe_rows", "encode
 IGNORED = -100
 """The label of a token that is not learned; torch's cross-entropy skips it."""
 
+_ROWS = 1000
+"""So many are tokenised at once."""
+
 Segment = tuple[str, bool]
 
 
@@ -98,26 +101,27 @@ def collator(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[d
 def _encode_classification(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     import datasets
 
-    columns: dict[str, list[Any]] = {}
+    parts = []  # a number in a list takes several times the memory that it does in a table
     shortened = 0
-    for batch in rows.iter(batch_size=1000):
+    for batch in rows.iter(batch_size=_ROWS):
         texts = (batch["text"], batch["text_pair"]) if "text_pair" in batch else (batch["text"],)
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        for name, values in encoded.items():
-            columns.setdefault(name, []).extend(values)
+        columns = dict(encoded.items())
         full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) == max_length]
         if full:
             whole = tokenizer(*([text[i] for i in full] for text in texts), verbose=False)
             shortened += sum(len(ids) > max_length for ids in whole["input_ids"])
         if "label" in batch:
-            columns.setdefault("labels", []).extend(batch["label"])
-    return Encoded(datasets.Dataset.from_dict(columns), shortened=shortened)
+            columns["labels"] = batch["label"]
+        parts.append(datasets.Dataset.from_dict(columns))
+    return Encoded(datasets.concatenate_datasets(parts) if parts else datasets.Dataset.from_dict({}), shortened)
 
 
 def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     import datasets
     import jinja2
 
+    parts: list[Dataset] = []
     encoded: list[dict[str, list[int]]] = []
     kept_rows: list[int] = []
     shortened = completions_cut = 0
@@ -134,13 +138,16 @@ def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
         if any(kept[1:]):
             encoded.append(_row(kept_ids, kept))
             kept_rows.append(number - 1)
-    if not encoded:
+        if encoded and (number == len(rows) or len(encoded) == _ROWS):
+            parts.append(datasets.Dataset.from_list(encoded))
+            encoded.clear()
+    if not parts:
         raise DataError(
             f"none of the {len(rows)} rows has a token left to learn within {max_length} tokens",
             "Set a larger data.max_length.",
         )
-    dropped = len(rows) - len(encoded)
-    dataset = datasets.Dataset.from_list(encoded)
+    dropped = len(rows) - len(kept_rows)
+    dataset = datasets.concatenate_datasets(parts)
     return Encoded(dataset, shortened, completions_cut, dropped, kept_rows if dropped else None)
 
 
