@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -113,6 +114,14 @@ def replaced_by_folder(name: str) -> Change:
     return change
 
 
+def replaced_by_pipe(name: str) -> Change:
+    def change(run: Path) -> None:
+        without(name)(run)
+        os.mkfifo(run / name)
+
+    return change
+
+
 LINE = '{"event": "train", "phase": "train", "step": 1}\n'
 HOSTILE: dict[str, tuple[Change, str]] = {
     "recipe missing": (without("recipe.yaml"), "has no recipe.yaml"),
@@ -148,6 +157,10 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         edited("environment.json", "data", "label_names", value=["a", "b"]),
         "adapter_model.safetensors",
     ),
+    "environment that is a pipe": (replaced_by_pipe("environment.json"), "environment.json"),
+    "metrics that are a pipe": (replaced_by_pipe("metrics.jsonl"), "the run run is not finished"),
+    "configuration that is a pipe": (replaced_by_pipe("adapter/adapter_config.json"), "no adapter_config.json"),
+    "weights that are a pipe": (replaced_by_pipe("adapter/adapter_model.safetensors"), "no adapter_model"),
     "metrics garbled": (written("metrics.jsonl", "{\n" + LINE), "metrics.jsonl, line 1 is not JSON"),
     "metrics of no text": (written("metrics.jsonl", b"\xff\xfe\n"), "run/metrics.jsonl, line 1 is not JSON"),
     "metrics of lists": (written("metrics.jsonl", "[]\n"), "run/metrics.jsonl, line 1 is not an event"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from monteclora.adapters.storage import POSTERIOR_FILE
-from monteclora.config import brief
+from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE, check_adapter, check_finite
 from monteclora.data import TaskData
 from monteclora.data.encoding import collator
 from monteclora.data.models import load_tokenizer, resolve_model
 from monteclora.data.registry import Kind
-from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
+from monteclora.errors import CheckpointError, ConfigError
 from monteclora.evaluation.forward import Collate
 from monteclora.methods import get_method
 from monteclora.training.checkpoint import load_adapter
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["LoadedRun", "load_run"]
 
 _FORMAT = 1  # of run folders
-_WEIGHTS, _PICKLED, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 _RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
 
 
@@ -184,7 +181,9 @@ def _is_finished(run: RunFolder) -> bool:
 
 def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
     """The model as training had it, which draws anew what neither the model's files nor the adapter's hold."""
-    _check_files(folder, get_method(recipe.method.name).has_posterior)
+    check_adapter(folder)
+    if get_method(recipe.method.name).has_posterior and not (folder / POSTERIOR_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {POSTERIOR_FILE}", _RESTORE)
     model = prepare_model(recipe, prepared)
     try:
         weights = get_peft_model_state_dict(
@@ -195,42 +194,19 @@ def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder / _WEIGHTS} cannot be loaded into {recipe.model.name}: {reason[:200]}", _RESTORE
+            f"{folder / WEIGHTS_FILE} cannot be loaded into {recipe.model.name}: {reason[:200]}", _RESTORE
         ) from error
-    _check_finite(folder, model)
+    check_finite(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
     return model
-
-
-def _check_files(folder: Path, has_posterior: bool) -> None:
-    if (folder / _PICKLED).exists() and not (folder / _WEIGHTS).is_file():
-        raise UnsafeCodeError(
-            f"{folder} has {_PICKLED} in place of {_WEIGHTS}: a pickle, which can run any program",
-            "Convert it to safetensors where you trust it.",
-        )
-    for name in (_WEIGHTS, _CONFIG, *([POSTERIOR_FILE] if has_posterior else [])):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}", _RESTORE)
-    try:
-        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / _CONFIG} is damaged ({type(error).__name__})", _RESTORE) from None
-    if kind != "LORA":
-        raise CheckpointError(f"{folder / _CONFIG} has the peft_type {brief(kind)}, expected LORA", _RESTORE)
-
-
-def _check_finite(folder: Path, model: PeftModel) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise CheckpointError(f"{folder}: {name} holds numbers that are not finite", _RESTORE)
 
 
 def _check_names(folder: Path, expected: Sequence[str]) -> None:
     """peft passes over names that one side lacks with a warning."""
-    with safetensors.safe_open(folder / _WEIGHTS, framework="pt") as file:
+    with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         differing = sorted(set(file.keys()) ^ set(expected))
     if differing:
         raise CheckpointError(
-            f"{folder / _WEIGHTS} does not fit the recipe: {len(differing)} weights are on one side only, "
+            f"{folder / WEIGHTS_FILE} does not fit the recipe: {len(differing)} weights are on one side only, "
             f"as {differing[0]}",
             _RESTORE,
         )

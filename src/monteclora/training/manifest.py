@@ -76,6 +76,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     hint = "Remove the folder; an older checkpoint is used."
     try:
+        if not (path / _FILE).is_file():
+            raise FileNotFoundError(path / _FILE)  # nor a pipe, which would never end
         document = json.loads((path / _FILE).read_text(encoding="utf-8"))
         version = document["format"]
         if version != _FORMAT:

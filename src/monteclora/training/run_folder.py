@@ -83,6 +83,8 @@ class RunFolder:
         """
         path = self.path / "environment.json"
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is not a file")  # a pipe would never end
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
