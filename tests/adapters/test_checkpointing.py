@@ -130,6 +130,21 @@ def test_plain_checkpointing_over_two_forwards_raises_instead_of_a_wrong_gradien
         gradients_of(llama, "plain-once", 2)
 
 
+@pytest.mark.parametrize("mode", ["plain-once", "enable-once"])
+def test_with_rho_and_eta_frozen_plain_checkpointing_is_refused_since_nothing_would_notice_a_wrong_draw(
+    mode: str,
+) -> None:
+    model = wrapped(llama)
+    posterior_of(model).requires_grad_(False)
+    with checkpointing(model, mode):
+        loss = model(**batch_for(llama)).loss
+        if mode == "enable-once":
+            loss.backward()
+            return
+        with pytest.raises(RuntimeError, match=r"rho and eta are frozen.*gradient_checkpointing_enable"):
+            loss.backward()
+
+
 def test_a_forward_without_gradient_between_forward_and_backward() -> None:
     """TRL measures token accuracy so."""
 
