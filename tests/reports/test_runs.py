@@ -101,6 +101,14 @@ class TestUnfinished:
         assert "Spread over runs" not in titles(demo([runs[0], again]))
 
 
+def test_what_is_noted_of_a_run_stands_before_its_numbers(runs):
+    noted = replace(runs[1], notes=["the run went on from step 4 with training.max_steps 8 -> 12"])
+    page = demo([runs[0], noted])
+    assert page.warnings == ["MonteCLoRA: the run went on from step 4 with training.max_steps 8 -> 12."]
+    html = render(page)
+    assert html.index("went on from step 4") < html.index("Results")
+
+
 def test_a_run_that_failed_before_it_measured_anything(runs):
     failed = RunReport("MonteCLoRA", "MonteCLoRA", "diverged at step 3")
     page = demo([runs[0], failed])

@@ -135,6 +135,7 @@ def _report(contender: Contender) -> RunReport:
         seconds=contender.run.seconds,
         peak_bytes=contender.run.peak_memory_bytes,
         trained_parameters=contender.run.trained_parameters,
+        notes=contender.evaluation.notes,
     )
 
 

@@ -93,6 +93,7 @@ class RunReport:
         seconds: wall time of training.
         peak_bytes: peak memory of training.
         trained_parameters: how many parameters training changed.
+        notes: what else its numbers have to be read with, a sentence each: that it went on with a changed recipe, say.
     """
 
     name: str
@@ -105,6 +106,7 @@ class RunReport:
     seconds: float | None = None
     peak_bytes: float | None = None
     trained_parameters: int | None = None
+    notes: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:

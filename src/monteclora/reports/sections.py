@@ -42,12 +42,13 @@ _EXAMPLE = (
 
 
 def warnings(runs: Sequence[RunReport]) -> list[str]:
-    """A warning for each run that did not finish."""
-    return [
+    """A warning for each run that did not finish, and all that is noted of the runs."""
+    unfinished = [
         f"{run.name}: {run.status}. Its numbers and curves are those of a partly trained model."
         for run in runs
         if not run.finished
     ]
+    return unfinished + [f"{run.name}: {note}." for run in runs for note in run.notes]
 
 
 def summary(runs: Sequence[RunReport]) -> list[str]:
