@@ -57,9 +57,8 @@ def noise_of_a(posterior: AdapterPosterior, rho: Tensor, eta: Tensor, index: int
     def stream(kind: noise.Kind) -> torch.Generator:
         return noise.generator(posterior.seed, 0, index, kind, device)
 
-    cells = [shape.rank * shape.in_features for shape in SHAPES]
-    flat = torch.empty(sum(cells), dtype=torch.float64).normal_(generator=stream(noise.Kind.NORMAL))
-    xi = flat.split(cells)[LAYER].view(RANK, IN)
+    flat = torch.empty(posterior._layout.cells, dtype=torch.float64).normal_(generator=stream(noise.Kind.NORMAL))
+    xi = posterior._layout.blocks(flat)[LAYER]
     spread = rho[ROWS].exp().unsqueeze(-1)
     if s.covariance == "diagonal":
         chi_square = wishart.raw_chi_square(posterior._nu, stream(noise.Kind.WISHART))[ROWS]
@@ -239,6 +238,6 @@ def test_grouped_draws_equal_separate_ones() -> None:
     ).view(groups, *result.shape)
     for number in range(groups):
         layer = posterior.sample(seed=3, first=2 + number).layers[LAYER]
-        a = mu + layer.row_scale[0] * layer.xi[0]
+        a = mu + layer.noise[0]
         torch.testing.assert_close(repeated[number], result + SCALING * x @ a.t() @ b.t())
     assert (repeated[0] - repeated[1]).abs().max() > 1e-3

@@ -9,13 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings
 from tests import reference
 from tests.posterior.checks import COUNT
 from tests.reference import Law
 
-__all__ = ["LAWS", "posterior_of", "random_posterior", "reference_statistics", "set_law", "stacked_noise", "statistics"]
+__all__ = [
+    "LAWS",
+    "posterior_of",
+    "random_posterior",
+    "reference_statistics",
+    "row_scales",
+    "set_law",
+    "stacked_noise",
+    "statistics",
+]
 
 # both covariances, both laws of the weights, normalised (nu = r) and published (here with more degrees of freedom)
 LAWS = [
@@ -87,6 +97,9 @@ def random_posterior(
 
 def stacked_noise(draw: Draw, every: slice = slice(None)) -> np.ndarray:
     """``A - mu`` of the chosen layers, of one shape, as draws of one law: shape (layers [* S], r, n)."""
-    parts = draw.layers[every]
-    xi, row_scale = torch.stack([part.xi for part in parts]), torch.stack([part.row_scale for part in parts])
-    return (xi * row_scale.detach()).double().flatten(0, -3).numpy()
+    return torch.stack([part.noise.detach() for part in draw.layers[every]]).double().flatten(0, -3).numpy()
+
+
+def row_scales(posterior: AdapterPosterior, draw: Draw) -> list[Tensor]:
+    """What the rows of every layer's noise were multiplied by: shape (r, 1) or (S, r, 1)."""
+    return list(draw.row_scale.unsqueeze(-1).split([layer.rank for layer in posterior.layers], -2))

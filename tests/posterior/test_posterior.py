@@ -22,12 +22,12 @@ VARIANTS: list[dict[str, Any]] = [
     for law in ("exact", "laplace")
     for per_example in (False, True)
 ]
-CONSTANTS = ("_nu", "_c", "_log_determinant", "_ranks", "_layer_of_row")
+CONSTANTS = ("_nu", "_c", "_log_determinant", "_ranks", "_layer_of_row", "_row_order")
 
 
 def tensors(draw: Draw) -> list[Tensor]:
     parts = [tensor.detach() for layer in draw.layers for tensor in layer if tensor is not None]
-    return [*parts, draw.squared_norm, draw.row_squared_norm, draw.row_log_determinant]
+    return [*parts, draw.row_scale, draw.squared_norm, draw.row_squared_norm, draw.row_log_determinant]
 
 
 def same(one: Draw, two: Draw) -> bool:
@@ -92,7 +92,7 @@ def test_neither_autocast_nor_threads_nor_grad_mode_change_a_draw(covariance):
 
 
 def noise_of(draw: Draw) -> Tensor:
-    return torch.cat([part.xi.flatten() for part in draw.layers])
+    return torch.cat([part.noise.detach().flatten() for part in draw.layers])
 
 
 def test_ranks_seeds_draws_layers_and_uses_are_uncorrelated():
@@ -101,9 +101,9 @@ def test_ranks_seeds_draws_layers_and_uses_are_uncorrelated():
     for seed in (0, 1):
         posterior = random_posterior(seed, shapes=wide)
         for draw in [at(posterior, i, rank) for i in (0, 1, 2) for rank in (0, 1)]:
-            streams += [part.xi.flatten() for part in draw.layers]
+            streams += [part.noise.detach().flatten() for part in draw.layers]
         # the same seed as training's: the stream is still another one
-        streams += [part.xi.flatten() for i in (0, 1, 2) for part in posterior.sample(seed, i).layers]
+        streams += [part.noise.flatten() for i in (0, 1, 2) for part in posterior.sample(seed, i).layers]
     stacked = torch.stack(streams)
     correlation = torch.corrcoef(stacked) - torch.eye(len(streams))
     assert correlation.abs().max() < 5.0 / stacked.shape[1] ** 0.5
@@ -195,7 +195,7 @@ def test_the_batch_size_does_not_change_the_noise():
     shared = posterior.draw(batch_size=2)
     for draw in draws:
         assert torch.equal(noise_of(draw), noise_of(shared))
-        assert all(torch.equal(a.row_scale, b.row_scale) for a, b in zip(draw.layers, shared.layers, strict=True))
+        assert torch.equal(draw.row_scale, shared.row_scale)
 
 
 # -- prediction draws ----------------------------------------------------------------------------------------------
@@ -210,11 +210,11 @@ def test_draws_made_at_once_are_the_separate_ones(variant):
     for number in range(5):
         alone = posterior.sample(9, first=3 + number)
         assert alone.groups == 1
+        assert torch.equal(alone.row_scale[0], together.row_scale[number])
         for one, many in zip(alone.layers, together.layers, strict=True):
-            assert torch.equal(one.xi[0], many.xi[number])
-            assert torch.equal(one.row_scale[0], many.row_scale[number])
+            assert torch.equal(one.noise[0], many.noise[number])
             assert one.sign_in is many.sign_in is None
-            assert not one.row_scale.requires_grad
+            assert not one.noise.requires_grad
 
 
 def test_prediction_draws_take_no_part_of_the_training_counter_and_seed():
@@ -231,14 +231,12 @@ def test_parts_have_their_layers_shapes(variant):
     shapes = ((2, 5), (3, 4), (1, 7), (3, 5))
     posterior = random_posterior(shapes=shapes, **variant)
     for (rank, columns), part in zip(shapes, posterior.draw(batch_size=6).layers, strict=True):
-        assert part.xi.shape == (rank, columns)
-        assert part.row_scale.shape == (rank, 1)
+        assert part.noise.shape == (rank, columns)
         if variant["per_example"]:
             assert part.sign_in.shape == (6, columns)
             assert part.sign_out.shape == (6, rank)
     for (rank, columns), part in zip(shapes, posterior.sample(0, 0, 2).layers, strict=True):
-        assert part.xi.shape == (2, rank, columns)
-        assert part.row_scale.shape == (2, rank, 1)
+        assert part.noise.shape == (2, rank, columns)
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
@@ -253,14 +251,14 @@ def test_a_layers_parameters_and_scale_move_its_own_draws_only(covariance):
     factors = [torch.ones(2, 1), torch.tensor([[1.0], [1.0], [1.0]]), torch.full((1, 1), 3.0)]
     factors[1][1] = torch.e
     for one, two, factor in zip(before.layers, after.layers, factors, strict=True):
-        assert torch.equal(one.xi, two.xi)
-        torch.testing.assert_close(two.row_scale, factor * one.row_scale)
+        torch.testing.assert_close(two.noise, factor * one.noise)
     with torch.no_grad():
         posterior.eta[0] += 5.0
     last = at(posterior, 0)
     ratio = (last.squared_norm / after.squared_norm).sqrt()
     assert ratio[0] < 0.99
-    torch.testing.assert_close(last.layers[0].row_scale, ratio[0] * after.layers[0].row_scale)
+    torch.testing.assert_close(last.layers[0].noise, ratio[0] * after.layers[0].noise)
+    assert all(torch.equal(one.noise, two.noise) for one, two in zip(after.layers[1:], last.layers[1:], strict=True))
 
 
 def test_more_degrees_of_freedom_than_the_rank():
@@ -268,8 +266,7 @@ def test_more_degrees_of_freedom_than_the_rank():
     # the covariance then hardly varies: eps ||pi|| exp(rho) is left
     draw = posterior.draw()
     expected = (posterior.scale * draw.squared_norm.sqrt())[posterior._layer_of_row] * posterior.rho.exp()
-    scales = torch.cat([part.row_scale.squeeze(-1) for part in draw.layers])
-    torch.testing.assert_close(scales, expected, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(draw.row_scale, expected, rtol=1e-3, atol=0.0)
 
 
 def test_fewer_degrees_of_freedom_than_a_rank_are_refused_by_name():
@@ -294,7 +291,7 @@ def test_a_new_posterior_is_at_the_prior():
 def test_a_copy_keeps_parameters_and_counter_and_is_its_own(copied):
     posterior = random_posterior(3, estimator="sampled")
     # copied between a forward and a backward pass, as averaging callbacks do
-    loss = torch.cat([part.row_scale for part in posterior.draw().layers]).sum() + posterior.regulariser().loss
+    loss = sum(part.noise.sum() for part in posterior.draw().layers) + posterior.regulariser().loss
     other = copied(posterior)
     loss.backward()
     assert torch.equal(other.rho, posterior.rho)

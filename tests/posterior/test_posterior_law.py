@@ -79,26 +79,25 @@ def test_full_covariance_is_composed_of_its_three_streams(normalised):
     def generator(kind: noise.Kind) -> torch.Generator:
         return noise.generator(3, 2, 11, kind, CPU)
 
-    xi = torch.empty(sum(rank * columns for rank, columns in shapes)).normal_(generator=generator(noise.Kind.NORMAL))
+    cells = torch.empty(sum(rank * columns for rank, columns in shapes)).normal_(generator=generator(noise.Kind.NORMAL))
+    xi = posterior._layout.blocks(cells)
     stream = generator(noise.Kind.WISHART)
-    twos = iter(wishart.raw_bartlett(2, 2, 2, xi, stream))
-    threes = iter(wishart.raw_bartlett(3, 3, 1, xi, stream))
+    twos = iter(wishart.raw_bartlett(2, 2, 2, cells, stream))
+    threes = iter(wishart.raw_bartlett(3, 3, 1, cells, stream))
     weights = dirichlet.raw(posterior.eta, "exact", generator(noise.Kind.DIRICHLET))
     pi = dirichlet.sample(posterior.eta, weights)
-    cell = row = 0
-    for i, (rank, columns) in enumerate(shapes):
+    row = 0
+    for i, (rank, _) in enumerate(shapes):
         t = next(twos if rank == 2 else threes)
         root = wishart.sample(posterior.rho[row : row + rank], t, float(rank), normalised=normalised)
-        block = xi[cell : cell + rank * columns].view(rank, columns)
-        expected = posterior.scale[i] * pi[i].norm() * root @ block
-        part = draw.layers[i]
-        torch.testing.assert_close(part.xi * part.row_scale, expected)
+        expected = posterior.scale[i] * pi[i].norm() * root @ xi[i]
+        torch.testing.assert_close(draw.layers[i].noise, expected)
         sigma = root @ root.mT / (2 * posterior.rho[row : row + rank]).exp()
         torch.testing.assert_close(draw.row_squared_norm[row : row + rank], sigma.diagonal())
         total = draw.row_log_determinant[row : row + rank].sum() + 2 * posterior.rho[row : row + rank].sum()
         torch.testing.assert_close(total, torch.logdet(root @ root.mT), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(draw.squared_norm[i], pi[i].square().sum())
-        row, cell = row + rank, cell + rank * columns
+        row += rank
 
 
 @pytest.mark.parametrize("law", [LAWS[0], LAWS[1], replace(LAWS[4], dof=6)], ids=name_of)
@@ -166,5 +165,5 @@ def test_signs_are_fair_and_independent():
 def test_signs_of_any_batch_size(batch_size):
     draw = random_posterior(per_example=True).draw(batch_size=batch_size)
     for part in draw.layers:
-        assert part.sign_in.shape == (batch_size, part.xi.shape[1])
-        assert part.sign_out.shape == (batch_size, part.xi.shape[0])
+        assert part.sign_in.shape == (batch_size, part.noise.shape[1])
+        assert part.sign_out.shape == (batch_size, part.noise.shape[0])

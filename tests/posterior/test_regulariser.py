@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings, dirichlet, mixture, wishart
-from tests.posterior.building import posterior_of, random_posterior
+from tests.posterior.building import posterior_of, random_posterior, row_scales
 from tests.posterior.checks import assert_mean
 from tests.reference import Law
 
@@ -110,8 +110,8 @@ def test_the_sampled_divergence_describes_the_very_draw(covariance, law):
     torch.testing.assert_close(parts.coop, draw.squared_norm.mean())
     scale = posterior.scale * draw.squared_norm.sqrt()
     total = torch.zeros((), dtype=torch.float64)
-    for part, eps, rho, squared, determinant in zip(
-        draw.layers,
+    for row_scale, eps, rho, squared, determinant in zip(
+        row_scales(posterior, draw),
         scale,
         posterior.rho.split([2, 3, 1]),
         draw.row_squared_norm.split([2, 3, 1]),
@@ -121,7 +121,7 @@ def test_the_sampled_divergence_describes_the_very_draw(covariance, law):
         trace = ((2 * rho).exp() * squared).sum()
         total += 3 / 2 * (trace - determinant.sum() - 2 * rho.sum() - len(rho))
         if covariance == "diagonal":
-            torch.testing.assert_close(part.row_scale.square().squeeze(-1), eps**2 * (2 * rho).exp() * squared)
+            torch.testing.assert_close(row_scale.square().squeeze(-1), eps**2 * (2 * rho).exp() * squared)
     torch.testing.assert_close(parts.kl_z, total / 3)
 
 
@@ -167,7 +167,7 @@ def test_divergences_are_zero_or_at_their_minimum_at_the_prior(dtype):
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("normalised", [True, False])
-def test_row_scales_carry_the_gradient_of_the_mixture(normalised, law, covariance):
+def test_noise_carries_the_gradient_of_the_mixture(normalised, law, covariance):
     """That of mixture.sample through dirichlet.sample and wishart.sample, under autograd, with the same raw draws."""
     shapes = ((2, 5), (3, 4), (1, 7))
     posterior = random_posterior(shapes=shapes, covariance=covariance, dirichlet=law, normalised=normalised).double()
@@ -176,13 +176,14 @@ def test_row_scales_carry_the_gradient_of_the_mixture(normalised, law, covarianc
     pi = dirichlet.sample(eta, draw.weights)
     generator = torch.Generator().manual_seed(0)
     actual = expected = torch.zeros((), dtype=torch.float64)
-    for i, (part, rows) in enumerate(zip(draw.layers, rho.split([rank for rank, _ in shapes]), strict=True)):
-        probe = torch.randn(part.xi.shape, dtype=torch.float64, generator=generator)
+    of_layers = zip(draw.layers, row_scales(posterior, draw), rho.split([rank for rank, _ in shapes]), strict=True)
+    for i, (part, row_scale, rows) in enumerate(of_layers):
+        probe = torch.randn(part.noise.shape, dtype=torch.float64, generator=generator)
         # L = diag(exp(rho)) T: whatever T is, rows scale with exp(rho)
-        unit = (part.row_scale / (draw.squared_norm[i].sqrt() * posterior.scale[i])).detach().squeeze(-1)
-        factor = unit * (rows - rows.detach()).exp()
-        expected = expected + (probe * mixture.sample(0.0 * part.xi, posterior.scale[i], pi[i], factor, part.xi)).sum()
-        actual = actual + (probe * part.row_scale * part.xi).sum()
+        unit = (row_scale / (draw.squared_norm[i].sqrt() * posterior.scale[i])).squeeze(-1)
+        factor, xi = unit * (rows - rows.detach()).exp(), (part.noise / row_scale).detach()
+        expected = expected + (probe * mixture.sample(0.0 * xi, posterior.scale[i], pi[i], factor, xi)).sum()
+        actual = actual + (probe * part.noise).sum()
     torch.testing.assert_close(actual, expected)
     wanted = torch.autograd.grad(expected, (rho, eta))
     got = torch.autograd.grad(actual, (posterior.rho, posterior.eta))
@@ -196,9 +197,9 @@ def test_the_norms_gradient_is_autograds(law):
     draw = posterior.draw()
     eta = posterior.eta.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(dirichlet.log_norm(eta, draw.weights).sum(), eta)
-    first_rows = torch.stack([part.row_scale[0, 0] for part in draw.layers])
-    # row_scale is proportional to ||pi||, so the gradient of its logarithm is that of log||pi||
-    (actual,) = torch.autograd.grad(first_rows.log().sum(), posterior.eta)
+    first_cells = torch.stack([part.noise[0, 0] for part in draw.layers])
+    # noise is proportional to ||pi||, so the gradient of its logarithm is that of log||pi||
+    (actual,) = torch.autograd.grad(first_cells.abs().log().sum(), posterior.eta)
     torch.testing.assert_close(actual, expected)
 
 
@@ -206,13 +207,13 @@ def test_layers_are_apart_and_may_be_passed_one_by_one_as_often_as_one_likes():
     """Reentrant checkpointing runs a backward pass for each block, and a skipped layer has none."""
     posterior = random_posterior()
     draw = posterior.draw()
-    draw.layers[1].row_scale.sum().backward()
+    draw.layers[1].noise.sum().backward()
     assert torch.equal(posterior.rho.grad.nonzero().flatten(), torch.tensor([2, 3, 4]))
     assert torch.equal(posterior.eta.grad.abs().sum(-1).nonzero().flatten(), torch.tensor([1]))
     once = posterior.rho.grad.clone()
-    draw.layers[1].row_scale.sum().backward()
+    draw.layers[1].noise.sum().backward()
     torch.testing.assert_close(posterior.rho.grad, 2 * once)
-    draw.layers[0].row_scale.sum().backward()
+    draw.layers[0].noise.sum().backward()
     torch.testing.assert_close(posterior.rho.grad[2:5], 2 * once[2:5])
     assert posterior.rho.grad[0] != 0
 
@@ -222,7 +223,7 @@ def test_a_frozen_parameter_gets_no_gradient_and_the_other_its_own(frozen):
     whole, part = random_posterior(), random_posterior()
     getattr(part, frozen).requires_grad_(False)
     for posterior in (whole, part):
-        torch.cat([layer.row_scale for layer in posterior.draw().layers]).sum().backward()
+        sum(layer.noise.sum() for layer in posterior.draw().layers).backward()
     other = "eta" if frozen == "rho" else "rho"
     assert getattr(part, frozen).grad is None
     torch.testing.assert_close(getattr(part, other).grad, getattr(whole, other).grad)
@@ -235,10 +236,9 @@ def test_a_draw_without_gradient_is_the_same_draw():
         quiet = one.draw()
     for draw in (two.draw(), three.draw()):
         for a, b in zip(quiet.layers, draw.layers, strict=True):
-            assert torch.equal(a.xi, b.xi)
-            assert torch.equal(a.row_scale, b.row_scale)
-    assert not quiet.layers[0].row_scale.requires_grad
-    assert not three.current.layers[0].row_scale.requires_grad
+            assert torch.equal(a.noise, b.noise)
+    assert not quiet.layers[0].noise.requires_grad
+    assert not three.current.layers[0].noise.requires_grad
 
 
 # -- the whole range -----------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_everything_is_finite_and_no_divergence_negative(
             posterior.eta.copy_(torch.linspace(low, high, posterior.eta.numel()).view_as(posterior.eta))
             posterior.eta.mul_(math.log(10.0))
         draw = posterior.draw(batch_size=2)
-        a = torch.cat([(part.xi * part.row_scale).flatten() for part in draw.layers])
+        a = torch.cat([part.noise.flatten() for part in draw.layers])
         parts = posterior.regulariser()
         assert a.dtype == parts.loss.dtype == dtype
         assert torch.isfinite(a).all()
@@ -307,8 +307,7 @@ def test_one_component_and_rank_one(covariance, estimator, law):
     parts = posterior.regulariser()
     assert parts.coop == 1
     assert parts.kl_pi >= 0
-    scales = torch.cat([part.row_scale for part in draw.layers])
-    for value in (scales.sum(), parts.coop + 0 * posterior.eta.sum()):
+    for value in (sum(part.noise.sum() for part in draw.layers), parts.coop + 0 * posterior.eta.sum()):
         (gradient,) = torch.autograd.grad(value, posterior.eta)
         assert torch.equal(gradient, torch.zeros(2, 1))
 
@@ -316,7 +315,7 @@ def test_one_component_and_rank_one(covariance, estimator, law):
 def test_scale_zero_is_the_mean():
     posterior = AdapterPosterior([LayerShape("a", 2, 3)], [0.0], PosteriorSettings())
     draw = posterior.draw()
-    assert torch.equal(draw.layers[0].row_scale, torch.zeros(2, 1))
-    gradients = torch.autograd.grad(draw.layers[0].row_scale.sum(), (posterior.rho, posterior.eta))
+    assert torch.equal(draw.layers[0].noise, torch.zeros(2, 3))
+    gradients = torch.autograd.grad(draw.layers[0].noise.sum(), (posterior.rho, posterior.eta))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
     assert posterior.moments()["noise_std"] == 0

@@ -35,7 +35,9 @@ def worker(folder: Path) -> None:
         model = wrapped(bert, **options)
         first: list[torch.Tensor] = []
         model.base_model.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(
-            lambda *_, first=first, model=model: first.append(posterior_of(model).current.layers[0].xi.clone())
+            lambda *_, first=first, model=model: first.append(
+                posterior_of(model).current.layers[0].noise.detach().clone()
+            )
         )
         callback = TakesGradients()
         trainer = MonteCLoRATrainer(

@@ -59,9 +59,8 @@ def export_samples(
         drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         for index, layer in enumerate(posterior.layers):
             key = f"base_model.model.{layer.name}.lora_A.weight"
-            part = draw.layers[index]
+            noise = draw.layers[index].noise[0]
             mu = weights[key]
-            noise = part.xi[0] * part.row_scale[0]
             drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
         folder = Path(directory) / f"sample-{number}"
         with staged(folder) as stage:

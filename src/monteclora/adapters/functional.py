@@ -25,9 +25,9 @@ def _add_product(result: Tensor, hidden: Tensor, weight_b: Tensor, scaling: floa
 
 
 def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: LayerDraw, scaling: float) -> Tensor:
-    """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + row_scale xi`` (METHOD.md section 2).
+    """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + noise`` (METHOD.md section 2).
 
-    With per-example noise, example b has ``A_b = mu + (row_scale xi) o (s_b u_b^T)`` (section 5). Its A is formed
+    With per-example noise, example b has ``A_b = mu + noise o (s_b u_b^T)`` (section 5). Its A is formed
     rather than its input's signs changed: that would keep a copy of the input for the backward pass.
 
     Args:
@@ -44,11 +44,12 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
     Raises:
         ConfigError: noise is per example and the examples cannot be told apart in ``x``.
     """
+    x = x.to(mu.dtype)
     # the noise is added before rounding to the dtype of the matmuls
-    mean = mu.to(draw.xi.dtype)
     if draw.sign_in is None or draw.sign_out is None:
-        a = torch.addcmul(mean, draw.xi, draw.row_scale).to(mu.dtype)
-        hidden = F.linear(x.to(mu.dtype), a)
+        a = torch.add(mu, draw.noise).to(mu.dtype)
+        # as matrices throughout: what a layer costs on small batches is the number of its operations
+        hidden = torch.mm(x.reshape(-1, x.shape[-1]), a.t())
     else:
         batch = draw.sign_in.shape[0]
         if x.dim() == 1 or x.shape[0] % batch:
@@ -56,11 +57,11 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
                 f"noise='per_example' met a layer input of shape {tuple(x.shape)} in a batch of {batch} examples",
                 "Use noise='shared' for models that regroup their inputs.",
             )
-        row_scale = draw.row_scale * draw.sign_out.unsqueeze(-1)
-        a = torch.addcmul(mean, draw.xi * row_scale, draw.sign_in.unsqueeze(1)).to(mu.dtype)
-        hidden = torch.bmm(x.to(mu.dtype).reshape(batch, -1, x.shape[-1]), a.transpose(1, 2))
+        rows = draw.noise * draw.sign_out.unsqueeze(-1)
+        a = torch.addcmul(mu.to(rows.dtype), rows, draw.sign_in.unsqueeze(1)).to(mu.dtype)
+        hidden = torch.bmm(x.reshape(batch, -1, x.shape[-1]), a.transpose(1, 2)).flatten(0, 1)
     flat = result.reshape(-1, result.shape[-1])
-    return _add_product(flat, hidden.reshape(-1, hidden.shape[-1]), weight_b, scaling).view(result.shape)
+    return _add_product(flat, hidden, weight_b, scaling).view(result.shape)
 
 
 def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: LayerDraw, scaling: float) -> Tensor:
@@ -71,12 +72,12 @@ def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: 
         result: shape (S * B, ..., m).
         mu: shape (r, n).
         weight_b: shape (m, r).
-        draw: the layer's noise, with ``xi`` of shape (S, r, n).
+        draw: the layer's noise, with ``noise`` of shape (S, r, n).
         scaling: s.
 
     Returns:
         Shape (S * B, ..., m).
     """
-    a = torch.addcmul(mu.to(draw.xi.dtype), draw.xi, draw.row_scale).to(mu.dtype)
-    hidden = x.reshape(draw.xi.shape[0], -1, x.shape[-1]) @ a.transpose(-1, -2)
+    a = (mu + draw.noise).to(mu.dtype)
+    hidden = x.reshape(draw.noise.shape[0], -1, x.shape[-1]) @ a.transpose(-1, -2)
     return result + (hidden @ weight_b.t()).view(result.shape) * scaling

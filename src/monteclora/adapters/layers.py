@@ -88,14 +88,15 @@ class DrawnLayer(LoraVariant):
         """
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling, posterior = module.scaling[active_adapter], self.posterior
-        x = module.lora_dropout[active_adapter](x)
-        slot = self.slot
-        draw, layer = (posterior.current, slot.current) if module.training else (posterior.predictive, slot.predictive)
-        if draw is None or layer is None or not posterior.enabled:
+        dropout = module.lora_dropout[active_adapter]
+        if not isinstance(dropout, nn.Identity):
+            x = dropout(x)
+        layer = self.slot.current if module.training else self.slot.predictive
+        if layer is None or not posterior.enabled:
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
-        if x.device != layer.xi.device:
+        if x.device != layer.noise.device:
             layer = layer.to(x.device)
-        if draw.groups:
+        if layer.noise.dim() == 3:
             output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
         else:
             if not torch.compiler.is_compiling():

@@ -1,12 +1,7 @@
 """The mathematics: what is drawn, from what, and how far it is from the prior. Needs torch only."""
 
-from monteclora.posterior.posterior import (
-    AdapterPosterior,
-    Draw,
-    LayerDraw,
-    LayerShape,
-    PosteriorSettings,
-    Regulariser,
-)
+from monteclora.posterior.draws import Draw, LayerDraw
+from monteclora.posterior.layout import LayerShape
+from monteclora.posterior.posterior import AdapterPosterior, PosteriorSettings, Regulariser
 
 __all__ = ["AdapterPosterior", "Draw", "LayerDraw", "LayerShape", "PosteriorSettings", "Regulariser"]

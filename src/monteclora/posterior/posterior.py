@@ -18,27 +18,12 @@ from torch import Tensor, nn
 
 from monteclora.errors import ConfigError
 from monteclora.posterior import dirichlet, mixture, noise, wishart
+from monteclora.posterior.draws import DifferentiableNoise, Draw, LayerDraw, LayerSlot, RawDraw, Repetitions
+from monteclora.posterior.layout import LayerShape, Layout
 
 Estimator = Literal["expected", "sampled"]
 
-__all__ = [
-    "AdapterPosterior",
-    "Draw",
-    "Estimator",
-    "LayerDraw",
-    "LayerShape",
-    "LayerSlot",
-    "PosteriorSettings",
-    "Regulariser",
-]
-
-
-class LayerShape(NamedTuple):
-    """One adapted layer: ``A`` is rank x in_features."""
-
-    name: str
-    rank: int
-    in_features: int
+__all__ = ["AdapterPosterior", "Estimator", "PosteriorSettings", "Regulariser"]
 
 
 @dataclass(frozen=True)
@@ -96,134 +81,6 @@ class Regulariser(NamedTuple):
         return self.kl_weight * self.kl + self.coop_weight * self.coop
 
 
-class LayerDraw(NamedTuple):
-    """One layer's part of a draw; ``A = mu + row_scale * xi``.
-
-    Attributes:
-        xi: noise, shape (r, n), or (S, r, n) for S draws at once.
-        row_scale: ``eps ||pi|| exp(rho) sqrt(chi2 c/nu)``, shape (r, 1) or (S, r, 1). In training it carries the
-            gradient of rho and eta.
-        sign_in: ``u``, shape (B, n), or None where noise is shared by the batch.
-        sign_out: ``s``, shape (B, r), or None.
-    """
-
-    xi: Tensor
-    row_scale: Tensor
-    sign_in: Tensor | None = None
-    sign_out: Tensor | None = None
-
-    def to(self, device: torch.device) -> LayerDraw:
-        """The same on another device."""
-        signs = (None if sign is None else sign.to(device) for sign in (self.sign_in, self.sign_out))
-        return LayerDraw(self.xi.to(device), self.row_scale.to(device), *signs)
-
-
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """Everything random about one forward pass.
-
-    Attributes:
-        index: the draw's number in its stream.
-        layers: each layer's part, as views of flat buffers.
-        groups: 0 for training, else S, the number of draws made at once.
-        squared_norm: ``||pi||^2`` of each layer, shape (L,).
-        row_squared_norm: ``c/nu ||T_i||^2``, shape (R,).
-        row_log_determinant: ``log(c/nu T_ii^2)``, shape (R,).
-        weights: raw draws of the mixture weights.
-    """
-
-    index: int
-    layers: tuple[LayerDraw, ...]
-    groups: int
-    squared_norm: Tensor
-    row_squared_norm: Tensor
-    row_log_determinant: Tensor
-    weights: dirichlet.Raw
-
-
-class LayerSlot:
-    """Where one layer finds its part of the posterior's draws.
-
-    A layer that looked it up by its number would be compiled anew for every number.
-    """
-
-    def __init__(self) -> None:
-        self.current: LayerDraw | None = None
-        self.predictive: LayerDraw | None = None
-
-    def __getstate__(self) -> dict[str, None]:
-        return {"current": None, "predictive": None}
-
-
-class _Raw(NamedTuple):
-    """One draw before it is cut into layers: ``xi`` (C,), ``row_scale`` (R,), d log||pi||/d eta (L, N), and more."""
-
-    xi: Tensor
-    row_scale: Tensor
-    log_norm_grad: Tensor | None
-    squared_norm: Tensor
-    row_squared_norm: Tensor
-    row_log_determinant: Tensor
-    weights: dirichlet.Raw
-
-
-class _Repetitions:
-    """The draws under which layers ran inside a backward pass, unbidden: by a checkpoint that knows of no draws.
-
-    Such a checkpoint repeats a layer under the current draw, which need not be that of the forward pass it repeats.
-    """
-
-    def __init__(self) -> None:
-        self.indices: set[int] = set()
-
-    def note(self, index: int) -> None:
-        self.indices.add(index)
-
-    def check(self, index: int) -> None:
-        """Layers that ran under draw ``index`` have their gradients: were they repeated under the same?
-
-        Raises:
-            RuntimeError: all that were repeated were so under other draws.
-        """
-        if self.indices and index not in self.indices:
-            raise RuntimeError(
-                f"activation checkpointing recomputed a layer under noise draw {max(self.indices)}, and its forward "
-                f"pass used draw {index}: run the backward pass before the next training forward, or checkpoint "
-                "through the model's gradient_checkpointing_enable()"
-            )
-
-
-class _RowScale(torch.autograd.Function):
-    """Give the drawn row scales their gradient: they are proportional to ``exp(rho)`` and to ``||pi||(eta)``.
-
-    The derivatives are known when the draw is made, for all layers at once, and are kept outside autograd's saved
-    tensors: the node may be passed through as often as reentrant activation checkpointing does.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rho: Tensor,
-        eta: Tensor,
-        row_scale: Tensor,
-        log_norm_grad: Tensor,
-        ranks: Tensor,
-        index: int,
-        repetitions: _Repetitions,
-    ) -> Tensor:
-        ctx.derivatives = row_scale, log_norm_grad, ranks
-        ctx.index, ctx.repetitions = index, repetitions
-        return row_scale.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.repetitions.check(ctx.index)
-        row_scale, log_norm_grad, ranks = ctx.derivatives
-        log_grad = grad * row_scale
-        per_layer = torch.segment_reduce(log_grad, "sum", lengths=ranks)
-        return log_grad, log_norm_grad * per_layer.unsqueeze(-1), *[None] * 5
-
-
 class AdapterPosterior(nn.Module):
     """Learned ``rho`` (R,) and ``eta`` (L, N) of an adapter's L layers, R the sum of their ranks.
 
@@ -251,6 +108,7 @@ class AdapterPosterior(nn.Module):
     _log_determinant: Tensor
     _ranks: Tensor
     _layer_of_row: Tensor
+    _row_order: Tensor
 
     def __init__(
         self,
@@ -268,7 +126,8 @@ class AdapterPosterior(nn.Module):
         self.draws = 0
         self.enabled = True
         self.repeating = False
-        self._repetitions = _Repetitions()
+        self._repetitions = Repetitions()
+        self._layout = Layout(self.layers)
         self.slots = tuple(LayerSlot() for _ in self.layers)
         self.current = self.predictive = None
         rows = sum(layer.rank for layer in self.layers)
@@ -301,9 +160,9 @@ class AdapterPosterior(nn.Module):
         self.register_buffer("_nu", dof_rows, persistent=False)
         self.register_buffer("_c", torch.ones_like(dof_rows) if s.normalised else dof_rows, persistent=False)
         self.register_buffer("_log_determinant", torch.tensor(log_determinant, **factory), persistent=False)
-        ranks = [layer.rank for layer in self.layers]
+        ranks, order = self._layout.ranks, self._layout.row_order
         number = [i for i, rank in enumerate(ranks) for _ in range(rank)]
-        for name, values in (("_ranks", ranks), ("_layer_of_row", number)):
+        for name, values in (("_ranks", ranks), ("_layer_of_row", number), ("_row_order", order)):
             integers = torch.tensor(values, dtype=torch.long, device=self.rho.device)
             self.register_buffer(name, integers, persistent=False)
 
@@ -369,11 +228,13 @@ class AdapterPosterior(nn.Module):
             signs = self._signs(rank, batch_size)
         trainable = torch.is_grad_enabled() and (self.rho.requires_grad or self.eta.requires_grad)
         raw = self._raw(self.seed, rank, self.draws, differentiable=trainable)
-        row_scale = raw.row_scale
-        if raw.log_norm_grad is not None:
-            known = row_scale, raw.log_norm_grad, self._ranks
-            row_scale = _RowScale.apply(self.rho, self.eta, *known, self.draws, self._repetitions)
-        draw = self._draw(self.draws, [raw], row_scale, raw.xi, signs)
+        if trainable:
+            known = self._layout, self._row_order, self._ranks, self.draws, self._repetitions
+            blocks = DifferentiableNoise.apply(self.rho, self.eta, raw, *known)
+        else:
+            blocks = self._layout.blocks(raw.noise)
+        parts = zip(blocks, *signs, strict=True) if signs else zip(blocks, strict=True)
+        draw = Draw(self.draws, tuple(LayerDraw(*part) for part in parts), 0, *raw[2:])
         self._repetitions.indices.clear()
         self.draws += 1
         self.current = draw
@@ -389,7 +250,7 @@ class AdapterPosterior(nn.Module):
         """
         if self.repeating or self.current is None or torch._C._current_graph_task_id() == -1:
             return
-        if torch.is_grad_enabled() and not layer.row_scale.requires_grad:
+        if torch.is_grad_enabled() and not layer.noise.requires_grad:
             raise RuntimeError(
                 "activation checkpointing recomputes a layer whose rho and eta are frozen: checkpoint through the "
                 "model's gradient_checkpointing_enable()"
@@ -406,61 +267,36 @@ class AdapterPosterior(nn.Module):
                 its first dimension.
         """
         raws = [self._raw(seed, 0, first + s, posterior_sample=True) for s in range(count)]
+        blocks = self._layout.blocks(torch.stack([raw.noise for raw in raws]))
         row_scale = torch.stack([raw.row_scale for raw in raws])
-        return self._draw(first, raws, row_scale, torch.stack([raw.xi for raw in raws]))
-
-    def _draw(
-        self,
-        index: int,
-        raws: list[_Raw],
-        row_scale: Tensor,
-        xi: Tensor,
-        signs: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None,
-    ) -> Draw:
-        """Cut flat buffers into layers: ``row_scale`` ([S,] R) and ``xi`` ([S,] C)."""
-        lead = xi.shape[:-1]
-        cells = xi.split([layer.rank * layer.in_features for layer in self.layers], -1)
-        rows = row_scale.unsqueeze(-1).split([layer.rank for layer in self.layers], -2)
-        blocks = [
-            cell.view(*lead, layer.rank, layer.in_features) for cell, layer in zip(cells, self.layers, strict=True)
-        ]
-        parts = zip(blocks, rows, *signs, strict=True) if signs else zip(blocks, rows, strict=True)
-        return Draw(
-            index=index,
-            layers=tuple(LayerDraw(*part) for part in parts),
-            groups=len(raws) if lead else 0,
-            squared_norm=raws[0].squared_norm,
-            row_squared_norm=raws[0].row_squared_norm,
-            row_log_determinant=raws[0].row_log_determinant,
-            weights=raws[0].weights,
-        )
+        return Draw(first, tuple(LayerDraw(block) for block in blocks), count, row_scale, *raws[0][3:])
 
     @torch.no_grad()
     def _raw(
         self, seed: int, rank: int, index: int, *, posterior_sample: bool = False, differentiable: bool = False
-    ) -> _Raw:
+    ) -> RawDraw:
         rho, eta, s = self.rho, self.eta, self.settings
 
         def generator(kind: noise.Kind) -> torch.Generator:
             return noise.generator(seed, rank, index, kind, rho.device, posterior_sample=posterior_sample)
 
-        count = sum(layer.rank * layer.in_features for layer in self.layers)
-        xi = torch.empty(count, dtype=rho.dtype, device=rho.device)
-        xi.normal_(generator=generator(noise.Kind.NORMAL))
+        cells = noise.normal(self._layout.cells, rho, seed, rank, index, posterior_sample=posterior_sample)
         ratio = self._c / self._nu
         if s.covariance == "diagonal":
             row_squared_norm = ratio * wishart.raw_chi_square(self._nu, generator(noise.Kind.WISHART))
             row_log_determinant, root = row_squared_norm.log(), row_squared_norm.sqrt()
         else:
-            squared, diagonal = self._correlate(xi, generator(noise.Kind.WISHART))
+            squared, diagonal = self._correlate(cells, generator(noise.Kind.WISHART))
             row_squared_norm, row_log_determinant, root = ratio * squared, (ratio * diagonal).log(), ratio.sqrt()
         weights = dirichlet.raw(eta, s.dirichlet, generator(noise.Kind.DIRICHLET))
         log_norm, log_norm_grad = self._log_norm(weights, differentiable)
         norm = (self.scale * log_norm.exp()).to(rho.dtype)
-        return _Raw(
-            xi=xi,
-            row_scale=norm[self._layer_of_row] * rho.exp() * root,
+        row_scale = norm[self._layer_of_row] * rho.exp() * root
+        self._layout.scale_rows(cells, row_scale[self._row_order])
+        return RawDraw(
+            noise=cells,
             log_norm_grad=log_norm_grad,
+            row_scale=row_scale,
             squared_norm=(2.0 * log_norm).exp(),
             row_squared_norm=row_squared_norm,
             row_log_determinant=row_log_determinant,
@@ -477,7 +313,7 @@ class AdapterPosterior(nn.Module):
             (grad,) = torch.autograd.grad(log_norm.sum(), eta)
         return log_norm.detach(), grad
 
-    def _correlate(self, xi: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _correlate(self, cells: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Full covariance: put ``T Xi`` in the place of ``Xi``; gives ``||T_i||^2`` and ``T_ii^2``, each (R,)."""
         factors: dict[int, Iterator[tuple[Tensor, Tensor, Tensor]]] = {}
         for rank, count in Counter(layer.rank for layer in self.layers).items():
@@ -485,13 +321,11 @@ class AdapterPosterior(nn.Module):
             t = wishart.raw_bartlett(dof, rank, count, self.rho, generator)
             factors[rank] = zip(t, t.square().sum(-1), t.diagonal(dim1=-2, dim2=-1).square(), strict=True)
         squared, diagonal = [], []
-        blocks = xi.split([layer.rank * layer.in_features for layer in self.layers])
         # autocast would round the noise to the precision of the model's matmuls
-        with torch.autocast(xi.device.type, enabled=False):
-            for layer, block in zip(self.layers, blocks, strict=True):
-                factor, row_squared, row_diagonal = next(factors[layer.rank])
-                matrix = block.view(layer.rank, layer.in_features)
-                matrix.copy_(factor @ matrix)
+        with torch.autocast(cells.device.type, enabled=False):
+            for rank, block in zip(self._layout.ranks, self._layout.blocks(cells), strict=True):
+                factor, row_squared, row_diagonal = next(factors[rank])
+                block.copy_(factor @ block)
                 squared.append(row_squared)
                 diagonal.append(row_diagonal)
         return torch.cat(squared), torch.cat(diagonal)

@@ -1,0 +1,152 @@
+"""One draw of a posterior: what its layers are given, and how its gradient finds back to rho and eta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from monteclora.posterior import dirichlet
+from monteclora.posterior.layout import Layout
+
+__all__ = ["DifferentiableNoise", "Draw", "LayerDraw", "LayerSlot", "RawDraw", "Repetitions"]
+
+
+class LayerDraw(NamedTuple):
+    """One layer's part of a draw; ``A = mu + noise``.
+
+    Attributes:
+        noise: ``eps ||pi|| L Xi``, shape (r, n), or (S, r, n) for S draws at once. In training it carries the gradient
+            of rho and eta.
+        sign_in: ``u``, shape (B, n), or None where noise is shared by the batch.
+        sign_out: ``s``, shape (B, r), or None.
+    """
+
+    noise: Tensor
+    sign_in: Tensor | None = None
+    sign_out: Tensor | None = None
+
+    def to(self, device: torch.device) -> LayerDraw:
+        """The same on another device."""
+        signs = (None if sign is None else sign.to(device) for sign in (self.sign_in, self.sign_out))
+        return LayerDraw(self.noise.to(device), *signs)
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Everything random about one forward pass.
+
+    Attributes:
+        index: the draw's number in its stream.
+        layers: each layer's part, as views of flat buffers.
+        groups: 0 for training, else S, the number of draws made at once.
+        row_scale: what each row of the noise was multiplied by, shape (R,) or (S, R), without gradient:
+            ``eps ||pi|| exp(rho) sqrt(c/nu)``, with a diagonal covariance times ``sqrt(chi2)`` of the row.
+        squared_norm: ``||pi||^2`` of each layer, shape (L,).
+        row_squared_norm: ``c/nu ||T_i||^2``, shape (R,).
+        row_log_determinant: ``log(c/nu T_ii^2)``, shape (R,).
+        weights: raw draws of the mixture weights.
+    """
+
+    index: int
+    layers: tuple[LayerDraw, ...]
+    groups: int
+    row_scale: Tensor
+    squared_norm: Tensor
+    row_squared_norm: Tensor
+    row_log_determinant: Tensor
+    weights: dirichlet.Raw
+
+
+class LayerSlot:
+    """Where one layer finds its part of the posterior's draws.
+
+    A layer that looked it up by its number would be compiled anew for every number.
+    """
+
+    def __init__(self) -> None:
+        self.current: LayerDraw | None = None
+        self.predictive: LayerDraw | None = None
+
+    def __getstate__(self) -> dict[str, None]:
+        return {"current": None, "predictive": None}
+
+
+class RawDraw(NamedTuple):
+    """One draw before it is cut into layers: ``noise`` (C,), d log||pi||/d eta (L, N), and what :class:`Draw` has."""
+
+    noise: Tensor
+    log_norm_grad: Tensor | None
+    row_scale: Tensor
+    squared_norm: Tensor
+    row_squared_norm: Tensor
+    row_log_determinant: Tensor
+    weights: dirichlet.Raw
+
+
+class Repetitions:
+    """The draws under which layers ran inside a backward pass, unbidden: by a checkpoint that knows of no draws.
+
+    Such a checkpoint repeats a layer under the current draw, which need not be that of the forward pass it repeats.
+    """
+
+    def __init__(self) -> None:
+        self.indices: set[int] = set()
+
+    def note(self, index: int) -> None:
+        """A layer was repeated under draw ``index``."""
+        self.indices.add(index)
+
+    def check(self, index: int) -> None:
+        """Layers that ran under draw ``index`` have their gradients: were they repeated under the same?
+
+        Raises:
+            RuntimeError: all that were repeated were so under other draws.
+        """
+        if self.indices and index not in self.indices:
+            raise RuntimeError(
+                f"activation checkpointing recomputed a layer under noise draw {max(self.indices)}, and its forward "
+                f"pass used draw {index}: run the backward pass before the next training forward, or checkpoint "
+                "through the model's gradient_checkpointing_enable()"
+            )
+
+
+class DifferentiableNoise(torch.autograd.Function):
+    """Cut drawn noise into layers and give it its gradient: rows are proportional to ``exp(rho)`` and ``||pi||(eta)``.
+
+    A row's scalar product with its gradient is therefore the gradient of rho, for all layers at once. What the backward
+    pass needs is kept outside autograd's saved tensors: the node may be passed through as often as reentrant activation
+    checkpointing does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rho: Tensor,
+        eta: Tensor,
+        raw: RawDraw,
+        layout: Layout,
+        row_order: Tensor,
+        ranks: Tensor,
+        index: int,
+        repetitions: Repetitions,
+    ) -> tuple[Tensor, ...]:
+        """The layers' parts of ``raw.noise``, each of shape (r, n)."""
+        ctx.set_materialize_grads(False)
+        ctx.known = raw.noise, raw.log_norm_grad, layout, row_order, ranks
+        ctx.index, ctx.repetitions = index, repetitions
+        return tuple(layout.blocks(raw.noise))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of rho (R,) and eta (L, N) from those of the layers' noise, None for layers without one."""
+        ctx.repetitions.check(ctx.index)
+        noise, log_norm_grad, layout, row_order, ranks = ctx.known
+        products = layout.row_products(grads, noise)
+        of_rows = torch.empty_like(products).index_copy_(0, row_order, products)
+        of_layers = torch.segment_reduce(of_rows, "sum", lengths=ranks)
+        return of_rows, log_norm_grad * of_layers.unsqueeze(-1), *[None] * 6

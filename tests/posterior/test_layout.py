@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monteclora.posterior import LayerShape
+from monteclora.posterior.layout import Layout
+
+SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=7)
+
+
+def layout_of(shapes: list[tuple[int, int]]) -> Layout:
+    return Layout([LayerShape(f"layer{i}", rank, columns) for i, (rank, columns) in enumerate(shapes)])
+
+
+@given(SHAPES)
+def test_every_cell_belongs_to_one_layer(shapes):
+    layout = layout_of(shapes)
+    flat = torch.arange(layout.cells)
+    blocks = layout.blocks(flat)
+    assert [tuple(block.shape) for block in blocks] == shapes
+    assert torch.equal(torch.cat([block.flatten() for block in blocks]).sort().values, flat)
+    assert sorted(layout.row_order) == list(range(sum(layout.ranks)))
+
+
+@given(SHAPES, st.integers(1, 3))
+def test_draws_made_at_once_are_cut_alike(shapes, count):
+    layout = layout_of(shapes)
+    flats = torch.randn(count, layout.cells)
+    for together, *alone in zip(layout.blocks(flats), *map(layout.blocks, flats), strict=True):
+        assert torch.equal(together, torch.stack(alone))
+
+
+@given(SHAPES)
+def test_rows_are_scaled_each_by_its_own_number(shapes):
+    layout = layout_of(shapes)
+    flat, scale = torch.randn(layout.cells), torch.rand(sum(layout.ranks))
+    rows = scale.unsqueeze(-1).split(layout.ranks)
+    expected = [block * one for block, one in zip(layout.blocks(flat), rows, strict=True)]
+    layout.scale_rows(flat, scale[layout.row_order])
+    assert all(map(torch.equal, layout.blocks(flat), expected))
+
+
+@given(SHAPES, st.data())
+def test_products_of_rows_leave_out_what_is_not_given(shapes, data):
+    layout = layout_of(shapes)
+    flat = torch.randn(layout.cells, dtype=torch.float64)
+    given_blocks = [torch.randn(shape, dtype=torch.float64) if data.draw(st.booleans()) else None for shape in shapes]
+    kept = [None if block is None else block.clone() for block in given_blocks]
+    products = torch.empty(len(layout.row_order), dtype=torch.float64)
+    products[layout.row_order] = layout.row_products(given_blocks, flat)
+    expected = [
+        torch.zeros(len(part), dtype=torch.float64) if block is None else (block * part).sum(-1)
+        for block, part in zip(given_blocks, layout.blocks(flat), strict=True)
+    ]
+    torch.testing.assert_close(products, torch.cat(expected))
+    # gradients belong to whoever hands them in
+    assert all(one is two is None or torch.equal(one, two) for one, two in zip(given_blocks, kept, strict=True))
+
+
+def test_layers_of_one_width_are_one_matrix():
+    layout = layout_of([(2, 5), (1, 3), (4, 5)])
+    flat = torch.arange(layout.cells)
+    first, _, third = layout.blocks(flat)
+    assert torch.equal(torch.cat([first, third]), flat[:30].view(6, 5))
+
+
+def test_no_layer_copies_the_noise():
+    layout = layout_of([(2, 5), (1, 3)])
+    flat = torch.randn(layout.cells)
+    storage = flat.untyped_storage().data_ptr()
+    assert {block.untyped_storage().data_ptr() for block in layout.blocks(flat)} == {storage}
