@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from monteclora import variational_loss
 from tests.models import batch_for, bert, gpt2, gradients, llama, posterior_of, relative_difference, t5, wrapped
 
-# in double precision: in single, T5 differs by 1e-6 from itself, for it adds up what the encoder receives in another order
+# in double precision: in single, T5 differs by 1e-6, for the encoder's gradients are added up in another order
 TOLERANCE = 1e-12
 
 pytestmark = [
@@ -135,7 +135,7 @@ def test_plain_checkpointing_over_two_forwards_raises_instead_of_a_wrong_gradien
 def test_with_rho_and_eta_frozen_plain_checkpointing_is_refused_since_nothing_would_notice_a_wrong_draw(
     mode: str,
 ) -> None:
-    model = wrapped(llama)
+    model = wrapped(llama, noise="per_example")
     posterior_of(model).requires_grad_(False)
     with checkpointing(model, mode):
         loss = model(**batch_for(llama)).loss
@@ -144,6 +144,25 @@ def test_with_rho_and_eta_frozen_plain_checkpointing_is_refused_since_nothing_wo
             return
         with pytest.raises(RuntimeError, match=r"rho and eta are frozen.*gradient_checkpointing_enable"):
             loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_rho_and_eta_frozen_a_shared_draw_is_still_told_apart(mode: str) -> None:
+    def step(mode: str, forwards: int) -> dict[str, Tensor]:
+        model = wrapped(llama, base={"use_cache": False})
+        posterior_of(model).requires_grad_(False)
+        with checkpointing(model, mode):
+            sum(model(**batch_for(llama, seed=number)).loss for number in range(forwards)).backward()
+        return gradients(model)
+
+    found = step(mode, 1)
+    assert not [name for name in found if "posterior" in name]
+    assert relative_difference(step("off", 1), found) < TOLERANCE
+    if mode.startswith("enable"):
+        assert relative_difference(step("off", 2), step(mode, 2)) < TOLERANCE
+    if mode == "plain-once":
+        with pytest.raises(RuntimeError, match="run the backward pass before the next training forward"):
+            step(mode, 2)
 
 
 def test_a_forward_without_gradient_between_forward_and_backward() -> None:

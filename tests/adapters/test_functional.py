@@ -12,6 +12,7 @@ from torch import Tensor
 from monteclora.adapters.functional import drawn_lora, grouped_lora
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings, dirichlet, noise, wishart
+from tests.posterior.building import raw_normals
 
 BATCH, LENGTH, IN, OUT, RANK, COMPONENTS = 3, 4, 6, 5, 3, 4
 SHAPES = [LayerShape("before", 2, 4), LayerShape("layer", RANK, IN), LayerShape("after", 5, 3)]
@@ -57,8 +58,7 @@ def noise_of_a(posterior: AdapterPosterior, rho: Tensor, eta: Tensor, index: int
     def stream(kind: noise.Kind) -> torch.Generator:
         return noise.generator(posterior.seed, 0, index, kind, device)
 
-    flat = torch.empty(posterior._layout.cells, dtype=torch.float64).normal_(generator=stream(noise.Kind.NORMAL))
-    xi = posterior._layout.blocks(flat)[LAYER]
+    xi = posterior._layout.blocks(raw_normals(posterior, stream(noise.Kind.NORMAL)))[LAYER]
     spread = rho[ROWS].exp().unsqueeze(-1)
     if s.covariance == "diagonal":
         chi_square = wishart.raw_chi_square(posterior._nu, stream(noise.Kind.WISHART))[ROWS]
@@ -238,6 +238,6 @@ def test_grouped_draws_equal_separate_ones() -> None:
     ).view(groups, *result.shape)
     for number in range(groups):
         layer = posterior.sample(seed=3, first=2 + number).layers[LAYER]
-        a = mu + layer.noise[0]
+        a = mu + layer.matrix[0]
         torch.testing.assert_close(repeated[number], result + SCALING * x @ a.t() @ b.t())
     assert (repeated[0] - repeated[1]).abs().max() > 1e-3

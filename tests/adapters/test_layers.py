@@ -300,7 +300,7 @@ def test_the_posterior_adds_rank_plus_components_numbers_a_layer_and_no_buffer_o
         posterior = posterior_of(model)
         assert sum(p.numel() for p in posterior.parameters()) == 6 * (4 + components)
         model(**batch_for(llama))
-        noise = sum(layer.noise.numel() for layer in posterior.current.layers)
+        noise = sum(layer.matrix.numel() for layer in posterior.current.layers)
         assert noise == sum(layer.rank * layer.in_features for layer in posterior.layers)
     assert sum(b.numel() for b in posterior_of(small).buffers()) == sum(
         b.numel() for b in posterior_of(large).buffers()

@@ -113,7 +113,7 @@ def test_gradients_are_those_of_one_adapter_for_each_example(build: Callable[...
             weight = reference.base_model.model.get_submodule(layer.name).lora_A["default"].weight
             saved[weight] = weight.detach().clone()
             with torch.no_grad():
-                weight += part.noise * torch.outer(part.sign_out[example], part.sign_in[example])
+                weight += part.matrix * torch.outer(part.sign_out[example], part.sign_in[example])
         value = reference(**{k: v[example : example + 1] for k, v in batch.items()}).logits.square().sum()
         value.backward()
         outputs = outputs + value.item()

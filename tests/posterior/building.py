@@ -20,6 +20,7 @@ __all__ = [
     "LAWS",
     "posterior_of",
     "random_posterior",
+    "raw_normals",
     "reference_statistics",
     "row_scales",
     "set_law",
@@ -97,7 +98,16 @@ def random_posterior(
 
 def stacked_noise(draw: Draw, every: slice = slice(None)) -> np.ndarray:
     """``A - mu`` of the chosen layers, of one shape, as draws of one law: shape (layers [* S], r, n)."""
-    return torch.stack([part.noise.detach() for part in draw.layers[every]]).double().flatten(0, -3).numpy()
+    return torch.stack([part.matrix.detach() for part in draw.layers[every]]).double().flatten(0, -3).numpy()
+
+
+def raw_normals(posterior: AdapterPosterior, generator: torch.Generator) -> Tensor:
+    """The standard normal numbers of a draw, flat, in the posterior's layout."""
+    layout = posterior._layout
+    cells = posterior.rho.new_empty(layout.cells)
+    for matrix in layout.matrices:
+        layout.rows_of(cells, matrix).normal_(generator=generator)
+    return cells.detach()
 
 
 def row_scales(posterior: AdapterPosterior, draw: Draw) -> list[Tensor]:

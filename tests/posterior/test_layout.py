@@ -10,8 +10,8 @@ from monteclora.posterior.layout import Layout
 SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=7)
 
 
-def layout_of(shapes: list[tuple[int, int]]) -> Layout:
-    return Layout([LayerShape(f"layer{i}", rank, columns) for i, (rank, columns) in enumerate(shapes)])
+def layout_of(shapes: list[tuple[int, int]], limit: int = 25) -> Layout:
+    return Layout([LayerShape(f"layer{i}", rank, columns) for i, (rank, columns) in enumerate(shapes)], limit)
 
 
 @given(SHAPES)
@@ -32,16 +32,6 @@ def test_draws_made_at_once_are_cut_alike(shapes, count):
         assert torch.equal(together, torch.stack(alone))
 
 
-@given(SHAPES)
-def test_rows_are_scaled_each_by_its_own_number(shapes):
-    layout = layout_of(shapes)
-    flat, scale = torch.randn(layout.cells), torch.rand(sum(layout.ranks))
-    rows = scale.unsqueeze(-1).split(layout.ranks)
-    expected = [block * one for block, one in zip(layout.blocks(flat), rows, strict=True)]
-    layout.scale_rows(flat, scale[layout.row_order])
-    assert all(map(torch.equal, layout.blocks(flat), expected))
-
-
 @given(SHAPES, st.data())
 def test_products_of_rows_leave_out_what_is_not_given(shapes, data):
     layout = layout_of(shapes)
@@ -60,10 +50,21 @@ def test_products_of_rows_leave_out_what_is_not_given(shapes, data):
 
 
 def test_layers_of_one_width_are_one_matrix():
-    layout = layout_of([(2, 5), (1, 3), (4, 5)])
+    layout = layout_of([(2, 5), (1, 3), (4, 5)], limit=30)
     flat = torch.arange(layout.cells)
     first, _, third = layout.blocks(flat)
     assert torch.equal(torch.cat([first, third]), flat[:30].view(6, 5))
+    assert [matrix.layers for matrix in layout.matrices] == [(0, 2), (1,)]
+
+
+@given(SHAPES, st.integers(1, 60))
+def test_the_limit_parts_matrices_and_moves_nothing(shapes, limit):
+    whole, parted = layout_of(shapes, 10**6), layout_of(shapes, limit)
+    flat = torch.arange(whole.cells)
+    assert all(map(torch.equal, whole.blocks(flat), parted.blocks(flat)))
+    assert whole.row_order == parted.row_order
+    for matrix in parted.matrices:
+        assert len(matrix.layers) == 1 or matrix.cells.stop - matrix.cells.start <= limit
 
 
 def test_no_layer_copies_the_noise():

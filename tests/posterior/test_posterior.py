@@ -26,7 +26,7 @@ CONSTANTS = ("_nu", "_c", "_log_determinant", "_ranks", "_layer_of_row", "_row_o
 
 
 def tensors(draw: Draw) -> list[Tensor]:
-    parts = [tensor.detach() for layer in draw.layers for tensor in layer if tensor is not None]
+    parts = [tensor.detach() for layer in draw.layers for tensor in layer if isinstance(tensor, Tensor)]
     return [*parts, draw.row_scale, draw.squared_norm, draw.row_squared_norm, draw.row_log_determinant]
 
 
@@ -92,7 +92,7 @@ def test_neither_autocast_nor_threads_nor_grad_mode_change_a_draw(covariance):
 
 
 def noise_of(draw: Draw) -> Tensor:
-    return torch.cat([part.noise.detach().flatten() for part in draw.layers])
+    return torch.cat([part.matrix.detach().flatten() for part in draw.layers])
 
 
 def test_ranks_seeds_draws_layers_and_uses_are_uncorrelated():
@@ -101,9 +101,9 @@ def test_ranks_seeds_draws_layers_and_uses_are_uncorrelated():
     for seed in (0, 1):
         posterior = random_posterior(seed, shapes=wide)
         for draw in [at(posterior, i, rank) for i in (0, 1, 2) for rank in (0, 1)]:
-            streams += [part.noise.detach().flatten() for part in draw.layers]
+            streams += [part.matrix.detach().flatten() for part in draw.layers]
         # the same seed as training's: the stream is still another one
-        streams += [part.noise.flatten() for i in (0, 1, 2) for part in posterior.sample(seed, i).layers]
+        streams += [part.matrix.flatten() for i in (0, 1, 2) for part in posterior.sample(seed, i).layers]
     stacked = torch.stack(streams)
     correlation = torch.corrcoef(stacked) - torch.eye(len(streams))
     assert correlation.abs().max() < 5.0 / stacked.shape[1] ** 0.5
@@ -212,9 +212,9 @@ def test_draws_made_at_once_are_the_separate_ones(variant):
         assert alone.groups == 1
         assert torch.equal(alone.row_scale[0], together.row_scale[number])
         for one, many in zip(alone.layers, together.layers, strict=True):
-            assert torch.equal(one.noise[0], many.noise[number])
+            assert torch.equal(one.matrix[0], many.matrix[number])
             assert one.sign_in is many.sign_in is None
-            assert not one.noise.requires_grad
+            assert not one.matrix.requires_grad
 
 
 def test_prediction_draws_take_no_part_of_the_training_counter_and_seed():
@@ -231,12 +231,12 @@ def test_parts_have_their_layers_shapes(variant):
     shapes = ((2, 5), (3, 4), (1, 7), (3, 5))
     posterior = random_posterior(shapes=shapes, **variant)
     for (rank, columns), part in zip(shapes, posterior.draw(batch_size=6).layers, strict=True):
-        assert part.noise.shape == (rank, columns)
+        assert part.matrix.shape == (rank, columns)
         if variant["per_example"]:
             assert part.sign_in.shape == (6, columns)
             assert part.sign_out.shape == (6, rank)
     for (rank, columns), part in zip(shapes, posterior.sample(0, 0, 2).layers, strict=True):
-        assert part.noise.shape == (2, rank, columns)
+        assert part.matrix.shape == (2, rank, columns)
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
@@ -251,14 +251,14 @@ def test_a_layers_parameters_and_scale_move_its_own_draws_only(covariance):
     factors = [torch.ones(2, 1), torch.tensor([[1.0], [1.0], [1.0]]), torch.full((1, 1), 3.0)]
     factors[1][1] = torch.e
     for one, two, factor in zip(before.layers, after.layers, factors, strict=True):
-        torch.testing.assert_close(two.noise, factor * one.noise)
+        torch.testing.assert_close(two.matrix, factor * one.matrix)
     with torch.no_grad():
         posterior.eta[0] += 5.0
     last = at(posterior, 0)
     ratio = (last.squared_norm / after.squared_norm).sqrt()
     assert ratio[0] < 0.99
-    torch.testing.assert_close(last.layers[0].noise, ratio[0] * after.layers[0].noise)
-    assert all(torch.equal(one.noise, two.noise) for one, two in zip(after.layers[1:], last.layers[1:], strict=True))
+    torch.testing.assert_close(last.layers[0].matrix, ratio[0] * after.layers[0].matrix)
+    assert all(torch.equal(one.matrix, two.matrix) for one, two in zip(after.layers[1:], last.layers[1:], strict=True))
 
 
 def test_more_degrees_of_freedom_than_the_rank():
@@ -291,7 +291,7 @@ def test_a_new_posterior_is_at_the_prior():
 def test_a_copy_keeps_parameters_and_counter_and_is_its_own(copied):
     posterior = random_posterior(3, estimator="sampled")
     # copied between a forward and a backward pass, as averaging callbacks do
-    loss = sum(part.noise.sum() for part in posterior.draw().layers) + posterior.regulariser().loss
+    loss = sum(part.matrix.sum() for part in posterior.draw().layers) + posterior.regulariser().loss
     other = copied(posterior)
     loss.backward()
     assert torch.equal(other.rho, posterior.rho)

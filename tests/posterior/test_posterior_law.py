@@ -14,6 +14,7 @@ from tests.posterior.building import (
     LAWS,
     posterior_of,
     random_posterior,
+    raw_normals,
     reference_statistics,
     stacked_noise,
     statistics,
@@ -79,7 +80,7 @@ def test_full_covariance_is_composed_of_its_three_streams(normalised):
     def generator(kind: noise.Kind) -> torch.Generator:
         return noise.generator(3, 2, 11, kind, CPU)
 
-    cells = torch.empty(sum(rank * columns for rank, columns in shapes)).normal_(generator=generator(noise.Kind.NORMAL))
+    cells = raw_normals(posterior, generator(noise.Kind.NORMAL))
     xi = posterior._layout.blocks(cells)
     stream = generator(noise.Kind.WISHART)
     twos = iter(wishart.raw_bartlett(2, 2, 2, cells, stream))
@@ -91,7 +92,7 @@ def test_full_covariance_is_composed_of_its_three_streams(normalised):
         t = next(twos if rank == 2 else threes)
         root = wishart.sample(posterior.rho[row : row + rank], t, float(rank), normalised=normalised)
         expected = posterior.scale[i] * pi[i].norm() * root @ xi[i]
-        torch.testing.assert_close(draw.layers[i].noise, expected)
+        torch.testing.assert_close(draw.layers[i].matrix, expected)
         sigma = root @ root.mT / (2 * posterior.rho[row : row + rank]).exp()
         torch.testing.assert_close(draw.row_squared_norm[row : row + rank], sigma.diagonal())
         total = draw.row_log_determinant[row : row + rank].sum() + 2 * posterior.rho[row : row + rank].sum()
@@ -165,5 +166,5 @@ def test_signs_are_fair_and_independent():
 def test_signs_of_any_batch_size(batch_size):
     draw = random_posterior(per_example=True).draw(batch_size=batch_size)
     for part in draw.layers:
-        assert part.sign_in.shape == (batch_size, part.noise.shape[1])
-        assert part.sign_out.shape == (batch_size, part.noise.shape[0])
+        assert part.sign_in.shape == (batch_size, part.matrix.shape[1])
+        assert part.sign_out.shape == (batch_size, part.matrix.shape[0])

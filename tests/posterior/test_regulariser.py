@@ -178,12 +178,12 @@ def test_noise_carries_the_gradient_of_the_mixture(normalised, law, covariance):
     actual = expected = torch.zeros((), dtype=torch.float64)
     of_layers = zip(draw.layers, row_scales(posterior, draw), rho.split([rank for rank, _ in shapes]), strict=True)
     for i, (part, row_scale, rows) in enumerate(of_layers):
-        probe = torch.randn(part.noise.shape, dtype=torch.float64, generator=generator)
+        probe = torch.randn(part.matrix.shape, dtype=torch.float64, generator=generator)
         # L = diag(exp(rho)) T: whatever T is, rows scale with exp(rho)
         unit = (row_scale / (draw.squared_norm[i].sqrt() * posterior.scale[i])).squeeze(-1)
-        factor, xi = unit * (rows - rows.detach()).exp(), (part.noise / row_scale).detach()
+        factor, xi = unit * (rows - rows.detach()).exp(), (part.matrix / row_scale).detach()
         expected = expected + (probe * mixture.sample(0.0 * xi, posterior.scale[i], pi[i], factor, xi)).sum()
-        actual = actual + (probe * part.noise).sum()
+        actual = actual + (probe * part.matrix).sum()
     torch.testing.assert_close(actual, expected)
     wanted = torch.autograd.grad(expected, (rho, eta))
     got = torch.autograd.grad(actual, (posterior.rho, posterior.eta))
@@ -197,7 +197,7 @@ def test_the_norms_gradient_is_autograds(law):
     draw = posterior.draw()
     eta = posterior.eta.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(dirichlet.log_norm(eta, draw.weights).sum(), eta)
-    first_cells = torch.stack([part.noise[0, 0] for part in draw.layers])
+    first_cells = torch.stack([part.matrix[0, 0] for part in draw.layers])
     # noise is proportional to ||pi||, so the gradient of its logarithm is that of log||pi||
     (actual,) = torch.autograd.grad(first_cells.abs().log().sum(), posterior.eta)
     torch.testing.assert_close(actual, expected)
@@ -207,13 +207,13 @@ def test_layers_are_apart_and_may_be_passed_one_by_one_as_often_as_one_likes():
     """Reentrant checkpointing runs a backward pass for each block, and a skipped layer has none."""
     posterior = random_posterior()
     draw = posterior.draw()
-    draw.layers[1].noise.sum().backward()
+    draw.layers[1].matrix.sum().backward()
     assert torch.equal(posterior.rho.grad.nonzero().flatten(), torch.tensor([2, 3, 4]))
     assert torch.equal(posterior.eta.grad.abs().sum(-1).nonzero().flatten(), torch.tensor([1]))
     once = posterior.rho.grad.clone()
-    draw.layers[1].noise.sum().backward()
+    draw.layers[1].matrix.sum().backward()
     torch.testing.assert_close(posterior.rho.grad, 2 * once)
-    draw.layers[0].noise.sum().backward()
+    draw.layers[0].matrix.sum().backward()
     torch.testing.assert_close(posterior.rho.grad[2:5], 2 * once[2:5])
     assert posterior.rho.grad[0] != 0
 
@@ -223,7 +223,7 @@ def test_a_frozen_parameter_gets_no_gradient_and_the_other_its_own(frozen):
     whole, part = random_posterior(), random_posterior()
     getattr(part, frozen).requires_grad_(False)
     for posterior in (whole, part):
-        sum(layer.noise.sum() for layer in posterior.draw().layers).backward()
+        sum(layer.matrix.sum() for layer in posterior.draw().layers).backward()
     other = "eta" if frozen == "rho" else "rho"
     assert getattr(part, frozen).grad is None
     torch.testing.assert_close(getattr(part, other).grad, getattr(whole, other).grad)
@@ -236,9 +236,9 @@ def test_a_draw_without_gradient_is_the_same_draw():
         quiet = one.draw()
     for draw in (two.draw(), three.draw()):
         for a, b in zip(quiet.layers, draw.layers, strict=True):
-            assert torch.equal(a.noise, b.noise)
-    assert not quiet.layers[0].noise.requires_grad
-    assert not three.current.layers[0].noise.requires_grad
+            assert torch.equal(a.matrix, b.matrix)
+    assert not quiet.layers[0].matrix.requires_grad
+    assert not three.current.layers[0].matrix.requires_grad
 
 
 # -- the whole range -----------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_everything_is_finite_and_no_divergence_negative(
             posterior.eta.copy_(torch.linspace(low, high, posterior.eta.numel()).view_as(posterior.eta))
             posterior.eta.mul_(math.log(10.0))
         draw = posterior.draw(batch_size=2)
-        a = torch.cat([part.noise.flatten() for part in draw.layers])
+        a = torch.cat([part.matrix.flatten() for part in draw.layers])
         parts = posterior.regulariser()
         assert a.dtype == parts.loss.dtype == dtype
         assert torch.isfinite(a).all()
@@ -307,7 +307,7 @@ def test_one_component_and_rank_one(covariance, estimator, law):
     parts = posterior.regulariser()
     assert parts.coop == 1
     assert parts.kl_pi >= 0
-    for value in (sum(part.noise.sum() for part in draw.layers), parts.coop + 0 * posterior.eta.sum()):
+    for value in (sum(part.matrix.sum() for part in draw.layers), parts.coop + 0 * posterior.eta.sum()):
         (gradient,) = torch.autograd.grad(value, posterior.eta)
         assert torch.equal(gradient, torch.zeros(2, 1))
 
@@ -315,7 +315,7 @@ def test_one_component_and_rank_one(covariance, estimator, law):
 def test_scale_zero_is_the_mean():
     posterior = AdapterPosterior([LayerShape("a", 2, 3)], [0.0], PosteriorSettings())
     draw = posterior.draw()
-    assert torch.equal(draw.layers[0].noise, torch.zeros(2, 3))
-    gradients = torch.autograd.grad(draw.layers[0].noise.sum(), (posterior.rho, posterior.eta))
+    assert torch.equal(draw.layers[0].matrix, torch.zeros(2, 3))
+    gradients = torch.autograd.grad(draw.layers[0].matrix.sum(), (posterior.rho, posterior.eta))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
     assert posterior.moments()["noise_std"] == 0

@@ -36,7 +36,7 @@ def worker(folder: Path) -> None:
         first: list[torch.Tensor] = []
         model.base_model.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(
             lambda *_, first=first, model=model: first.append(
-                posterior_of(model).current.layers[0].noise.detach().clone()
+                posterior_of(model).current.layers[0].matrix.detach().clone()
             )
         )
         callback = TakesGradients()
@@ -99,7 +99,8 @@ def test_ranks_draw_apart_and_stay_in_step(tmp_path: Path) -> None:
     one, other = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(PROCESSES))
     for name in one:
         assert one[name]["draws"] == other[name]["draws"] == 6, name
-        assert not torch.equal(one[name]["noise"], other[name]["noise"]), name
+        drawn_alike = torch.equal(one[name]["noise"], other[name]["noise"])
+        assert drawn_alike is (name in ("quiet", "checkpointed")), name
         for key, value in one[name]["parameters"].items():
             assert torch.equal(value, other[name]["parameters"][key]), (name, key)
         for mine, theirs in zip(one[name]["gradients"], other[name]["gradients"], strict=True):

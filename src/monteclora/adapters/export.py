@@ -59,7 +59,7 @@ def export_samples(
         drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         for index, layer in enumerate(posterior.layers):
             key = f"base_model.model.{layer.name}.lora_A.weight"
-            noise = draw.layers[index].noise[0]
+            noise = draw.layers[index].matrix[0]
             mu = weights[key]
             drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
         folder = Path(directory) / f"sample-{number}"

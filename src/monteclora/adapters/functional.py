@@ -44,10 +44,13 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
     Raises:
         ConfigError: noise is per example and the examples cannot be told apart in ``x``.
     """
-    x = x.to(mu.dtype)
+    if x.dtype != mu.dtype:
+        x = x.to(mu.dtype)
     # the noise is added before rounding to the dtype of the matmuls
     if draw.sign_in is None or draw.sign_out is None:
-        a = torch.add(mu, draw.noise).to(mu.dtype)
+        a = draw.matrix if draw.has_mean else mu + draw.matrix
+        if a.dtype != mu.dtype:
+            a = a.to(mu.dtype)
         # as matrices throughout: what a layer costs on small batches is the number of its operations
         hidden = torch.mm(x.reshape(-1, x.shape[-1]), a.t())
     else:
@@ -57,7 +60,7 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
                 f"noise='per_example' met a layer input of shape {tuple(x.shape)} in a batch of {batch} examples",
                 "Use noise='shared' for models that regroup their inputs.",
             )
-        rows = draw.noise * draw.sign_out.unsqueeze(-1)
+        rows = draw.matrix * draw.sign_out.unsqueeze(-1)
         a = torch.addcmul(mu.to(rows.dtype), rows, draw.sign_in.unsqueeze(1)).to(mu.dtype)
         hidden = torch.bmm(x.reshape(batch, -1, x.shape[-1]), a.transpose(1, 2)).flatten(0, 1)
     flat = result.reshape(-1, result.shape[-1])
@@ -72,12 +75,12 @@ def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: 
         result: shape (S * B, ..., m).
         mu: shape (r, n).
         weight_b: shape (m, r).
-        draw: the layer's noise, with ``noise`` of shape (S, r, n).
+        draw: the layer's noise, with ``matrix`` of shape (S, r, n).
         scaling: s.
 
     Returns:
         Shape (S * B, ..., m).
     """
-    a = (mu + draw.noise).to(mu.dtype)
-    hidden = x.reshape(draw.noise.shape[0], -1, x.shape[-1]) @ a.transpose(-1, -2)
+    a = (mu + draw.matrix).to(mu.dtype)
+    hidden = x.reshape(draw.matrix.shape[0], -1, x.shape[-1]) @ a.transpose(-1, -2)
     return result + (hidden @ weight_b.t()).view(result.shape) * scaling

@@ -94,9 +94,9 @@ class DrawnLayer(LoraVariant):
         layer = self.slot.current if module.training else self.slot.predictive
         if layer is None or not posterior.enabled:
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
-        if x.device != layer.noise.device:
+        if x.device != layer.matrix.device:
             layer = layer.to(x.device)
-        if layer.noise.dim() == 3:
+        if layer.matrix.dim() == 3:
             output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
         else:
             if not torch.compiler.is_compiling():
@@ -133,17 +133,19 @@ class MonteCLoRATuner(LoraModel):
 
     ``posteriors`` is a module of the ``PeftModel`` around this one, to which this one only refers: peft counts whatever
     is registered here, or in the layers, as adapter weights, and would write it into their file. ``posterior_names``
-    holds the adapters' names in the same order.
+    holds the adapters' names in the same order, ``drawn_layers`` their layers.
     """
 
     posteriors: nn.ModuleList
     posterior_names: list[str]
+    drawn_layers: list[list[LoraLayer]]
     scope: DrawScope
 
     def setup(self) -> None:
         """Initialise what this class adds to a ``LoraModel`` that has just become one of it."""
         self.__dict__["posteriors"] = nn.ModuleList()
         self.posterior_names = []
+        self.drawn_layers = []
         self.scope = DrawScope(self)
 
     def posterior(self, adapter_name: str) -> AdapterPosterior | None:
@@ -166,6 +168,19 @@ class MonteCLoRATuner(LoraModel):
                 drawn.append(posterior)
         return drawn
 
+    def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
+        """mu of a posterior's layers, if it can be added to the noise of all of them at once.
+
+        None if some are elsewhere until their layer runs, as those of sharded and offloaded models are.
+        """
+        index = next(i for i, known in enumerate(self.posteriors) if known is posterior)
+        name, device = self.posterior_names[index], posterior.rho.device
+        means: list[Tensor] = [layer._modules["lora_A"]._modules[name].weight for layer in self.drawn_layers[index]]
+        whole = [mean.shape for mean in means] == [layer[1:] for layer in posterior.layers]
+        if not whole or {*map(type, means)} - {nn.Parameter, Tensor} or {mean.device for mean in means} != {device}:
+            return None
+        return means
+
     def attach(self, adapter_name: str, posterior: AdapterPosterior | None = None) -> None:
         """Give an injected adapter its posterior: a new one at the prior, or one restored from a file.
 
@@ -187,6 +202,7 @@ class MonteCLoRATuner(LoraModel):
         posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         self.posteriors.append(posterior)
         self.posterior_names.append(adapter_name)
+        self.drawn_layers.append([layer for _, layer in layers])
         self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
 
     def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
@@ -265,7 +281,7 @@ class MonteCLoRATuner(LoraModel):
         if adapter_name in self.posterior_names:
             index = self.posterior_names.index(adapter_name)
             del self.posteriors[index]
-            del self.posterior_names[index]
+            del self.posterior_names[index], self.drawn_layers[index]
         if replaced:
             for posterior in self.active_posteriors():
                 posterior.requires_grad_(True)

@@ -28,6 +28,10 @@ class DrawSource(Protocol):
         """Posteriors of the adapters that are active, enabled and not merged."""
         ...
 
+    def means(self, posterior: AdapterPosterior) -> Sequence[Tensor] | None:
+        """Means of a posterior's layers, to be drawn with the noise; None where layers add their own."""
+        ...
+
 
 class PosteriorSampler:
     """What eval-mode forward passes draw while sampling from the posterior is on.
@@ -169,7 +173,7 @@ class DrawScope:
             self._bind_checkpoints()
             with _outside_checkpoints():
                 for posterior in posteriors:
-                    posterior.draw(_rank(), _batch_size(args, kwargs))
+                    posterior.draw(_rank(), _batch_size(args, kwargs), self.source.means(posterior))
         elif self.sampler is not None and self.sampler.resample:
             for posterior in posteriors:
                 posterior.predictive = self.sampler(posterior)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,27 +13,30 @@ from torch.autograd.function import once_differentiable
 from monteclora.posterior import dirichlet
 from monteclora.posterior.layout import Layout
 
-__all__ = ["DifferentiableNoise", "Draw", "LayerDraw", "LayerSlot", "RawDraw", "Repetitions"]
+__all__ = ["DifferentiableDraw", "Differentiation", "Draw", "LayerDraw", "LayerSlot", "RawDraw", "Repetitions"]
 
 
 class LayerDraw(NamedTuple):
-    """One layer's part of a draw; ``A = mu + noise``.
+    """One layer's part of a draw.
 
     Attributes:
-        noise: ``eps ||pi|| L Xi``, shape (r, n), or (S, r, n) for S draws at once. In training it carries the gradient
-            of rho and eta.
+        matrix: ``A``, shape (r, n), or where the layer is to add its mean the noise ``A - mu = eps ||pi|| L Xi``, that
+            in the shape (S, r, n) for S draws at once. In training it carries the gradient of rho, eta and the mean in
+            it.
+        has_mean: whether the mean is in it.
         sign_in: ``u``, shape (B, n), or None where noise is shared by the batch.
         sign_out: ``s``, shape (B, r), or None.
     """
 
-    noise: Tensor
+    matrix: Tensor
+    has_mean: bool = False
     sign_in: Tensor | None = None
     sign_out: Tensor | None = None
 
     def to(self, device: torch.device) -> LayerDraw:
         """The same on another device."""
         signs = (None if sign is None else sign.to(device) for sign in (self.sign_in, self.sign_out))
-        return LayerDraw(self.noise.to(device), *signs)
+        return LayerDraw(self.matrix.to(device), self.has_mean, *signs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +80,11 @@ class LayerSlot:
 
 
 class RawDraw(NamedTuple):
-    """One draw before it is cut into layers: ``noise`` (C,), d log||pi||/d eta (L, N), and what :class:`Draw` has."""
+    """One draw without gradient: A or noise of all layers, flat (C,) and by layer (r, n), d log||pi||/d eta (L, N) and
+    what :class:`Draw` has."""
 
-    noise: Tensor
+    cells: Tensor
+    blocks: list[Tensor]
     log_norm_grad: Tensor | None
     row_scale: Tensor
     squared_norm: Tensor
@@ -114,39 +120,71 @@ class Repetitions:
             )
 
 
-class DifferentiableNoise(torch.autograd.Function):
-    """Cut drawn noise into layers and give it its gradient: rows are proportional to ``exp(rho)`` and ``||pi||(eta)``.
+@dataclass(frozen=True, eq=False)
+class Differentiation:
+    """What the backward pass of a draw needs.
 
-    A row's scalar product with its gradient is therefore the gradient of rho, for all layers at once. What the backward
-    pass needs is kept outside autograd's saved tensors: the node may be passed through as often as reentrant activation
-    checkpointing does.
+    Attributes:
+        layout: of ``cells``.
+        row_order: leads from the layers' rows to the layout's, shape (R,).
+        ranks: of the layers, shape (L,).
+        cells: what the layers were given, shape (C,).
+        log_norm_grad: d log||pi|| / d eta, shape (L, N); None where neither rho nor eta has a gradient.
+        means: in ``cells``; None where layers add their own.
+        versions: of the means.
+        index: the draw's number.
+        repetitions: of layers in the backward pass.
+    """
+
+    layout: Layout
+    row_order: Tensor
+    ranks: Tensor
+    cells: Tensor
+    log_norm_grad: Tensor | None
+    means: Sequence[Tensor] | None
+    versions: list[int]
+    index: int
+    repetitions: Repetitions
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """Those of rho (R,) and eta (L, N) from those of the layers' parts.
+
+        Raises:
+            RuntimeError: layers were repeated under other draws, or means changed since the draw was made.
+        """
+        self.repetitions.check(self.index)
+        if self.log_norm_grad is None:
+            return None, None
+        if self.means is not None and self.versions != [mean._version for mean in self.means]:
+            raise RuntimeError(
+                "lora_A was modified in place between the draw of its noise and the backward pass: run the backward "
+                "pass before the optimiser's step, and layers within a forward pass of the whole model"
+            )
+        products = self.layout.row_products(grads, self.cells, self.means)
+        of_rows = torch.empty_like(products).index_copy_(0, self.row_order, products)
+        of_layers = torch.segment_reduce(of_rows, "sum", lengths=self.ranks)
+        return of_rows, self.log_norm_grad * of_layers.unsqueeze(-1)
+
+
+class DifferentiableDraw(torch.autograd.Function):
+    """Cut a draw into layers and give it its gradient: noise is proportional to ``exp(rho)`` and ``||pi||(eta)``.
+
+    The scalar product of a row's noise with its gradient is therefore the gradient of rho, for all layers at once. What
+    the backward pass needs is kept outside autograd's saved tensors: the node may be passed through as often as
+    reentrant activation checkpointing does.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rho: Tensor,
-        eta: Tensor,
-        raw: RawDraw,
-        layout: Layout,
-        row_order: Tensor,
-        ranks: Tensor,
-        index: int,
-        repetitions: Repetitions,
+        ctx: Any, known: Differentiation, blocks: Sequence[Tensor], rho: Tensor, eta: Tensor, *means: Tensor
     ) -> tuple[Tensor, ...]:
-        """The layers' parts of ``raw.noise``, each of shape (r, n)."""
+        """``blocks``, the layers' parts of the cells, each of shape (r, n)."""
         ctx.set_materialize_grads(False)
-        ctx.known = raw.noise, raw.log_norm_grad, layout, row_order, ranks
-        ctx.index, ctx.repetitions = index, repetitions
-        return tuple(layout.blocks(raw.noise))
+        ctx.known, ctx.has_means = known, bool(means)
+        return tuple(blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of rho (R,) and eta (L, N) from those of the layers' noise, None for layers without one."""
-        ctx.repetitions.check(ctx.index)
-        noise, log_norm_grad, layout, row_order, ranks = ctx.known
-        products = layout.row_products(grads, noise)
-        of_rows = torch.empty_like(products).index_copy_(0, row_order, products)
-        of_layers = torch.segment_reduce(of_rows, "sum", lengths=ranks)
-        return of_rows, log_norm_grad * of_layers.unsqueeze(-1), *[None] * 6
+        """The gradients of rho, eta and the means from those of the parts, None for layers without one."""
+        return None, None, *ctx.known.gradients(grads), *(grads if ctx.has_means else ())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LayerShape", "Layout"]
+__all__ = ["LIMIT", "LayerShape", "Layout", "Matrix"]
 
 
 class LayerShape(NamedTuple):
@@ -19,8 +20,12 @@ class LayerShape(NamedTuple):
     in_features: int
 
 
-class _Width(NamedTuple):
-    """The layers of one width: their numbers, their rows and cells in the order of the layout."""
+# cells of a matrix of several layers: as many as temporary copies may take
+LIMIT = 1 << 20
+
+
+class Matrix(NamedTuple):
+    """Layers of one width: their numbers, their rows and cells in the order of the layout."""
 
     in_features: int
     layers: tuple[int, ...]
@@ -31,72 +36,84 @@ class _Width(NamedTuple):
 class Layout:
     """The noise of all layers in one flat buffer of C = sum of r x n cells, R = sum of r rows.
 
-    Layers of one width lie side by side, in their own order: the rows of each width are one matrix, which a handful of
-    operations scale and reduce, however many layers there are.
+    Layers of one width lie side by side, in their own order: their rows are a matrix, which a handful of operations
+    draw, scale and reduce, however many layers there are.
 
     Args:
         layers: in a fixed order. Rows elsewhere follow it; ``row_order`` leads from there to here.
+        limit: cells of a matrix of several layers.
     """
 
-    def __init__(self, layers: Sequence[LayerShape]) -> None:
+    def __init__(self, layers: Sequence[LayerShape], limit: int = LIMIT) -> None:
         self.ranks = [layer.rank for layer in layers]
         self.cells = 0
         self.row_order: list[int] = []
-        self._widths: list[_Width] = []
-        first_rows = [sum(self.ranks[:i]) for i in range(len(layers))]
-        for n in dict.fromkeys(layer.in_features for layer in layers):
-            members = tuple(i for i, layer in enumerate(layers) if layer.in_features == n)
-            first_row, first_cell = len(self.row_order), self.cells
+        self.matrices: list[Matrix] = []
+        first_rows = [0, *accumulate(self.ranks)]
+        for members in _grouped(layers, limit):
+            first_row, first_cell, n = len(self.row_order), self.cells, layers[members[0]].in_features
             for i in members:
-                self.row_order += range(first_rows[i], first_rows[i] + self.ranks[i])
+                self.row_order += range(first_rows[i], first_rows[i + 1])
             rows = slice(first_row, len(self.row_order))
             self.cells += n * (rows.stop - rows.start)
-            self._widths.append(_Width(n, members, rows, slice(first_cell, self.cells)))
+            self.matrices.append(Matrix(n, members, rows, slice(first_cell, self.cells)))
 
-    def _matrix(self, flat: Tensor, width: _Width) -> Tensor:
-        return flat[..., width.cells].unflatten(-1, (-1, width.in_features))
+    def rows_of(self, flat: Tensor, matrix: Matrix) -> Tensor:
+        """A matrix in ``flat``, shape (..., C): a view of shape (..., rows, n)."""
+        return flat[..., matrix.cells].unflatten(-1, (-1, matrix.in_features))
 
-    def scale_rows(self, flat: Tensor, scale: Tensor) -> None:
-        """Multiply every row by its number, in place.
-
-        Args:
-            flat: shape (C,).
-            scale: shape (R,), in the order of the layout.
-        """
-        for width in self._widths:
-            self._matrix(flat, width).mul_(scale[width.rows].unsqueeze(-1))
+    def blocks_of(self, rows: Tensor, matrix: Matrix) -> tuple[Tensor, ...]:
+        """The matrices of its layers, in their own order: views of shape (..., r, n)."""
+        return rows.split([self.ranks[i] for i in matrix.layers], -2)
 
     def blocks(self, flat: Tensor) -> list[Tensor]:
         """The layers' parts of ``flat``, shape (..., C), in the layers' order: views of shape (..., r, n)."""
         found: dict[int, Tensor] = {}
-        for width in self._widths:
-            parts = self._matrix(flat, width).split([self.ranks[i] for i in width.layers], -2)
-            found.update(zip(width.layers, parts, strict=True))
+        for matrix in self.matrices:
+            found.update(zip(matrix.layers, self.blocks_of(self.rows_of(flat, matrix), matrix), strict=True))
         return [found[i] for i in range(len(self.ranks))]
 
-    def row_products(self, blocks: Sequence[Tensor | None], flat: Tensor) -> Tensor:
-        """Scalar product of every row with the same row of ``flat``.
+    def row_products(
+        self, blocks: Sequence[Tensor | None], flat: Tensor, means: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Scalar product of every row with the same row of ``flat``, or of its distance from the means.
 
         Args:
             blocks: each layer's matrix, shape (r, n), in the layers' order; None stands for zeros.
             flat: shape (C,).
+            means: each layer's mean, shape (r, n), which ``flat`` contains.
 
         Returns:
             Shape (R,), in the order of the layout.
         """
-        return torch.cat([self._products([blocks[i] for i in w.layers], flat, w) for w in self._widths])
+        return torch.cat([self._products(blocks, flat, means, matrix) for matrix in self.matrices])
 
-    def _products(self, blocks: Sequence[Tensor | None], flat: Tensor, width: _Width) -> Tensor:
-        matrix = self._matrix(flat, width)
-        given = [block for block in blocks if block is not None]
-        if len(given) == len(blocks):
-            return torch.cat(given).mul_(matrix).sum(-1)
+    def _products(
+        self, blocks: Sequence[Tensor | None], flat: Tensor, means: Sequence[Tensor] | None, matrix: Matrix
+    ) -> Tensor:
+        rows = self.rows_of(flat, matrix)
+        given = [blocks[i] for i in matrix.layers if blocks[i] is not None]
+        if len(given) == len(matrix.layers):
+            noise = rows if means is None else rows - torch.cat([means[i] for i in matrix.layers])
+            return torch.cat(given).mul_(noise).sum(-1)
         # with reentrant checkpointing the gradients come block by block, and the others' cells are not to be touched
-        products = flat.new_zeros(matrix.shape[0])
-        row = 0
-        for number, block in zip(width.layers, blocks, strict=True):
-            rows = slice(row, row + self.ranks[number])
+        products = flat.new_zeros(len(rows), 1)
+        parts = zip(matrix.layers, self.blocks_of(rows, matrix), self.blocks_of(products, matrix), strict=True)
+        for i, part, product in parts:
+            block = blocks[i]
             if block is not None:
-                products[rows] = (block * matrix[rows]).sum(-1)
-            row = rows.stop
-        return products
+                product.copy_((block * (part if means is None else part - means[i])).sum(-1, keepdim=True))
+        return products.squeeze(-1)
+
+
+def _grouped(layers: Sequence[LayerShape], limit: int) -> Iterator[tuple[int, ...]]:
+    """Numbers of layers of one width, no more at once than the limit allows."""
+    for n in dict.fromkeys(layer.in_features for layer in layers):
+        members: list[int] = []
+        for i, layer in enumerate(layers):
+            if layer.in_features == n:
+                if members and n * sum(layers[j].rank for j in (*members, i)) > limit:
+                    yield tuple(members)
+                    members = []
+                members.append(i)
+        yield tuple(members)

@@ -8,17 +8,13 @@ run is the uninterrupted run, and nothing outside (dropout, data order, initial 
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 
 import torch
-from torch import Tensor
 
-__all__ = ["Kind", "generator", "normal"]
+__all__ = ["Kind", "generator"]
 
 _MASK = 0xFFFFFFFF
-# parts of a large draw of normals that are drawn side by side, and the fewest numbers worth it
-PARTS, WORTHWHILE = 8, 1 << 18
 
 
 class Kind(IntEnum):
@@ -46,19 +42,18 @@ def _mix(value: int) -> int:
 
 
 def generator(
-    seed: int, rank: int, draw: int, kind: Kind, device: torch.device, *, posterior_sample: bool = False, part: int = 0
+    seed: int, rank: int, draw: int, kind: Kind, device: torch.device, *, posterior_sample: bool = False
 ) -> torch.Generator:
     """The generator of one draw.
 
     Args:
         seed: the stream.
         rank: the process; every one draws its own noise.
-        draw: counts the training forwards, from 0. Within 2**26 draws no two generators of one (seed, rank) share a
-            seed, whatever their kinds, uses and parts.
+        draw: counts the training forwards, from 0. Within 2**29 draws no two generators of one (seed, rank) share a
+            seed, whatever their kinds and uses.
         kind: what is drawn.
         device: where.
         posterior_sample: True for the streams of prediction, which never meet those of training.
-        part: which of up to 8 parts of what is drawn.
 
     Returns:
         A fresh ``torch.Generator``; the global generators are neither read nor changed.
@@ -66,47 +61,8 @@ def generator(
     low, high = _key(seed, rank)
     # torch's CPU generator takes the lower 32 bits only: a bijection of all that tells the generators of a stream apart
     # keeps them apart there, where a hash would repeat one within some ten thousand steps
-    counter = draw << 6 | part << 3 | kind << 1 | posterior_sample
+    counter = draw << 3 | kind << 1 | posterior_sample
     word = high << 32 | _mix((counter ^ low) & _MASK)
     result = torch.Generator(device=device)
     result.manual_seed(word)
-    return result
-
-
-def normal(count: int, like: Tensor, seed: int, rank: int, draw: int, *, posterior_sample: bool = False) -> Tensor:
-    """Standard normal numbers of the stream.
-
-    The CPU's generator is serial. There, a large draw is made of parts with generators of their own, by as many threads
-    as torch may use; which numbers are drawn does not depend on how many those are.
-
-    Args:
-        count: how many.
-        like: gives dtype and device.
-        seed: the stream; this and the others as for :func:`generator`.
-        rank: the process.
-        draw: the draw's number.
-        posterior_sample: True for the streams of prediction.
-
-    Returns:
-        Shape (count,).
-    """
-    result = torch.empty(count, dtype=like.dtype, device=like.device)
-    parts = PARTS if like.device.type == "cpu" and count >= WORTHWHILE else 1
-    inference = torch.is_inference_mode_enabled()
-
-    def fill(part: int, cells: Tensor) -> None:
-        stream = generator(seed, rank, draw, Kind.NORMAL, like.device, posterior_sample=posterior_sample, part=part)
-        # modes belong to a thread
-        with torch.inference_mode(inference), torch.no_grad():
-            cells.normal_(generator=stream)
-
-    pieces = result.tensor_split(parts)
-    workers = min(parts, torch.get_num_threads())
-    if workers == 1:
-        for part, cells in enumerate(pieces):
-            fill(part, cells)
-    else:
-        # threads of this draw alone: a pool that lasts would not survive a fork
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fill, range(parts), pieces))
     return result

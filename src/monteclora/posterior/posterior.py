@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from monteclora.errors import ConfigError
 from monteclora.posterior import dirichlet, mixture, noise, wishart
-from monteclora.posterior.draws import DifferentiableNoise, Draw, LayerDraw, LayerSlot, RawDraw, Repetitions
+from monteclora.posterior.draws import (
+    DifferentiableDraw,
+    Differentiation,
+    Draw,
+    LayerDraw,
+    LayerSlot,
+    RawDraw,
+    Repetitions,
+)
 from monteclora.posterior.layout import LayerShape, Layout
 
 Estimator = Literal["expected", "sampled"]
@@ -140,7 +148,7 @@ class AdapterPosterior(nn.Module):
         self._set_constants()
 
     def _set_constants(self) -> None:
-        """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, and its layer's number."""
+        """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, its layer's number and its place."""
         s = self.settings
         factory: dict[str, Any] = {"dtype": self.rho.dtype, "device": self.rho.device}
         nu: list[float] = []
@@ -208,12 +216,14 @@ class AdapterPosterior(nn.Module):
         for index, slot in enumerate(self.slots):
             slot.predictive = None if draw is None else draw.layers[index]
 
-    def draw(self, rank: int = 0, batch_size: int | None = None) -> Draw:
+    def draw(self, rank: int = 0, batch_size: int | None = None, means: Sequence[Tensor] | None = None) -> Draw:
         """The next training draw: made from the counter, which it advances, and kept as ``current``.
 
         Args:
             rank: the process.
             batch_size: examples in the batch; used where noise is per example.
+            means: mu of every layer, shape (r, n), on this device: layers are then given A. It takes the place of the
+                noise, and the gradient of mu is that of A. Not where noise is per example, and A one for each.
 
         Raises:
             ConfigError: noise is per example and the batch size is unknown.
@@ -226,15 +236,13 @@ class AdapterPosterior(nn.Module):
                     "Call the model with input_ids or inputs_embeds, or set noise='shared'.",
                 )
             signs = self._signs(rank, batch_size)
+            means = None
         trainable = torch.is_grad_enabled() and (self.rho.requires_grad or self.eta.requires_grad)
-        raw = self._raw(self.seed, rank, self.draws, differentiable=trainable)
-        if trainable:
-            known = self._layout, self._row_order, self._ranks, self.draws, self._repetitions
-            blocks = DifferentiableNoise.apply(self.rho, self.eta, raw, *known)
-        else:
-            blocks = self._layout.blocks(raw.noise)
-        parts = zip(blocks, *signs, strict=True) if signs else zip(blocks, strict=True)
-        draw = Draw(self.draws, tuple(LayerDraw(*part) for part in parts), 0, *raw[2:])
+        raw = self._raw(self.seed, rank, self.draws, means=means, differentiable=trainable)
+        blocks = self._differentiable(raw, means)
+        parts = zip(*signs, strict=True) if signs else [(None, None)] * len(self.layers)
+        layers = tuple(LayerDraw(block, means is not None, *part) for block, part in zip(blocks, parts, strict=True))
+        draw = Draw(self.draws, layers, 0, *raw[3:])
         self._repetitions.indices.clear()
         self.draws += 1
         self.current = draw
@@ -250,7 +258,7 @@ class AdapterPosterior(nn.Module):
         """
         if self.repeating or self.current is None or torch._C._current_graph_task_id() == -1:
             return
-        if torch.is_grad_enabled() and not layer.noise.requires_grad:
+        if torch.is_grad_enabled() and not layer.matrix.requires_grad:
             raise RuntimeError(
                 "activation checkpointing recomputes a layer whose rho and eta are frozen: checkpoint through the "
                 "model's gradient_checkpointing_enable()"
@@ -267,34 +275,62 @@ class AdapterPosterior(nn.Module):
                 its first dimension.
         """
         raws = [self._raw(seed, 0, first + s, posterior_sample=True) for s in range(count)]
-        blocks = self._layout.blocks(torch.stack([raw.noise for raw in raws]))
+        blocks = self._layout.blocks(torch.stack([raw.cells for raw in raws]))
         row_scale = torch.stack([raw.row_scale for raw in raws])
-        return Draw(first, tuple(LayerDraw(block) for block in blocks), count, row_scale, *raws[0][3:])
+        return Draw(first, tuple(LayerDraw(block) for block in blocks), count, row_scale, *raws[0][4:])
+
+    def _differentiable(self, raw: RawDraw, means: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """The layers' parts of a training draw, with gradient where anything has one."""
+        inputs = (self.rho, self.eta, *(means or ()))
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+            return raw.blocks
+        known = Differentiation(
+            layout=self._layout,
+            row_order=self._row_order,
+            ranks=self._ranks,
+            cells=raw.cells,
+            log_norm_grad=raw.log_norm_grad,
+            means=means,
+            versions=[mean._version for mean in means or ()],
+            index=self.draws,
+            repetitions=self._repetitions,
+        )
+        parts: tuple[Tensor, ...] = DifferentiableDraw.apply(known, raw.blocks, *inputs)
+        return parts
 
     @torch.no_grad()
     def _raw(
-        self, seed: int, rank: int, index: int, *, posterior_sample: bool = False, differentiable: bool = False
+        self,
+        seed: int,
+        rank: int,
+        index: int,
+        *,
+        means: Sequence[Tensor] | None = None,
+        posterior_sample: bool = False,
+        differentiable: bool = False,
     ) -> RawDraw:
         rho, eta, s = self.rho, self.eta, self.settings
 
         def generator(kind: noise.Kind) -> torch.Generator:
             return noise.generator(seed, rank, index, kind, rho.device, posterior_sample=posterior_sample)
 
-        cells = noise.normal(self._layout.cells, rho, seed, rank, index, posterior_sample=posterior_sample)
+        factors: list[Tensor] | None = None
         ratio = self._c / self._nu
         if s.covariance == "diagonal":
             row_squared_norm = ratio * wishart.raw_chi_square(self._nu, generator(noise.Kind.WISHART))
             row_log_determinant, root = row_squared_norm.log(), row_squared_norm.sqrt()
         else:
-            squared, diagonal = self._correlate(cells, generator(noise.Kind.WISHART))
-            row_squared_norm, row_log_determinant, root = ratio * squared, (ratio * diagonal).log(), ratio.sqrt()
+            factors = self._factors(generator(noise.Kind.WISHART))
+            row_squared_norm = ratio * torch.cat([t.square().sum(-1) for t in factors])
+            row_log_determinant, root = (ratio * torch.cat([t.diag().square() for t in factors])).log(), ratio.sqrt()
         weights = dirichlet.raw(eta, s.dirichlet, generator(noise.Kind.DIRICHLET))
         log_norm, log_norm_grad = self._log_norm(weights, differentiable)
         norm = (self.scale * log_norm.exp()).to(rho.dtype)
         row_scale = norm[self._layer_of_row] * rho.exp() * root
-        self._layout.scale_rows(cells, row_scale[self._row_order])
+        cells, blocks = self._fill(generator(noise.Kind.NORMAL), row_scale, factors, means)
         return RawDraw(
-            noise=cells,
+            cells=cells,
+            blocks=blocks,
             log_norm_grad=log_norm_grad,
             row_scale=row_scale,
             squared_norm=(2.0 * log_norm).exp(),
@@ -313,22 +349,39 @@ class AdapterPosterior(nn.Module):
             (grad,) = torch.autograd.grad(log_norm.sum(), eta)
         return log_norm.detach(), grad
 
-    def _correlate(self, cells: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Full covariance: put ``T Xi`` in the place of ``Xi``; gives ``||T_i||^2`` and ``T_ii^2``, each (R,)."""
-        factors: dict[int, Iterator[tuple[Tensor, Tensor, Tensor]]] = {}
-        for rank, count in Counter(layer.rank for layer in self.layers).items():
+    def _factors(self, generator: torch.Generator) -> list[Tensor]:
+        """Full covariance: T of every layer, shape (r, r)."""
+        drawn: dict[int, Iterator[Tensor]] = {}
+        for rank, count in Counter(self._layout.ranks).items():
             dof = self.settings.degrees_of_freedom or float(rank)
-            t = wishart.raw_bartlett(dof, rank, count, self.rho, generator)
-            factors[rank] = zip(t, t.square().sum(-1), t.diagonal(dim1=-2, dim2=-1).square(), strict=True)
-        squared, diagonal = [], []
-        # autocast would round the noise to the precision of the model's matmuls
-        with torch.autocast(cells.device.type, enabled=False):
-            for rank, block in zip(self._layout.ranks, self._layout.blocks(cells), strict=True):
-                factor, row_squared, row_diagonal = next(factors[rank])
-                block.copy_(factor @ block)
-                squared.append(row_squared)
-                diagonal.append(row_diagonal)
-        return torch.cat(squared), torch.cat(diagonal)
+            drawn[rank] = iter(wishart.raw_bartlett(dof, rank, count, self.rho, generator))
+        return [next(drawn[rank]) for rank in self._layout.ranks]
+
+    def _fill(
+        self,
+        generator: torch.Generator,
+        row_scale: Tensor,
+        factors: Sequence[Tensor] | None,
+        means: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``[mu +] row_scale [T] Xi``, flat and by layer."""
+        layout = self._layout
+        cells = torch.empty(layout.cells, dtype=self.rho.dtype, device=self.rho.device)
+        scale = row_scale[self._row_order].unsqueeze(-1)
+        found: dict[int, Tensor] = {}
+        for matrix in layout.matrices:
+            rows = layout.rows_of(cells, matrix).normal_(generator=generator)
+            blocks = layout.blocks_of(rows, matrix)
+            if factors is not None:
+                # autocast would round the noise to the precision of the model's matmuls
+                with torch.autocast(cells.device.type, enabled=False):
+                    for i, block in zip(matrix.layers, blocks, strict=True):
+                        block.copy_(factors[i] @ block)
+            rows.mul_(scale[matrix.rows])
+            if means is not None:
+                torch._foreach_add_(blocks, [means[i] for i in matrix.layers])
+            found.update(zip(matrix.layers, blocks, strict=True))
+        return cells, [found[i] for i in range(len(self.layers))]
 
     def _signs(self, rank: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
