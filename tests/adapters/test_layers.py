@@ -29,6 +29,7 @@ from tests.models import (
     llama,
     perceptron,
     posterior_of,
+    relative_difference,
     same_global_generators,
     stir,
     t5,
@@ -539,3 +540,33 @@ def test_encoder_decoder_draws_once_for_both_stacks() -> None:
     model.eval()
     generated = model.generate(input_ids=tokens(2, 5), max_new_tokens=4, do_sample=False)
     assert generated.shape[0] == 2
+
+
+class Elsewhere(nn.Parameter):
+    """A parameter of another kind, as sharded models have them."""
+
+
+@pytest.mark.parametrize("kind", ["kind", "shape", "device"])
+def test_means_that_are_elsewhere_until_their_layer_runs_are_added_there(kind: str) -> None:
+    """As in sharded and offloaded models; the function is the same."""
+    model, expected = wrapped(llama), wrapped(llama)
+    module = model.base_model.model.model.layers[1].self_attn.v_proj.lora_A["default"]
+    here, there = (
+        module.weight,
+        {
+            "kind": Elsewhere(module.weight.detach()),
+            "shape": nn.Parameter(torch.empty(0)),
+            "device": nn.Parameter(module.weight.detach().to("meta")),
+        }[kind],
+    )
+    tuner = model.base_model
+    assert tuner.means(posterior_of(model)) is not None
+    module.weight = there
+    assert tuner.means(posterior_of(model)) is None
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    layer.register_forward_pre_hook(lambda *_: setattr(module, "weight", here))
+    for one in (model, expected):
+        (one(**batch_for(llama)).loss + variational_loss(one)).backward()
+    assert not any(part.has_mean for part in posterior_of(model).current.layers)
+    assert all(part.has_mean for part in posterior_of(expected).current.layers)
+    assert relative_difference(gradients(expected), gradients(model)) < 1e-6

@@ -162,9 +162,16 @@ def test_signs_are_fair_and_independent():
     assert_mean((each[:-1] * each[1:]).flatten(0, 1), 0.0, "the same example in the next batch")
 
 
-@pytest.mark.parametrize("batch_size", [0, 1, 3, 17])
+@pytest.mark.parametrize("batch_size", [0, 2, 3, 17])
 def test_signs_of_any_batch_size(batch_size):
     draw = random_posterior(per_example=True).draw(batch_size=batch_size)
     for part in draw.layers:
         assert part.sign_in.shape == (batch_size, part.matrix.shape[1])
         assert part.sign_out.shape == (batch_size, part.matrix.shape[0])
+
+
+def test_a_single_example_needs_no_signs():
+    draw, shared = random_posterior(per_example=True).draw(batch_size=1), random_posterior().draw()
+    for part, other in zip(draw.layers, shared.layers, strict=True):
+        assert part.sign_in is part.sign_out is None
+        assert torch.equal(part.matrix, other.matrix)

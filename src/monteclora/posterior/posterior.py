@@ -223,7 +223,7 @@ class AdapterPosterior(nn.Module):
             rank: the process.
             batch_size: examples in the batch; used where noise is per example.
             means: mu of every layer, shape (r, n), on this device: layers are then given A. It takes the place of the
-                noise, and the gradient of mu is that of A. Not where noise is per example, and A one for each.
+                noise, and the gradient of mu is that of A. Not used where every example has an A of its own.
 
         Raises:
             ConfigError: noise is per example and the batch size is unknown.
@@ -235,8 +235,9 @@ class AdapterPosterior(nn.Module):
                     "noise='per_example' needs the number of examples, and the model was called without a tensor",
                     "Call the model with input_ids or inputs_embeds, or set noise='shared'.",
                 )
-            signs = self._signs(rank, batch_size)
-            means = None
+            # of a single example they would turn the draw into another one of the same law
+            if batch_size != 1:
+                signs, means = self._signs(rank, batch_size), None
         trainable = torch.is_grad_enabled() and (self.rho.requires_grad or self.eta.requires_grad)
         raw = self._raw(self.seed, rank, self.draws, means=means, differentiable=trainable)
         blocks = self._differentiable(raw, means)
