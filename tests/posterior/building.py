@@ -102,12 +102,8 @@ def stacked_noise(draw: Draw, every: slice = slice(None)) -> np.ndarray:
 
 
 def raw_normals(posterior: AdapterPosterior, generator: torch.Generator) -> Tensor:
-    """The standard normal numbers of a draw, flat, in the posterior's layout."""
-    layout = posterior._layout
-    cells = posterior.rho.new_empty(layout.cells)
-    for matrix in layout.matrices:
-        layout.rows_of(cells, matrix).normal_(generator=generator)
-    return cells.detach()
+    """The standard normal numbers of a draw, flat."""
+    return posterior.rho.detach().new_empty(posterior._layout.cells).normal_(generator=generator)
 
 
 def row_scales(posterior: AdapterPosterior, draw: Draw) -> list[Tensor]:

@@ -22,7 +22,7 @@ VARIANTS: list[dict[str, Any]] = [
     for law in ("exact", "laplace")
     for per_example in (False, True)
 ]
-CONSTANTS = ("_nu", "_c", "_log_determinant", "_ranks", "_layer_of_row", "_row_order")
+CONSTANTS = ("_nu", "_c", "_log_determinant", "_ranks", "_layer_of_row")
 
 
 def tensors(draw: Draw) -> list[Tensor]:

@@ -56,9 +56,7 @@ def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Ge
         return Raw(normal, None, None)
     shape = eta.exp() + 1.0
     gamma = torch._standard_gamma(shape, generator=generator)
-    # by inversion: several times as fast as exponential_, and a zero is as good as the next number
-    uniform = torch.rand(shape.shape, dtype=eta.dtype, device=eta.device, generator=generator)
-    exponential = torch.log1p(-uniform).neg_()
+    exponential = torch.empty_like(shape).exponential_(generator=generator)
     return Raw(gamma, torch._standard_gamma_grad(shape, gamma), exponential)
 
 

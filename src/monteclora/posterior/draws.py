@@ -126,7 +126,6 @@ class Differentiation:
 
     Attributes:
         layout: of ``cells``.
-        row_order: leads from the layers' rows to the layout's, shape (R,).
         ranks: of the layers, shape (L,).
         cells: what the layers were given, shape (C,).
         log_norm_grad: d log||pi|| / d eta, shape (L, N); None where neither rho nor eta has a gradient.
@@ -137,7 +136,6 @@ class Differentiation:
     """
 
     layout: Layout
-    row_order: Tensor
     ranks: Tensor
     cells: Tensor
     log_norm_grad: Tensor | None
@@ -160,8 +158,7 @@ class Differentiation:
                 "lora_A was modified in place between the draw of its noise and the backward pass: run the backward "
                 "pass before the optimiser's step, and layers within a forward pass of the whole model"
             )
-        products = self.layout.row_products(grads, self.cells, self.means)
-        of_rows = torch.empty_like(products).index_copy_(0, self.row_order, products)
+        of_rows = self.layout.row_products(grads, self.cells, self.means)
         of_layers = torch.segment_reduce(of_rows, "sum", lengths=self.ranks)
         return of_rows, self.log_norm_grad * of_layers.unsqueeze(-1)
 

@@ -25,7 +25,7 @@ LIMIT = 1 << 20
 
 
 class Matrix(NamedTuple):
-    """Layers of one width: their numbers, their rows and cells in the order of the layout."""
+    """Neighbouring layers of one width: their numbers, their rows and their cells."""
 
     in_features: int
     layers: tuple[int, ...]
@@ -36,42 +36,36 @@ class Matrix(NamedTuple):
 class Layout:
     """The noise of all layers in one flat buffer of C = sum of r x n cells, R = sum of r rows.
 
-    Layers of one width lie side by side, in their own order: their rows are a matrix, which a handful of operations
-    draw, scale and reduce, however many layers there are.
+    Neighbouring layers of one width, as all that read the hidden state are, make up a matrix: a handful of operations
+    scale and reduce its rows.
 
     Args:
-        layers: in a fixed order. Rows elsewhere follow it; ``row_order`` leads from there to here.
+        layers: in the order of the buffer.
         limit: cells of a matrix of several layers.
     """
 
     def __init__(self, layers: Sequence[LayerShape], limit: int = LIMIT) -> None:
         self.ranks = [layer.rank for layer in layers]
         self.cells = 0
-        self.row_order: list[int] = []
         self.matrices: list[Matrix] = []
         first_rows = [0, *accumulate(self.ranks)]
         for members in _grouped(layers, limit):
-            first_row, first_cell, n = len(self.row_order), self.cells, layers[members[0]].in_features
-            for i in members:
-                self.row_order += range(first_rows[i], first_rows[i + 1])
-            rows = slice(first_row, len(self.row_order))
-            self.cells += n * (rows.stop - rows.start)
-            self.matrices.append(Matrix(n, members, rows, slice(first_cell, self.cells)))
+            n, rows = layers[members[0]].in_features, slice(first_rows[members[0]], first_rows[members[-1] + 1])
+            cells = slice(self.cells, self.cells + n * (rows.stop - rows.start))
+            self.matrices.append(Matrix(n, members, rows, cells))
+            self.cells = cells.stop
 
     def rows_of(self, flat: Tensor, matrix: Matrix) -> Tensor:
         """A matrix in ``flat``, shape (..., C): a view of shape (..., rows, n)."""
         return flat[..., matrix.cells].unflatten(-1, (-1, matrix.in_features))
 
     def blocks_of(self, rows: Tensor, matrix: Matrix) -> tuple[Tensor, ...]:
-        """The matrices of its layers, in their own order: views of shape (..., r, n)."""
+        """Its layers' matrices: views of shape (..., r, n)."""
         return rows.split([self.ranks[i] for i in matrix.layers], -2)
 
     def blocks(self, flat: Tensor) -> list[Tensor]:
-        """The layers' parts of ``flat``, shape (..., C), in the layers' order: views of shape (..., r, n)."""
-        found: dict[int, Tensor] = {}
-        for matrix in self.matrices:
-            found.update(zip(matrix.layers, self.blocks_of(self.rows_of(flat, matrix), matrix), strict=True))
-        return [found[i] for i in range(len(self.ranks))]
+        """The layers' parts of ``flat``, shape (..., C): views of shape (..., r, n)."""
+        return [block for matrix in self.matrices for block in self.blocks_of(self.rows_of(flat, matrix), matrix)]
 
     def row_products(
         self, blocks: Sequence[Tensor | None], flat: Tensor, means: Sequence[Tensor] | None = None
@@ -79,12 +73,12 @@ class Layout:
         """Scalar product of every row with the same row of ``flat``, or of its distance from the means.
 
         Args:
-            blocks: each layer's matrix, shape (r, n), in the layers' order; None stands for zeros.
+            blocks: each layer's matrix, shape (r, n); None stands for zeros.
             flat: shape (C,).
             means: each layer's mean, shape (r, n), which ``flat`` contains.
 
         Returns:
-            Shape (R,), in the order of the layout.
+            Shape (R,).
         """
         return torch.cat([self._products(blocks, flat, means, matrix) for matrix in self.matrices])
 
@@ -107,13 +101,14 @@ class Layout:
 
 
 def _grouped(layers: Sequence[LayerShape], limit: int) -> Iterator[tuple[int, ...]]:
-    """Numbers of layers of one width, no more at once than the limit allows."""
-    for n in dict.fromkeys(layer.in_features for layer in layers):
-        members: list[int] = []
-        for i, layer in enumerate(layers):
-            if layer.in_features == n:
-                if members and n * sum(layers[j].rank for j in (*members, i)) > limit:
-                    yield tuple(members)
-                    members = []
-                members.append(i)
-        yield tuple(members)
+    """Numbers of neighbouring layers of one width, no more at once than the limit allows."""
+    members: list[int] = []
+    cells = 0
+    for i, layer in enumerate(layers):
+        size = layer.rank * layer.in_features
+        if members and (layer.in_features != layers[members[0]].in_features or cells + size > limit):
+            yield tuple(members)
+            members, cells = [], 0
+        members.append(i)
+        cells += size
+    yield tuple(members)

@@ -116,7 +116,6 @@ class AdapterPosterior(nn.Module):
     _log_determinant: Tensor
     _ranks: Tensor
     _layer_of_row: Tensor
-    _row_order: Tensor
 
     def __init__(
         self,
@@ -148,7 +147,7 @@ class AdapterPosterior(nn.Module):
         self._set_constants()
 
     def _set_constants(self) -> None:
-        """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, its layer's number and its place."""
+        """What each row needs and nothing changes: nu, c, E[log|Sigma|] - 2 rho, its layer's number."""
         s = self.settings
         factory: dict[str, Any] = {"dtype": self.rho.dtype, "device": self.rho.device}
         nu: list[float] = []
@@ -168,9 +167,9 @@ class AdapterPosterior(nn.Module):
         self.register_buffer("_nu", dof_rows, persistent=False)
         self.register_buffer("_c", torch.ones_like(dof_rows) if s.normalised else dof_rows, persistent=False)
         self.register_buffer("_log_determinant", torch.tensor(log_determinant, **factory), persistent=False)
-        ranks, order = self._layout.ranks, self._layout.row_order
+        ranks = self._layout.ranks
         number = [i for i, rank in enumerate(ranks) for _ in range(rank)]
-        for name, values in (("_ranks", ranks), ("_layer_of_row", number), ("_row_order", order)):
+        for name, values in (("_ranks", ranks), ("_layer_of_row", number)):
             integers = torch.tensor(values, dtype=torch.long, device=self.rho.device)
             self.register_buffer(name, integers, persistent=False)
 
@@ -287,7 +286,6 @@ class AdapterPosterior(nn.Module):
             return raw.blocks
         known = Differentiation(
             layout=self._layout,
-            row_order=self._row_order,
             ranks=self._ranks,
             cells=raw.cells,
             log_norm_grad=raw.log_norm_grad,
@@ -368,10 +366,11 @@ class AdapterPosterior(nn.Module):
         """``[mu +] row_scale [T] Xi``, flat and by layer."""
         layout = self._layout
         cells = torch.empty(layout.cells, dtype=self.rho.dtype, device=self.rho.device)
-        scale = row_scale[self._row_order].unsqueeze(-1)
-        found: dict[int, Tensor] = {}
+        cells.normal_(generator=generator)
+        scale = row_scale.unsqueeze(-1)
+        found: list[Tensor] = []
         for matrix in layout.matrices:
-            rows = layout.rows_of(cells, matrix).normal_(generator=generator)
+            rows = layout.rows_of(cells, matrix)
             blocks = layout.blocks_of(rows, matrix)
             if factors is not None:
                 # autocast would round the noise to the precision of the model's matmuls
@@ -381,8 +380,8 @@ class AdapterPosterior(nn.Module):
             rows.mul_(scale[matrix.rows])
             if means is not None:
                 torch._foreach_add_(blocks, [means[i] for i in matrix.layers])
-            found.update(zip(matrix.layers, blocks, strict=True))
-        return cells, [found[i] for i in range(len(self.layers))]
+            found += blocks
+        return cells, found
 
     def _signs(self, rank: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
