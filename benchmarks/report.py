@@ -176,8 +176,8 @@ def _machine(m: Mapping[str, Any]) -> str:
 
 
 def _busy(records: Records) -> str:
-    """Which cases started on a machine that had other work."""
-    names = [record["case"] for record in records if record["load"] > 0.75 * record["machine"]["cores"]]
+    """Which cases started on a machine that had other work; the case before leaves a load of its own threads."""
+    names = [record["case"] for record in records if record["load"] > record["machine"]["threads"] + 0.5]
     return f"\n\nMeasured on a busy machine: {', '.join(names)}." if names else ""
 
 
