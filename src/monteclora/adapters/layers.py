@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from itertools import takewhile
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,9 @@ from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape
 
 __all__ = ["DrawnLayer", "MonteCLoRATuner", "check_target_names"]
+
+
+_device_of = attrgetter("device")
 
 
 def _supported_types() -> tuple[type[nn.Module], ...]:
@@ -175,11 +179,10 @@ class MonteCLoRATuner(LoraModel):
         """
         index = next(i for i, known in enumerate(self.posteriors) if known is posterior)
         name, device = self.posterior_names[index], posterior.rho.device
-        means: list[Tensor] = [layer._modules["lora_A"]._modules[name].weight for layer in self.drawn_layers[index]]
-        whole = [mean.shape for mean in means] == [layer[1:] for layer in posterior.layers]
-        if not whole or {*map(type, means)} - {nn.Parameter, Tensor} or {mean.device for mean in means} != {device}:
-            return None
-        return means
+        means: list[Tensor] = [layer.lora_A[name].weight for layer in self.drawn_layers[index]]
+        # asked once a step of hundreds of layers, so without a Python frame for each
+        plain = {*map(type, means)} <= {nn.Parameter, Tensor} and {*map(_device_of, means)} == {device}
+        return means if plain and sum(map(Tensor.numel, means)) == posterior.cells else None
 
     def attach(self, adapter_name: str, posterior: AdapterPosterior | None = None) -> None:
         """Give an injected adapter its posterior: a new one at the prior, or one restored from a file.

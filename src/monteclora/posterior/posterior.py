@@ -191,6 +191,11 @@ class AdapterPosterior(nn.Module):
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
         return {**self.__dict__, "_current": None, "_predictive": None}
 
+    @property
+    def cells(self) -> int:
+        """The number of entries of all A together."""
+        return self._layout.cells
+
     # -- draws ---------------------------------------------------------------------------------------------------
 
     @property
