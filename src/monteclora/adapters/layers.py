@@ -194,11 +194,11 @@ class MonteCLoRATuner(LoraModel):
         config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
         if posterior is None:
             posterior = AdapterPosterior(
-                self.layer_shapes(adapter_name),
+                _shapes(layers, adapter_name),
                 _scales(config, adapter_name, [layer for _, layer in layers]),
                 config.posterior_settings(),
                 seed=config.noise_seed,
-                device=self.device_of(adapter_name),
+                device=_device_of(layers[0][1].get_base_layer().weight),
             )
         for index, (_, layer) in enumerate(layers):
             layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
@@ -214,7 +214,7 @@ class MonteCLoRATuner(LoraModel):
         Raises:
             ConfigError: one of them is of a type that cannot be drawn, named with its type.
         """
-        return [LayerShape(n, m.r[adapter_name], m.in_features) for n, m in self._layers_of(adapter_name)]
+        return _shapes(self._layers_of(adapter_name), adapter_name)
 
     def device_of(self, adapter_name: str) -> torch.device:
         """Where an adapter's first layer is, and so its posterior."""
@@ -292,6 +292,10 @@ class MonteCLoRATuner(LoraModel):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.scope.remove()
         return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+
+
+def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[LayerShape]:
+    return [LayerShape(name, layer.r[adapter_name], layer.in_features) for name, layer in layers]
 
 
 def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:

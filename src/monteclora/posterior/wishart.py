@@ -10,6 +10,7 @@ batch axes, and where a sum over that axis is left to the caller the name ends i
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -112,15 +113,15 @@ def kl_divergence(rho: Tensor, nu: float | Tensor) -> Tensor:
     return kl_divergence_terms(rho, nu).sum(-1)
 
 
-def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> list[float]:
+@functools.cache
+def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> tuple[float, ...]:
     """``E[log T_ii^2]`` for i = 1..r: ``log 2 + digamma((nu - i + 1)/2)``, or ``log 2 + digamma(nu/2)`` if diagonal.
 
     METHOD.md section 3. Returns r Python floats (computed in float64).
     """
     # on the CPU by name: the default device is "meta" while a model without weights is being built
     steps = torch.arange(rank, dtype=torch.float64, device="cpu") * (covariance == "full")
-    values: list[float] = (math.log(2.0) + torch.digamma((nu - steps) / 2.0)).tolist()
-    return values
+    return tuple((math.log(2.0) + torch.digamma((nu - steps) / 2.0)).tolist())
 
 
 def moments(rho: Tensor, nu: float, *, covariance: Covariance = "diagonal", normalised: bool = True) -> Moments:
