@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,21 @@ def test_every_training_draw_advances_the_counter_and_becomes_the_current_one():
         assert draw.index == index
         assert draw.groups == 0
         assert posterior.draws == index + 1
+
+
+def test_the_last_draw_is_let_go_before_the_next_is_made(monkeypatch):
+    """Two at once would take twice the memory."""
+    posterior, original, alive = random_posterior(), noise.generator, []
+    last = weakref.ref(posterior.draw())
+
+    def recording(*args: Any, **use: Any) -> torch.Generator:
+        alive.append(last() is not None)
+        return original(*args, **use)
+
+    monkeypatch.setattr(noise, "generator", recording)
+    posterior.draw()
+    assert alive
+    assert not any(alive)
 
 
 def test_slots_hold_their_layers_part_of_whatever_is_current():

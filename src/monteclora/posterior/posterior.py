@@ -242,6 +242,8 @@ class AdapterPosterior(nn.Module):
             # of a single example they would turn the draw into another one of the same law
             if batch_size != 1:
                 signs, means = self._signs(rank, batch_size), None
+        # two draws at once would take twice the memory; graphs that still need the last one hold it themselves
+        self.current = None
         trainable = torch.is_grad_enabled() and (self.rho.requires_grad or self.eta.requires_grad)
         raw = self._raw(self.seed, rank, self.draws, means=means, differentiable=trainable)
         blocks = self._differentiable(raw, means)
