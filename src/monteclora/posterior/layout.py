@@ -57,11 +57,13 @@ class Layout:
 
     def rows_of(self, flat: Tensor, matrix: Matrix) -> Tensor:
         """A matrix in ``flat``, shape (..., C): a view of shape (..., rows, n)."""
-        return flat[..., matrix.cells].unflatten(-1, (-1, matrix.in_features))
+        rows: Tensor = flat[..., matrix.cells].unflatten(-1, (-1, matrix.in_features))
+        return rows
 
     def blocks_of(self, rows: Tensor, matrix: Matrix) -> tuple[Tensor, ...]:
         """Its layers' matrices: views of shape (..., r, n)."""
-        return rows.split([self.ranks[i] for i in matrix.layers], -2)
+        blocks: tuple[Tensor, ...] = rows.split([self.ranks[i] for i in matrix.layers], -2)
+        return blocks
 
     def blocks(self, flat: Tensor) -> list[Tensor]:
         """The layers' parts of ``flat``, shape (..., C): views of shape (..., r, n)."""
@@ -86,7 +88,7 @@ class Layout:
         self, blocks: Sequence[Tensor | None], flat: Tensor, means: Sequence[Tensor] | None, matrix: Matrix
     ) -> Tensor:
         rows = self.rows_of(flat, matrix)
-        given = [blocks[i] for i in matrix.layers if blocks[i] is not None]
+        given = [block for i in matrix.layers if (block := blocks[i]) is not None]
         if len(given) == len(matrix.layers):
             noise = rows if means is None else rows - torch.cat([means[i] for i in matrix.layers])
             return torch.cat(given).mul_(noise).sum(-1)
