@@ -98,8 +98,10 @@ def test_nothing_is_differentiated_where_nothing_needs_it():
     assert not one.draw(means=mu).layers[0].matrix.requires_grad
 
 
-def test_means_that_changed_before_the_backward_pass_are_noticed():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_means_that_changed_before_the_backward_pass_are_noticed(frozen):
     one, mu = posterior(), means()
+    one.requires_grad_(not frozen)
     drawn = one.draw(means=mu)
     with torch.no_grad():
         mu[2].add_(1.0)

@@ -151,13 +151,13 @@ class Differentiation:
             RuntimeError: layers were repeated under other draws, or means changed since the draw was made.
         """
         self.repetitions.check(self.index)
-        if self.log_norm_grad is None:
-            return None, None
         if self.means is not None and self.versions != [mean._version for mean in self.means]:
             raise RuntimeError(
                 "lora_A was modified in place between the draw of its noise and the backward pass: run the backward "
                 "pass before the optimiser's step, and layers within a forward pass of the whole model"
             )
+        if self.log_norm_grad is None:
+            return None, None
         of_rows = self.layout.row_products(grads, self.cells, self.means)
         of_layers = torch.segment_reduce(of_rows, "sum", lengths=self.ranks)
         return of_rows, self.log_norm_grad * of_layers.unsqueeze(-1)
