@@ -58,7 +58,7 @@ def noise_of_a(posterior: AdapterPosterior, rho: Tensor, eta: Tensor, index: int
     def stream(kind: noise.Kind) -> torch.Generator:
         return noise.generator(posterior.seed, 0, index, kind, device)
 
-    xi = posterior._layout.blocks(raw_normals(posterior, stream(noise.Kind.NORMAL)))[LAYER]
+    xi = posterior._layout.transposed_blocks(raw_normals(posterior, stream(noise.Kind.NORMAL)))[LAYER].t()
     spread = rho[ROWS].exp().unsqueeze(-1)
     if s.covariance == "diagonal":
         chi_square = wishart.raw_chi_square(posterior._nu, stream(noise.Kind.WISHART))[ROWS]

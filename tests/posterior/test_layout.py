@@ -18,16 +18,16 @@ def layout_of(shapes: list[tuple[int, int]], limit: int = 25) -> Layout:
 def test_every_cell_belongs_to_one_layer(shapes):
     layout = layout_of(shapes)
     flat = torch.arange(layout.cells)
-    blocks = layout.blocks(flat)
-    assert [tuple(block.shape) for block in blocks] == shapes
-    assert torch.equal(torch.cat([block.flatten() for block in blocks]), flat)
+    blocks = layout.transposed_blocks(flat)
+    assert [tuple(block.t().shape) for block in blocks] == shapes
+    assert torch.equal(torch.cat([block.t().flatten() for block in blocks]), flat)
 
 
 @given(SHAPES, st.integers(1, 3))
 def test_draws_made_at_once_are_cut_alike(shapes, count):
     layout = layout_of(shapes)
     flats = torch.randn(count, layout.cells)
-    for together, *alone in zip(layout.blocks(flats), *map(layout.blocks, flats), strict=True):
+    for together, *alone in zip(layout.transposed_blocks(flats), *map(layout.transposed_blocks, flats), strict=True):
         assert torch.equal(together, torch.stack(alone))
 
 
@@ -39,8 +39,8 @@ def test_products_of_rows_leave_out_what_is_not_given(shapes, data):
     kept = [None if block is None else block.clone() for block in given_blocks]
     products = layout.row_products(given_blocks, flat)
     expected = [
-        torch.zeros(len(part), dtype=torch.float64) if block is None else (block * part).sum(-1)
-        for block, part in zip(given_blocks, layout.blocks(flat), strict=True)
+        torch.zeros(part.shape[-1], dtype=torch.float64) if block is None else (block * part.t()).sum(-1)
+        for block, part in zip(given_blocks, layout.transposed_blocks(flat), strict=True)
     ]
     torch.testing.assert_close(products, torch.cat(expected))
     # gradients belong to whoever hands them in
@@ -57,7 +57,7 @@ def test_neighbours_of_one_width_are_one_matrix():
 def test_the_limit_parts_matrices_and_moves_nothing(shapes, limit):
     whole, parted = layout_of(shapes, 10**6), layout_of(shapes, limit)
     flat = torch.arange(whole.cells)
-    assert all(map(torch.equal, whole.blocks(flat), parted.blocks(flat)))
+    assert all(map(torch.equal, whole.transposed_blocks(flat), parted.transposed_blocks(flat)))
     for matrix in parted.matrices:
         assert len(matrix.layers) == 1 or matrix.cells.stop - matrix.cells.start <= limit
 
@@ -66,4 +66,4 @@ def test_no_layer_copies_the_noise():
     layout = layout_of([(2, 5), (1, 3)])
     flat = torch.randn(layout.cells)
     storage = flat.untyped_storage().data_ptr()
-    assert {block.untyped_storage().data_ptr() for block in layout.blocks(flat)} == {storage}
+    assert {block.untyped_storage().data_ptr() for block in layout.transposed_blocks(flat)} == {storage}

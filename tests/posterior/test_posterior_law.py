@@ -81,7 +81,7 @@ def test_full_covariance_is_composed_of_its_three_streams(normalised):
         return noise.generator(3, 2, 11, kind, CPU)
 
     cells = raw_normals(posterior, generator(noise.Kind.NORMAL))
-    xi = posterior._layout.blocks(cells)
+    xi = [block.t() for block in posterior._layout.transposed_blocks(cells)]
     stream = generator(noise.Kind.WISHART)
     twos = iter(wishart.raw_bartlett(2, 2, 2, cells, stream))
     threes = iter(wishart.raw_bartlett(3, 3, 1, cells, stream))

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from monteclora.errors import ConfigError
 from monteclora.posterior import PosteriorSettings
 from monteclora.posterior.dirichlet import Approximation
-from monteclora.posterior.posterior import Estimator
+from monteclora.posterior.settings import Estimator
 from monteclora.posterior.wishart import Covariance
 
 Fidelity = Literal["default", "paper"]

@@ -48,11 +48,11 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
         x = x.to(mu.dtype)
     # the noise is added before rounding to the dtype of the matmuls
     if draw.sign_in is None or draw.sign_out is None:
-        a = draw.matrix if draw.has_mean else mu + draw.matrix
+        a = draw.transposed if draw.has_mean else mu.t() + draw.transposed
         if a.dtype != mu.dtype:
             a = a.to(mu.dtype)
         # as matrices throughout: what a layer costs on small batches is the number of its operations
-        hidden = torch.mm(x.reshape(-1, x.shape[-1]), a.t())
+        hidden = torch.mm(x.reshape(-1, x.shape[-1]), a)
     else:
         batch = draw.sign_in.shape[0]
         if x.dim() == 1 or x.shape[0] % batch:
@@ -75,12 +75,12 @@ def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: 
         result: shape (S * B, ..., m).
         mu: shape (r, n).
         weight_b: shape (m, r).
-        draw: the layer's noise, with ``matrix`` of shape (S, r, n).
+        draw: the layer's noise, with ``transposed`` of shape (S, n, r).
         scaling: s.
 
     Returns:
         Shape (S * B, ..., m).
     """
-    a = (mu + draw.matrix).to(mu.dtype)
-    hidden = x.reshape(draw.matrix.shape[0], -1, x.shape[-1]) @ a.transpose(-1, -2)
+    a = (mu.t() + draw.transposed).to(mu.dtype)
+    hidden = x.reshape(a.shape[0], -1, x.shape[-1]) @ a
     return result + (hidden @ weight_b.t()).view(result.shape) * scaling

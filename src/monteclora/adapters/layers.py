@@ -98,9 +98,9 @@ class DrawnLayer(LoraVariant):
         layer = self.slot.current if module.training else self.slot.predictive
         if layer is None or not posterior.enabled:
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
-        if x.device != layer.matrix.device:
+        if x.device != layer.transposed.device:
             layer = layer.to(x.device)
-        if layer.matrix.dim() == 3:
+        if layer.transposed.dim() == 3:
             output = grouped_lora(x, result, lora_a.weight, lora_b.weight, layer, scaling)
         else:
             if not torch.compiler.is_compiling():
@@ -137,19 +137,19 @@ class MonteCLoRATuner(LoraModel):
 
     ``posteriors`` is a module of the ``PeftModel`` around this one, to which this one only refers: peft counts whatever
     is registered here, or in the layers, as adapter weights, and would write it into their file. ``posterior_names``
-    holds the adapters' names in the same order, ``drawn_layers`` their layers.
+    holds the adapters' names in the same order, ``mean_modules`` the ``lora_A`` of their layers.
     """
 
     posteriors: nn.ModuleList
     posterior_names: list[str]
-    drawn_layers: list[list[LoraLayer]]
+    mean_modules: list[list[nn.ModuleDict]]
     scope: DrawScope
 
     def setup(self) -> None:
         """Initialise what this class adds to a ``LoraModel`` that has just become one of it."""
         self.__dict__["posteriors"] = nn.ModuleList()
         self.posterior_names = []
-        self.drawn_layers = []
+        self.mean_modules = []
         self.scope = DrawScope(self)
 
     def posterior(self, adapter_name: str) -> AdapterPosterior | None:
@@ -179,8 +179,9 @@ class MonteCLoRATuner(LoraModel):
         """
         index = next(i for i, known in enumerate(self.posteriors) if known is posterior)
         name, device = self.posterior_names[index], posterior.rho.device
-        means: list[Tensor] = [layer.lora_A[name].weight for layer in self.drawn_layers[index]]
         # asked once a step of hundreds of layers, so without a Python frame for each
+        weights = [of._modules[name]._parameters.get("weight") for of in self.mean_modules[index]]
+        means = cast(list[Tensor], weights)
         plain = {*map(type, means)} <= {nn.Parameter, Tensor} and {*map(_device_of, means)} == {device}
         return means if plain and sum(map(Tensor.numel, means)) == posterior.cells else None
 
@@ -205,7 +206,7 @@ class MonteCLoRATuner(LoraModel):
         posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         self.posteriors.append(posterior)
         self.posterior_names.append(adapter_name)
-        self.drawn_layers.append([layer for _, layer in layers])
+        self.mean_modules.append([layer.lora_A for _, layer in layers])
         self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
 
     def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
@@ -284,7 +285,7 @@ class MonteCLoRATuner(LoraModel):
         if adapter_name in self.posterior_names:
             index = self.posterior_names.index(adapter_name)
             del self.posteriors[index]
-            del self.posterior_names[index], self.drawn_layers[index]
+            del self.posterior_names[index], self.mean_modules[index]
         if replaced:
             for posterior in self.active_posteriors():
                 posterior.requires_grad_(True)

@@ -20,7 +20,17 @@ from torch.autograd.function import once_differentiable
 
 Approximation = Literal["exact", "laplace"]
 
-__all__ = ["Approximation", "Moments", "Raw", "kl_divergence", "log_norm", "moments", "raw", "sample"]
+__all__ = [
+    "Approximation",
+    "Moments",
+    "Raw",
+    "kl_divergence",
+    "log_norm",
+    "log_norm_with_slope",
+    "moments",
+    "raw",
+    "sample",
+]
 
 
 class Moments(NamedTuple):
@@ -60,6 +70,12 @@ def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Ge
     return Raw(gamma, torch._standard_gamma_grad(shape, gamma), exponential)
 
 
+def _laplace_variance(inverse: Tensor) -> Tensor:
+    """Variance of the Laplace approximation's logits from ``1 / alpha``, shape (..., N) (METHOD.md section 2)."""
+    count = inverse.shape[-1]
+    return inverse * (1.0 - 2.0 / count) + inverse.sum(-1, keepdim=True) / count**2
+
+
 def _logits(eta: Tensor, draw: Raw) -> Tensor:
     """Unnormalised log weights, shape (..., N), differentiable in ``eta``."""
     if eta.shape[-1] == 1:
@@ -67,10 +83,7 @@ def _logits(eta: Tensor, draw: Raw) -> Tensor:
         return eta
     alpha = eta.exp()
     if draw.gamma_grad is None or draw.exponential is None:
-        inverse = 1.0 / alpha
-        n = eta.shape[-1]
-        variance = inverse * (1.0 - 2.0 / n) + inverse.sum(-1, keepdim=True) / n**2
-        return eta - eta.mean(-1, keepdim=True) + variance.sqrt() * draw.gamma
+        return eta - eta.mean(-1, keepdim=True) + _laplace_variance(1.0 / alpha).sqrt() * draw.gamma
     # the pathwise gradient: the value is the draw's, the slope its implicit derivative (METHOD.md section 7)
     gamma = draw.gamma + draw.gamma_grad * (alpha - alpha.detach())
     return gamma.log() - draw.exponential / alpha
@@ -91,31 +104,62 @@ def log_norm(eta: Tensor, draw: Raw) -> Tensor:
     return 0.5 * (2.0 * _logits(eta, draw).log_softmax(-1)).logsumexp(-1)
 
 
+@torch.no_grad()
+def log_norm_with_slope(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
+    """:func:`log_norm` and its derivative in ``eta``, without a graph.
+
+    Returns:
+        ``log ||pi||_2``, shape (...), and the derivative, shape (..., N), zero for N = 1.
+    """
+    log_weights = _logits(eta, draw).log_softmax(-1)
+    log_squares = 2.0 * log_weights
+    value, count = 0.5 * log_squares.logsumexp(-1), eta.shape[-1]
+    if count == 1:
+        return value, torch.zeros_like(eta)
+    # in the logits, of which a common shift changes nothing: these sum to zero
+    slope = log_squares.softmax(-1) - log_weights.exp()
+    if draw.gamma_grad is not None and draw.exponential is not None:
+        alpha = eta.exp()
+        return value, slope * (alpha * draw.gamma_grad / draw.gamma + draw.exponential / alpha)
+    inverse = (-eta).exp()
+    half = 0.5 * slope * draw.gamma * _laplace_variance(inverse).rsqrt()
+    return value, slope - inverse * (half * (1.0 - 2.0 / count) + half.sum(-1, keepdim=True) / count**2)
+
+
+def _alpha(eta: Tensor) -> Tensor:
+    """Concentrations in the precision of the special functions: float64 where the device has it."""
+    return (eta if eta.device.type == "mps" else eta.double()).exp()
+
+
 class _Divergence(torch.autograd.Function):
-    """:func:`kl_divergence` as a function of ``alpha``, with its slope in closed form.
+    """:func:`kl_divergence` with its slope in closed form.
 
     Most of its time goes into special functions, of which autograd would take two more for each component.
     """
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, prior: float) -> Tensor:
-        total, count = alpha.sum(-1), alpha.shape[-1]
-        ctx.save_for_backward(alpha, total)
+    def forward(ctx: Any, eta: Tensor, prior: float) -> Tensor:
+        ctx.save_for_backward(eta)
         ctx.prior = prior
+        alpha = _alpha(eta)
+        total = alpha.sum(-1)
         normaliser = total.lgamma() - alpha.lgamma().sum(-1)
-        priors = alpha.new_full((count,), prior)
+        priors = alpha.new_full((alpha.shape[-1],), prior)
         # the very operations of the line above, so that the divergence of the prior from itself is zero
         constant = priors.sum(-1).lgamma() - priors.lgamma().sum(-1)
         log_mean = alpha.digamma() - total.digamma().unsqueeze(-1)
-        return normaliser - constant + ((alpha - prior) * log_mean).sum(-1)
+        divergence = normaliser - constant + ((alpha - prior) * log_mean).sum(-1)
+        # the clamp takes away rounding at alpha = prior, where the divergence and its slope are zero
+        return divergence.clamp_min_(0.0).to(eta.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        alpha, total = ctx.saved_tensors
-        excess, trigamma = alpha - ctx.prior, torch.special.polygamma
+        (eta,) = ctx.saved_tensors
+        alpha, trigamma = _alpha(eta), torch.special.polygamma
+        excess, total = alpha - ctx.prior, alpha.sum(-1)
         slope = excess * trigamma(1, alpha) - (excess.sum(-1) * trigamma(1, total)).unsqueeze(-1)
-        return grad.unsqueeze(-1) * slope, None
+        return grad.unsqueeze(-1) * (slope * alpha).to(eta.dtype), None
 
 
 def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
@@ -126,20 +170,36 @@ def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
         prior: the prior's concentration, the same for every component.
 
     Returns:
-        Shape (...), nats, never negative, in the dtype of ``eta`` (computed in float64 where the device has it).
+        Shape (...), nats, never negative, in the dtype of ``eta`` (computed in float64 where the device has it);
+        differentiable once.
     """
-    alpha = (eta if eta.device.type == "mps" else eta.double()).exp()
-    divergence: Tensor = _Divergence.apply(alpha, prior)
-    # the clamp takes away rounding at alpha = prior, where the divergence and its slope are zero
-    return divergence.clamp_min(0.0).to(eta.dtype)
+    divergence: Tensor = _Divergence.apply(eta, prior)
+    return divergence
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """``E||pi||^2`` with its slope in closed form: a regulariser of few numbers costs what its operations cost."""
+
+    @staticmethod
+    def forward(ctx: Any, eta: Tensor) -> Tensor:
+        total, weights = eta.logsumexp(-1).exp(), eta.softmax(-1)
+        alpha = eta.exp()
+        squared_norm = (weights * (alpha + 1.0)).sum(-1) / (total + 1.0)
+        ctx.save_for_backward(alpha, weights, total, squared_norm)
+        return squared_norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        alpha, weights, total, squared_norm = ctx.saved_tensors
+        excess = 2.0 * alpha + 1.0 - (squared_norm * (2.0 * total + 1.0)).unsqueeze(-1)
+        slope: Tensor = (grad / (total + 1.0)).unsqueeze(-1) * weights * excess
+        return slope
 
 
 def moments(eta: Tensor) -> Moments:
     """Closed forms of the exact Dirichlet: ``E||pi||^2 = sum alpha_k (alpha_k + 1) / (alpha_0 (alpha_0 + 1))``.
 
-    METHOD.md section 3.
+    METHOD.md section 3. ``E||pi||^2`` is differentiable once.
     """
-    weights = eta.softmax(-1)
-    total = eta.logsumexp(-1).exp()
-    squared_norm = (weights * (eta.exp() + 1.0)).sum(-1) / (total + 1.0)
-    return Moments(weights, squared_norm)
+    return Moments(eta.softmax(-1), _SquaredNorm.apply(eta))

@@ -20,23 +20,28 @@ class LayerDraw(NamedTuple):
     """One layer's part of a draw.
 
     Attributes:
-        matrix: ``A``, shape (r, n), or where the layer is to add its mean the noise ``A - mu = eps ||pi|| L Xi``, that
-            in the shape (S, r, n) for S draws at once. In training it carries the gradient of rho, eta and the mean in
-            it.
+        transposed: ``A^T``, shape (n, r), a view of memory in the order of ``A``: what a layer multiplies its input
+            with. Where the layer is to add its mean, the noise ``A - mu = eps ||pi|| L Xi`` likewise, that in the shape
+            (S, n, r) for S draws at once. In training it carries the gradient of rho, eta and the mean in it.
         has_mean: whether the mean is in it.
         sign_in: ``u``, shape (B, n), or None where noise is shared by the batch.
         sign_out: ``s``, shape (B, r), or None.
     """
 
-    matrix: Tensor
+    transposed: Tensor
     has_mean: bool = False
     sign_in: Tensor | None = None
     sign_out: Tensor | None = None
 
+    @property
+    def matrix(self) -> Tensor:
+        """``A``, or the noise, of shape (r, n) or (S, r, n)."""
+        return self.transposed.transpose(-1, -2)
+
     def to(self, device: torch.device) -> LayerDraw:
         """The same on another device."""
         signs = (None if sign is None else sign.to(device) for sign in (self.sign_in, self.sign_out))
-        return LayerDraw(self.matrix.to(device), self.has_mean, *signs)
+        return LayerDraw(self.transposed.to(device), self.has_mean, *signs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +85,8 @@ class LayerSlot:
 
 
 class RawDraw(NamedTuple):
-    """One draw without gradient: A or noise of all layers, flat (C,) and by layer (r, n), d log||pi||/d eta (L, N) and
-    what :class:`Draw` has."""
+    """One draw without gradient: A or noise of all layers, flat (C,) and by layer, transposed (n, r), d log||pi||/d eta
+    (L, N) and what :class:`Draw` has."""
 
     cells: Tensor
     blocks: list[Tensor]
@@ -175,7 +180,7 @@ class DifferentiableDraw(torch.autograd.Function):
     def forward(
         ctx: Any, known: Differentiation, blocks: Sequence[Tensor], rho: Tensor, eta: Tensor, *means: Tensor
     ) -> tuple[Tensor, ...]:
-        """``blocks``, the layers' parts of the cells, each of shape (r, n)."""
+        """``blocks``, the layers' parts of the cells, transposed: each of shape (n, r)."""
         ctx.set_materialize_grads(False)
         ctx.known, ctx.has_means = known, bool(means)
         return tuple(blocks)
@@ -184,4 +189,5 @@ class DifferentiableDraw(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of rho, eta and the means from those of the parts, None for layers without one."""
-        return None, None, *ctx.known.gradients(grads), *(grads if ctx.has_means else ())
+        of_matrices = [None if grad is None else grad.t() for grad in grads]
+        return None, None, *ctx.known.gradients(of_matrices), *(of_matrices if ctx.has_means else ())

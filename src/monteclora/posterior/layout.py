@@ -60,14 +60,18 @@ class Layout:
         rows: Tensor = flat[..., matrix.cells].unflatten(-1, (-1, matrix.in_features))
         return rows
 
-    def blocks_of(self, rows: Tensor, matrix: Matrix) -> tuple[Tensor, ...]:
-        """Its layers' matrices: views of shape (..., r, n)."""
-        blocks: tuple[Tensor, ...] = rows.split([self.ranks[i] for i in matrix.layers], -2)
+    def blocks_of(self, rows: Tensor, matrix: Matrix, dim: int = -2) -> tuple[Tensor, ...]:
+        """Its layers' matrices: views of shape (..., r, n), or along dimension -1 of its transpose (..., n, r)."""
+        blocks: tuple[Tensor, ...] = rows.split([self.ranks[i] for i in matrix.layers], dim)
         return blocks
 
-    def blocks(self, flat: Tensor) -> list[Tensor]:
-        """The layers' parts of ``flat``, shape (..., C): views of shape (..., r, n)."""
-        return [block for matrix in self.matrices for block in self.blocks_of(self.rows_of(flat, matrix), matrix)]
+    def transposed_blocks(self, flat: Tensor) -> list[Tensor]:
+        """The layers' parts of ``flat``, shape (..., C), transposed: views of shape (..., n, r)."""
+        return [
+            block
+            for matrix in self.matrices
+            for block in self.blocks_of(self.rows_of(flat, matrix).transpose(-1, -2), matrix, -1)
+        ]
 
     def row_products(
         self, blocks: Sequence[Tensor | None], flat: Tensor, means: Sequence[Tensor] | None = None

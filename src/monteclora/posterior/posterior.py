@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,65 +27,10 @@ from monteclora.posterior.draws import (
     Repetitions,
 )
 from monteclora.posterior.layout import LayerShape, Layout
+from monteclora.posterior.regulariser import Regulariser, row_divergences
+from monteclora.posterior.settings import PosteriorSettings
 
-Estimator = Literal["expected", "sampled"]
-
-__all__ = ["AdapterPosterior", "Estimator", "PosteriorSettings", "Regulariser"]
-
-
-@dataclass(frozen=True)
-class PosteriorSettings:
-    """What is fixed about a posterior, apart from each layer's shape and scale.
-
-    Attributes:
-        num_samples: N, the number of mixture components.
-        covariance: ``diagonal`` or ``full`` Sigma.
-        dirichlet: ``exact`` or ``laplace`` law of pi.
-        normalised: whether ``E[Sigma] = V`` whatever the rank.
-        estimator: of KL_z and ||pi||^2 in the regulariser, ``expected`` or ``sampled``.
-        per_example: flipout signs for every example instead of one draw shared by the batch.
-        alpha_prior: the prior's concentration; eta starts at its logarithm.
-        degrees_of_freedom: nu, at least every layer's rank; None is the rank of each layer.
-        kl_weight: weight of the KL terms in the loss.
-        coop_weight: weight of the cooperative loss.
-    """
-
-    num_samples: int = 4
-    covariance: wishart.Covariance = "diagonal"
-    dirichlet: dirichlet.Approximation = "exact"
-    normalised: bool = True
-    estimator: Estimator = "expected"
-    per_example: bool = False
-    alpha_prior: float = 1.0
-    degrees_of_freedom: float | None = None
-    kl_weight: float = 1e-5
-    coop_weight: float = 1.0
-
-
-class Regulariser(NamedTuple):
-    """The parts of the regulariser, each a scalar averaged over layers (METHOD.md section 4), and their weights."""
-
-    kl_pi: Tensor
-    kl_sigma: Tensor
-    kl_z: Tensor
-    coop: Tensor
-    kl_weight: float
-    coop_weight: float
-
-    def detach(self) -> Regulariser:
-        """The same numbers without gradient."""
-        parts = (self.kl_pi.detach(), self.kl_sigma.detach(), self.kl_z.detach(), self.coop.detach())
-        return Regulariser(*parts, self.kl_weight, self.coop_weight)
-
-    @property
-    def kl(self) -> Tensor:
-        """KL_pi + KL_Sigma + KL_z, in nats."""
-        return self.kl_pi + self.kl_sigma + self.kl_z
-
-    @property
-    def loss(self) -> Tensor:
-        """What is added to the task's loss, once for each optimiser step."""
-        return self.kl_weight * self.kl + self.coop_weight * self.coop
+__all__ = ["AdapterPosterior"]
 
 
 class AdapterPosterior(nn.Module):
@@ -265,7 +209,7 @@ class AdapterPosterior(nn.Module):
         """
         if self.repeating or self.current is None or torch._C._current_graph_task_id() == -1:
             return
-        if torch.is_grad_enabled() and not layer.matrix.requires_grad:
+        if torch.is_grad_enabled() and not layer.transposed.requires_grad:
             raise RuntimeError(
                 "activation checkpointing recomputes a layer whose rho and eta are frozen: checkpoint through the "
                 "model's gradient_checkpointing_enable()"
@@ -282,7 +226,7 @@ class AdapterPosterior(nn.Module):
                 its first dimension.
         """
         raws = [self._raw(seed, 0, first + s, posterior_sample=True) for s in range(count)]
-        blocks = self._layout.blocks(torch.stack([raw.cells for raw in raws]))
+        blocks = self._layout.transposed_blocks(torch.stack([raw.cells for raw in raws]))
         row_scale = torch.stack([raw.row_scale for raw in raws])
         return Draw(first, tuple(LayerDraw(block) for block in blocks), count, row_scale, *raws[0][4:])
 
@@ -330,7 +274,10 @@ class AdapterPosterior(nn.Module):
             row_squared_norm = ratio * torch.cat([t.square().sum(-1) for t in factors])
             row_log_determinant, root = (ratio * torch.cat([t.diag().square() for t in factors])).log(), ratio.sqrt()
         weights = dirichlet.raw(eta, s.dirichlet, generator(noise.Kind.DIRICHLET))
-        log_norm, log_norm_grad = self._log_norm(weights, differentiable)
+        if differentiable:
+            log_norm, log_norm_grad = dirichlet.log_norm_with_slope(eta, weights)
+        else:
+            log_norm, log_norm_grad = dirichlet.log_norm(eta, weights), None
         norm = (self.scale * log_norm.exp()).to(rho.dtype)
         row_scale = norm[self._layer_of_row] * rho.exp() * root
         cells, blocks = self._fill(generator(noise.Kind.NORMAL), row_scale, factors, means)
@@ -344,16 +291,6 @@ class AdapterPosterior(nn.Module):
             row_log_determinant=row_log_determinant,
             weights=weights,
         )
-
-    def _log_norm(self, weights: dirichlet.Raw, differentiable: bool) -> tuple[Tensor, Tensor | None]:
-        """``log||pi||``, shape (L,), and its derivative in eta, shape (L, N), where it is asked for."""
-        if not differentiable:
-            return dirichlet.log_norm(self.eta, weights), None
-        with torch.enable_grad():
-            eta = self.eta.detach().requires_grad_()
-            log_norm = dirichlet.log_norm(eta, weights)
-            (grad,) = torch.autograd.grad(log_norm.sum(), eta)
-        return log_norm.detach(), grad
 
     def _factors(self, generator: torch.Generator) -> list[Tensor]:
         """Full covariance: T of every layer, shape (r, r)."""
@@ -370,7 +307,7 @@ class AdapterPosterior(nn.Module):
         factors: Sequence[Tensor] | None,
         means: Sequence[Tensor] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """``[mu +] row_scale [T] Xi``, flat and by layer."""
+        """``[mu +] row_scale [T] Xi``, flat and by layer, transposed."""
         layout = self._layout
         cells = torch.empty(layout.cells, dtype=self.rho.dtype, device=self.rho.device)
         cells.normal_(generator=generator)
@@ -378,15 +315,15 @@ class AdapterPosterior(nn.Module):
         found: list[Tensor] = []
         for matrix in layout.matrices:
             rows = layout.rows_of(cells, matrix)
-            blocks = layout.blocks_of(rows, matrix)
+            blocks = layout.blocks_of(rows.t(), matrix, -1)
             if factors is not None:
                 # autocast would round the noise to the precision of the model's matmuls
                 with torch.autocast(cells.device.type, enabled=False):
                     for i, block in zip(matrix.layers, blocks, strict=True):
-                        block.copy_(factors[i] @ block)
+                        block.copy_((factors[i] @ block.t()).t())
             rows.mul_(scale[matrix.rows])
             if means is not None:
-                torch._foreach_add_(blocks, [means[i] for i in matrix.layers])
+                torch._foreach_add_(blocks, [means[i].t() for i in matrix.layers])
             found += blocks
         return cells, found
 
@@ -427,11 +364,11 @@ class AdapterPosterior(nn.Module):
             coop = (2.0 * dirichlet.log_norm(self.eta, self.current.weights)).exp()
         else:
             coop = dirichlet.moments(self.eta).squared_norm
-        kl_z = mixture.kl_divergence_terms(self.rho, row_squared_norm, row_log_determinant, s.num_samples)
+        kl_sigma, kl_z = row_divergences(self.rho, self._nu, row_squared_norm, row_log_determinant, s.num_samples)
         return Regulariser(
             kl_pi=dirichlet.kl_divergence(self.eta, s.alpha_prior).mean(),
-            kl_sigma=wishart.kl_divergence_terms(self.rho, self._nu).sum() / count,
-            kl_z=kl_z.sum() / count,
+            kl_sigma=kl_sigma / count,
+            kl_z=kl_z / count,
             coop=coop.mean(),
             kl_weight=s.kl_weight,
             coop_weight=s.coop_weight,
