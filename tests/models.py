@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from monteclora import MonteCLoRAConfig, get_peft_model
+from monteclora import MonteCLoRAConfig, get_peft_model, variational_loss
 from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.posterior import AdapterPosterior
 
@@ -229,3 +229,11 @@ def same_global_generators() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+
+
+def step(model: nn.Module, build: Callable[..., nn.Module]) -> dict[str, Tensor]:
+    """One objective backward; every trainable tensor must get a finite gradient."""
+    (model(**batch_for(build)).loss + variational_loss(model)).backward()
+    found = gradients(model)
+    assert all(grad.isfinite().all() for grad in found.values())
+    return found

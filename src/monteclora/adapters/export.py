@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.adapters.layers import MonteCLoRATuner
 from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.adapters.storage import staged
+from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
 
 __all__ = ["export_merged", "export_samples"]

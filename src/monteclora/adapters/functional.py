@@ -24,7 +24,9 @@ def _add_product(result: Tensor, hidden: Tensor, weight_b: Tensor, scaling: floa
     return result + F.linear(hidden, weight_b) * scaling
 
 
-def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: LayerDraw, scaling: float) -> Tensor:
+def drawn_lora(
+    x: Tensor, result: Tensor, mu: Tensor | None, weight_b: Tensor, draw: LayerDraw, scaling: float
+) -> Tensor:
     """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + noise`` (METHOD.md section 2).
 
     With per-example noise, example b has ``A_b = mu + noise o (s_b u_b^T)`` (section 5). Its A is formed
@@ -33,9 +35,9 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
     Args:
         x: shape (..., n); with per-example noise (B, ..., n), or (B * T, n) example by example.
         result: the frozen layer's output, shape (..., m).
-        mu: mean of A, shape (r, n).
-        weight_b: B, shape (m, r).
-        draw: the layer's noise.
+        mu: mean of A, shape (r, n); None where the draw has it.
+        weight_b: B, shape (m, r), in the dtype of mu.
+        draw: the layer's A, or its noise.
         scaling: s.
 
     Returns:
@@ -44,13 +46,14 @@ def drawn_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: La
     Raises:
         ConfigError: noise is per example and the examples cannot be told apart in ``x``.
     """
-    if x.dtype != mu.dtype:
-        x = x.to(mu.dtype)
+    dtype = weight_b.dtype
+    if x.dtype != dtype:
+        x = x.to(dtype)
     # the noise is added before rounding to the dtype of the matmuls
-    if draw.sign_in is None or draw.sign_out is None:
-        a = draw.transposed if draw.has_mean else mu.t() + draw.transposed
-        if a.dtype != mu.dtype:
-            a = a.to(mu.dtype)
+    if mu is None or draw.sign_in is None or draw.sign_out is None:
+        a = draw.transposed if mu is None else mu.t() + draw.transposed
+        if a.dtype != dtype:
+            a = a.to(dtype)
         # as matrices throughout: what a layer costs on small batches is the number of its operations
         hidden = torch.mm(x.reshape(-1, x.shape[-1]), a)
     else:

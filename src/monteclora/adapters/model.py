@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from monteclora.adapters import storage
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.adapters.layers import MonteCLoRATuner, check_target_names
 from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.snapshot import unchanged_on_error
+from monteclora.adapters.tuner import MonteCLoRATuner, check_target_names
 from monteclora.errors import ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior, Regulariser
 

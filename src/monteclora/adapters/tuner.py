@@ -1,0 +1,238 @@
+"""The tuner: a peft ``LoraModel`` whose adapters have posteriors.
+
+peft injects ordinary LoRA layers; :class:`MonteCLoRATuner` then gives those of a MonteCLoRA adapter a posterior and
+puts a :class:`DrawnLayer` in their forward pass. It keeps one posterior for each adapter and the hooks that make one
+draw for each forward pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from itertools import takewhile
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import Tensor, nn
+
+from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters.layers import DrawnLayer, DrawnLinear, supported_types
+from monteclora.adapters.quantised import keep_differentiable
+from monteclora.adapters.scope import DrawScope
+from monteclora.adapters.snapshot import unchanged_on_error
+from monteclora.errors import ConfigError
+from monteclora.posterior import AdapterPosterior, LayerShape
+
+__all__ = ["MonteCLoRATuner", "check_target_names"]
+
+_device_of = attrgetter("device")
+
+
+def check_target_names(config: MonteCLoRAConfig, model: nn.Module) -> None:
+    """Check that a module of ``model`` bears each name in ``config.target_modules``.
+
+    peft is content when one of them is found.
+
+    Raises:
+        ConfigError: names that no module bears, each with the nearest that exist.
+    """
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if missing:
+        near = {name: ", ".join(difflib.get_close_matches(name, leaves, 3, 0.4)) for name in sorted(missing)}
+        listed = "; ".join(f"'{name}'" + (f" (nearest: {found})" if found else "") for name, found in near.items())
+        raise ConfigError(
+            f"target_modules names no module of {type(model).__name__}: {listed}",
+            "Name layers as they appear in model.named_modules(), or use 'all-linear'.",
+        )
+
+
+class MonteCLoRATuner(LoraModel):
+    """A ``peft.LoraModel`` whose MonteCLoRA adapters have posteriors.
+
+    ``posteriors`` is a module of the ``PeftModel`` around this one, to which this one only refers: peft counts whatever
+    is registered here, or in the layers, as adapter weights, and would write it into their file. ``posterior_names``
+    holds the adapters' names in the same order, ``mean_modules`` the ``lora_A`` of their layers.
+    """
+
+    posteriors: nn.ModuleList
+    posterior_names: list[str]
+    mean_modules: list[list[nn.ModuleDict]]
+    scope: DrawScope
+
+    def setup(self) -> None:
+        """Initialise what this class adds to a ``LoraModel`` that has just become one of it."""
+        self.__dict__["posteriors"] = nn.ModuleList()
+        self.posterior_names = []
+        self.mean_modules = []
+        self.scope = DrawScope(self)
+
+    def posterior(self, adapter_name: str) -> AdapterPosterior | None:
+        """The posterior of an adapter, None where it is plain LoRA."""
+        if adapter_name not in self.posterior_names:
+            return None
+        return cast(AdapterPosterior, self.posteriors[self.posterior_names.index(adapter_name)])
+
+    def active_posteriors(self) -> list[AdapterPosterior]:
+        """The posteriors of the active adapters."""
+        found = [self.posterior(name) for name in self.active_adapters]
+        return [posterior for posterior in found if posterior is not None]
+
+    def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
+        """Those of :meth:`active_posteriors` whose layers are neither disabled nor merged nor switched off."""
+        drawn = []
+        for posterior in self.active_posteriors():
+            first = cast(LoraLayer, self.model.get_submodule(posterior.layers[0].name))
+            if posterior.enabled and not first.disable_adapters and not first.merged:
+                drawn.append(posterior)
+        return drawn
+
+    def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
+        """mu of a posterior's layers, if it can be added to the noise of all of them at once.
+
+        None if some are elsewhere until their layer runs, as those of sharded and offloaded models are.
+        """
+        index = next(i for i, known in enumerate(self.posteriors) if known is posterior)
+        name, device = self.posterior_names[index], posterior.rho.device
+        # asked once a step of hundreds of layers, so without a Python frame for each
+        weights = [of._modules[name]._parameters.get("weight") for of in self.mean_modules[index]]
+        means = cast(list[Tensor], weights)
+        plain = {*map(type, means)} <= {nn.Parameter, Tensor} and {*map(_device_of, means)} == {device}
+        return means if plain and sum(map(Tensor.numel, means)) == posterior.cells else None
+
+    def attach(self, adapter_name: str, posterior: AdapterPosterior | None = None) -> None:
+        """Give an injected adapter its posterior: a new one at the prior, or one restored from a file.
+
+        Raises:
+            ConfigError: the adapter has a layer of a type that cannot be drawn, named with its type.
+        """
+        layers = self._layers_of(adapter_name)
+        config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
+        if posterior is None:
+            posterior = AdapterPosterior(
+                _shapes(layers, adapter_name),
+                _scales(config, adapter_name, [layer for _, layer in layers]),
+                config.posterior_settings(),
+                seed=config.noise_seed,
+                device=_device_of(layers[0][1].get_base_layer().weight),
+            )
+        for index, (_, layer) in enumerate(layers):
+            layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
+            if type(layer) is Linear:
+                layer.__class__ = DrawnLinear
+        posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        self.posteriors.append(posterior)
+        self.posterior_names.append(adapter_name)
+        self.mean_modules.append([layer.lora_A for _, layer in layers])
+        self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
+
+    def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
+        """The layers that an adapter has.
+
+        Raises:
+            ConfigError: one of them is of a type that cannot be drawn, named with its type.
+        """
+        return _shapes(self._layers_of(adapter_name), adapter_name)
+
+    def device_of(self, adapter_name: str) -> torch.device:
+        """Where an adapter's first layer is, and so its posterior."""
+        _, layer = self._layers_of(adapter_name)[0]
+        return cast(torch.device, layer.get_base_layer().weight.device)
+
+    def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+        supported = supported_types()
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
+        for name, layer in layers:
+            if type(layer) not in supported:
+                base = type(layer.get_base_layer()).__name__
+                raise ConfigError(
+                    f"target module '{name}' is a {base}, and MonteCLoRA adapts Linear, Conv1D and bitsandbytes 4-bit "
+                    "and 8-bit layers only",
+                    "Take it out of target_modules, or list it in exclude_modules.",
+                )
+        return layers
+
+    def _modules_around(self, names: list[str]) -> list[nn.Module]:
+        """The model and its submodules down to the deepest that contains every named layer, without the layers."""
+        parents = [name.split(".")[:-1] for name in names]
+        shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))]
+        around = [self.model.get_submodule(".".join(shared[:i])) for i in range(len(shared) + 1)]
+        return [self, *(m for m in around if not isinstance(m, (nn.ModuleList, nn.ModuleDict)))]
+
+    def _checkpointable(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in peft; then a MonteCLoRA adapter gets its posterior."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, MonteCLoRAConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        check_target_names(config, model)
+        with unchanged_on_error(model, adapter_name), config.handled():
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.attach(adapter_name)
+
+    def train(self, mode: bool = True) -> MonteCLoRATuner:
+        """As in torch; quantised layers stay differentiable from the first time on."""
+        super().train(mode)
+        if mode:
+            keep_differentiable(self.model)
+        return self
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft; the posteriors become trainable and frozen with their adapters."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name, posterior in zip(self.posterior_names, self.posteriors, strict=True):
+            posterior.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in peft, posteriors included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            posterior = self.posterior(name)
+            if posterior is not None:
+                posterior.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft, posterior included; that of the adapter which takes over becomes trainable with it."""
+        replaced = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.posterior_names:
+            index = self.posterior_names.index(adapter_name)
+            del self.posteriors[index]
+            del self.posterior_names[index], self.mean_modules[index]
+        if replaced:
+            for posterior in self.active_posteriors():
+                posterior.requires_grad_(True)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.scope.remove()
+        return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+
+
+def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[LayerShape]:
+    return [LayerShape(name, layer.r[adapter_name], layer.in_features) for name, layer in layers]
+
+
+def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
+    """eps of each layer: absolute, or relative to the root mean square of its initial A (METHOD.md section 1)."""
+    relative, value = config.parse_sample_scale()
+    if not relative:
+        return [value] * len(layers)
+    weights = [cast(Tensor, layer.lora_A[adapter_name].weight) for layer in layers]
+    if any(weight.is_meta for weight in weights):
+        # no values to measure yet: those of the default initialisation, uniform with variance 1 / (3 n)
+        return [value / math.sqrt(3.0 * weight.shape[1]) for weight in weights]
+    device = weights[0].device
+    squares = torch.stack([weight.detach().float().square().mean().to(device) for weight in weights])
+    return [value * root for root in squares.sqrt().tolist()]
