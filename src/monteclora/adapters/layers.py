@@ -1,4 +1,4 @@
-"""The LoRA variant: a LoRA layer whose A is drawn. With tuner.py the only file that touches peft's internals."""
+"""The LoRA variant: a LoRA layer whose A is drawn. This file and tuner.py alone touch peft's internals."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ class DrawnLayer(LoraVariant):
             assert mu is not None
             output = grouped_lora(x, result, mu, lora_b.weight, layer, scaling)
         else:
+            # -1 outside a backward pass; a compiled graph repeats itself with the draw that is its input
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 posterior.note_repetition(layer)
             output = drawn_lora(x, result, mu, lora_b.weight, layer, scaling)

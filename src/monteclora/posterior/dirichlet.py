@@ -106,7 +106,14 @@ def log_norm(eta: Tensor, draw: Raw) -> Tensor:
 
 @torch.no_grad()
 def log_norm_with_slope(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
-    """:func:`log_norm` and its derivative in ``eta``, without a graph.
+    """:func:`log_norm` and its derivative in ``eta``, without a graph (METHOD.md sections 2 and 7).
+
+    In a logit ``l_k`` the derivative is ``pi_k^2 / ||pi||^2 - pi_k``. Exact: ``l_k = log g_k - E_k / alpha_k``, so that
+    ``d l_k / d eta_k = alpha_k g'_k / g_k + E_k / alpha_k``. Laplace: ``l_k = eta_k - avg(eta) + z_k sqrt(var_k)``.
+
+    Args:
+        eta: log concentrations, shape (..., N), with the values they had when ``draw`` was made.
+        draw: from :func:`raw`.
 
     Returns:
         ``log ||pi||_2``, shape (...), and the derivative, shape (..., N), zero for N = 1.
@@ -132,8 +139,9 @@ def _alpha(eta: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """:func:`kl_divergence` with its slope in closed form.
+    """:func:`kl_divergence` with its slope in closed form (METHOD.md section 4), of eta, shape (..., N).
 
+    With ``e_k = alpha_k - prior`` it is ``alpha_k (e_k trigamma(alpha_k) - sum_j e_j trigamma(alpha_0))`` in ``eta_k``.
     Most of its time goes into special functions, of which autograd would take two more for each component.
     """
 
@@ -178,7 +186,11 @@ def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
 
 
 class _SquaredNorm(torch.autograd.Function):
-    """``E||pi||^2`` with its slope in closed form: a regulariser of few numbers costs what its operations cost."""
+    """``S = E||pi||^2``, shape (...), of eta, shape (..., N) (METHOD.md section 3), with its slope in closed form.
+
+    ``d S / d eta_k = E[pi_k] (2 alpha_k + 1 - S (2 alpha_0 + 1)) / (alpha_0 + 1)``: on so few numbers autograd's graph
+    of a dozen operations takes longer.
+    """
 
     @staticmethod
     def forward(ctx: Any, eta: Tensor) -> Tensor:

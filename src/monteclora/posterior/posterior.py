@@ -200,14 +200,14 @@ class AdapterPosterior(nn.Module):
         return draw
 
     def note_repetition(self, layer: LayerDraw) -> None:
-        """A layer runs with its part of the current draw; this matters where it runs inside a backward pass.
+        """A layer runs inside a backward pass, with its part of the current draw.
 
         Whoever repeats a forward pass under its own draw sets ``repeating`` meanwhile.
 
         Raises:
             RuntimeError: it is repeated unbidden, and with rho and eta frozen nothing would notice a wrong draw.
         """
-        if self.repeating or self.current is None or torch._C._current_graph_task_id() == -1:
+        if self.repeating or self.current is None:
             return
         if torch.is_grad_enabled() and not layer.transposed.requires_grad:
             raise RuntimeError(

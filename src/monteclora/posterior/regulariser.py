@@ -55,7 +55,8 @@ class _RowDivergences(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_sigma: Tensor, grad_z: Tensor) -> tuple[Tensor, None, None, None, None]:
         rho, nu, row_squared_norm = ctx.saved_tensors
-        # d/d rho of nu/2 (exp(2 rho) - 2 rho) and of N/2 (||T_i||^2 exp(2 rho) - 2 rho), by expm1 as their values
+        # METHOD.md section 4: d/d rho_i of nu/2 (exp(2 rho_i) - 2 rho_i) is nu (exp(2 rho_i) - 1), that of
+        # N/2 (q_i exp(2 rho_i) - 2 rho_i) is N (q_i exp(2 rho_i) - 1) with q_i the squared norm; all of shape (R,)
         sigma = grad_sigma * nu * torch.expm1(2.0 * rho)
         return sigma + grad_z * ctx.num * torch.expm1(2.0 * rho + row_squared_norm.log()), None, None, None, None
 
