@@ -107,6 +107,8 @@ def test_what_is_noted_of_a_run_stands_before_its_numbers(runs):
     assert page.warnings == ["MonteCLoRA: the run went on from step 4 with training.max_steps 8 -> 12."]
     html = render(page)
     assert html.index("went on from step 4") < html.index("Results")
+    # both runs came to their end
+    assert "unfinished" not in html[html.index("<body>") :].lower()
 
 
 def test_a_run_that_failed_before_it_measured_anything(runs):
