@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from monteclora.system.randomness import preserved_generators
 from monteclora.training.checkpoint import CheckpointingMixin
 from monteclora.training.divergence import NonFiniteSteps, Part
-from monteclora.training.randomness import preserved_generators
 from monteclora.training.trainer import MonteCLoRATrainerMixin
 
 __all__ = ["ROW", "RunTrainer"]

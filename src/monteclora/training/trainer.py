@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, regularisers
 from monteclora.errors import DivergenceError
 from monteclora.posterior import Regulariser
-from monteclora.training.randomness import preserved_generators
+from monteclora.system.randomness import preserved_generators
 
 __all__ = ["MonteCLoRATrainer", "MonteCLoRATrainerMixin", "classification_loss"]
 
