@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,7 +17,12 @@ TaskKind = Literal["classification", "causal_lm"]
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The ``method`` section of a recipe; every method has its own subclass, with its own fields."""
+    """The ``method`` section of a recipe; every method has its own subclass, with its own fields.
+
+    ``renamed`` gives the present name of each field that earlier versions called otherwise.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     name: str
 
