@@ -231,5 +231,5 @@ def test_only_rho_and_eta_trainable(mode: str) -> None:
         return gradients(model)
 
     found = step(mode)
-    assert sorted(found) == ["posteriors.0.eta", "posteriors.0.rho"]
+    assert sorted(found) == ["posteriors.default.eta", "posteriors.default.rho"]
     assert relative_difference(step("off"), found) < TOLERANCE

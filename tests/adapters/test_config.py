@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -43,6 +44,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("alpha_prior", None, "above 0"),
     ("degrees_of_freedom", -3, "above 0"),
     ("fidelity", "papr", "default or paper"),
+    ("r", 0, "at least 1"),
+    ("r", 2.0, "whole number"),
+    ("lora_dropout", 1.5, "below 1"),
+    ("lora_dropout", -0.1, "at least 0"),
+    ("normalised", "yes", "True or False"),
     ("noise_seed", 1.5, "whole number"),
     ("noise_seed", None, "whole number"),
 ]
@@ -84,6 +90,8 @@ def test_degrees_of_freedom_below_a_rank_name_the_layer() -> None:
 
 def test_fidelity_switches_three_defaults_and_nothing_else() -> None:
     default, paper = MonteCLoRAConfig(), MonteCLoRAConfig(fidelity="paper")
+    assert {name for name in vars(default) if getattr(default, name) != getattr(paper, name)} == {"fidelity"}
+    default, paper = default.resolved(), paper.resolved()
     changed = {name for name in vars(default) if getattr(default, name) != getattr(paper, name)}
     assert changed == {"fidelity", "normalised", "regulariser", "sample_scale"}
     assert (default.normalised, default.regulariser, default.sample_scale) == (True, "expected", "relative:0.3")
@@ -92,8 +100,14 @@ def test_fidelity_switches_three_defaults_and_nothing_else() -> None:
 
 def test_what_is_given_wins_over_fidelity() -> None:
     paper = MonteCLoRAConfig(fidelity="paper", normalised=True, regulariser="expected", sample_scale="relative:0.3")
-    settings, default = paper.posterior_settings(), MonteCLoRAConfig().posterior_settings()
-    assert settings == default
+    assert {**paper.resolved().given(), "fidelity": "default"} == MonteCLoRAConfig().resolved().given()
+
+
+def test_fidelity_can_be_chosen_afterwards() -> None:
+    paper = dataclasses.replace(MonteCLoRAConfig(r=4), fidelity="paper")
+    assert paper.resolved() == MonteCLoRAConfig(fidelity="paper").resolved()
+    chosen = dataclasses.replace(MonteCLoRAConfig(normalised=True), fidelity="paper").resolved()
+    assert (chosen.normalised, chosen.regulariser) == (True, "sampled")
 
 
 def test_paper_noise_is_the_default_noise_times_the_root_of_nu() -> None:
@@ -154,11 +168,33 @@ def test_round_trip_through_a_saved_adapter(tmp_path: Path) -> None:
     assert posterior_of(loaded).settings == posterior_of(model).settings
 
 
+def test_a_configuration_round_trips_by_itself(tmp_path: Path) -> None:
+    config = MonteCLoRAConfig(
+        r=4, target_modules=["v_proj", "q_proj"], rank_pattern={"q_proj": 2}, num_components=3, fidelity="paper"
+    )
+    assert MonteCLoRAConfig(**config.to_dict()) == config
+    config.save_pretrained(tmp_path)
+    for reader in (MonteCLoRAConfig, peft.PeftConfig):
+        found = reader.from_pretrained(tmp_path)
+        assert type(found) is MonteCLoRAConfig
+        assert found == config
+    assert found != dataclasses.replace(config, kl_weight=1.0)
+
+
+def test_a_configuration_is_read_from_a_saved_adapter(tmp_path: Path) -> None:
+    model = wrapped(llama, num_components=3, noise_seed=5, sample_scale=None)
+    model.save_pretrained(tmp_path)
+    found = MonteCLoRAConfig.from_pretrained(tmp_path)
+    assert (found.num_components, found.noise_seed, found.sample_scale) == (3, 5, None)
+    found.inference_mode = False
+    assert found == model.peft_config["default"] == MonteCLoRAConfig(**model.peft_config["default"].to_dict())
+
+
 def test_copies() -> None:
     config = config_for(llama, num_components=3)
     for copied in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
-        assert copied.posterior_settings() == config.posterior_settings()
+        assert copied.resolved() == config.resolved()
 
 
 def test_one_configuration_wraps_several_models() -> None:
@@ -173,7 +209,7 @@ def test_peft_alone_refuses_the_configuration() -> None:
         peft.get_peft_model(llama(), config_for(llama))
     assert "monteclora.get_peft_model" in caught.value.hint
     model = peft.get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="wrap_with_monteclora_get_peft_model"):
+    with pytest.raises(ValueError, match="different peft types"):
         model.add_adapter("second", config_for(llama))
 
 

@@ -33,7 +33,10 @@ class Problem(NamedTuple):
 
 def problem(*, per_example: bool = False, covariance: str = "diagonal", law: str = "exact") -> Problem:
     settings = PosteriorSettings(
-        num_components=COMPONENTS, covariance=covariance, dirichlet=law, per_example=per_example
+        num_components=COMPONENTS,
+        covariance=covariance,
+        dirichlet=law,
+        noise="per_example" if per_example else "shared",
     )
     posterior = AdapterPosterior(SHAPES, SCALES, settings, seed=5).double()
     generator = torch.Generator().manual_seed(0)

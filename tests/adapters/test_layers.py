@@ -153,7 +153,7 @@ def test_training_draws_and_evaluation_uses_the_mean(build: Callable[..., nn.Mod
     batch = batch_for(build)
     assert draws_differ(model, batch)
     found = step(model, build)
-    assert found["posteriors.0.rho"].ne(0).all()
+    assert found["posteriors.default.rho"].ne(0).all()
     model.eval()
     assert not draws_differ(model, batch)
 
@@ -177,8 +177,8 @@ def test_quantised_layers_really_draw(bits: int) -> None:
     assert kinds == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
     assert draws_differ(model, batch_for(llama))
     found = step(model, llama)
-    assert found["posteriors.0.rho"].ne(0).all()
-    assert found["posteriors.0.eta"].ne(0).all()
+    assert found["posteriors.default.rho"].ne(0).all()
+    assert found["posteriors.default.eta"].ne(0).all()
 
 
 @pytest.mark.parametrize("order", ["train first", "evaluate first"])

@@ -196,7 +196,7 @@ def test_averaged_models(average: str) -> None:
     inner = averaged.module
     expected = {name: (history[0][name] + history[1][name]) / 2 for name in history[0]}
     found = trainable(inner)
-    assert {"posteriors.0.rho", "posteriors.0.eta"} <= found.keys()
+    assert {"posteriors.default.rho", "posteriors.default.eta"} <= found.keys()
     assert relative_difference(expected, found) < 1e-6
     draws = posterior_of(model).draws
     averaged.train()
@@ -244,8 +244,8 @@ def test_a_second_adapter_waits_until_it_is_chosen() -> None:
     assert (first.draws, second.draws) == (1, 1)
     found = gradients(model)
     assert {name for name in found if "posteriors" in name} == {
-        "posteriors.1.rho",
-        "posteriors.1.eta",
+        "posteriors.second.rho",
+        "posteriors.second.eta",
     }
     assert all("second" in name for name in found if "lora_" in name)
 
@@ -257,7 +257,7 @@ def test_two_adapters_active_at_once() -> None:
     (model(**batch_for(llama)).loss + variational_loss(model)).backward()
     assert (first.draws, second.draws) == (1, 1)
     assert {name for name in gradients(model) if "posteriors" in name} == {
-        f"posteriors.{i}.{part}" for i in (0, 1) for part in ("rho", "eta")
+        f"posteriors.{name}.{part}" for name in ("default", "second") for part in ("rho", "eta")
     }
     assert len(regularisers(model)) == 2
     expected = sum(posterior.regulariser().loss for posterior in (first, second))
@@ -276,7 +276,7 @@ def test_deleting_an_adapter_hands_over_to_the_other() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.delete_adapter("default")
-    assert list(model.base_model.posterior_names) == ["second"]
+    assert list(model.base_model.posteriors) == ["second"]
     assert active_posteriors(model) == [second]
     assert second.rho.requires_grad == any("lora_A.second" in name for name in names_with_gradient(model))
     model.set_adapter("second")

@@ -226,12 +226,13 @@ def test_a_plain_adapter_loads_beside_a_drawn_one(tmp_path: Path) -> None:
     model = wrapped(llama)
     model.load_adapter(tmp_path, "plain")
     assert model.base_model.posterior("plain") is None
-    # into the drawn adapter: the mean is replaced, the posterior stays
+    # into the drawn adapter: its posterior is not that of another mean
     trained().save_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / POSTERIOR_FILE).unlink()
-    rho = posterior_of(model).rho.clone()
-    model.load_adapter(tmp_path / "ours", "default")
-    assert torch.equal(posterior_of(model).rho, rho)
+    before = trainable(model)
+    with pytest.raises(CheckpointError, match=r"ours has no posterior.safetensors, and adapter 'default' has"):
+        model.load_adapter(tmp_path / "ours", "default")
+    assert all(torch.equal(value, before[name]) for name, value in trainable(model).items())
 
 
 def test_subfolders(tmp_path: Path) -> None:
@@ -372,6 +373,9 @@ def test_the_posterior_of_another_adapter(tmp_path: Path, other: dict[str, Any])
     trained().save_pretrained(tmp_path / "one")
     trained(**other).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / POSTERIOR_FILE, tmp_path / "one" / POSTERIOR_FILE)
+    refused(tmp_path / "one", r"one/posterior.safetensors is the posterior of another mean than .*one/adapter_model")
+    # as in a file of the first format, which does not say to which mean it belongs
+    rewrite(tmp_path / "one" / POSTERIOR_FILE, lambda document, _: document.pop("mean_sha256"))
     refused(tmp_path / "one", r"does not fit this model: layer '.*_proj' \(rank")
     # into an existing adapter, before anything is changed
     model = trained()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from monteclora.posterior import dirichlet
+from monteclora.posterior.settings import Approximation
 from tests import reference
 from tests.posterior.checks import COUNT, SEEDS, assert_law, assert_mean
 
@@ -25,12 +26,12 @@ def log(alpha: tuple[float, ...], dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(alpha, dtype=torch.float64).log().to(dtype)
 
 
-def draws(eta: Tensor, law: dirichlet.Approximation, seed: int, count: int = COUNT) -> tuple[Tensor, dirichlet.Raw]:
+def draws(eta: Tensor, law: Approximation, seed: int, count: int = COUNT) -> tuple[Tensor, dirichlet.Raw]:
     eta = eta.expand(count, -1).contiguous()
     return eta, dirichlet.raw(eta, law, torch.Generator().manual_seed(seed))
 
 
-def weights(eta: Tensor, law: dirichlet.Approximation, seed: int) -> np.ndarray:
+def weights(eta: Tensor, law: Approximation, seed: int) -> np.ndarray:
     return dirichlet.sample(*draws(eta, law, seed)).double().numpy()
 
 
@@ -69,12 +70,12 @@ def squared_norm_cdf(alpha: float, value: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def reference_squared_norms(concentration: float, law: dirichlet.Approximation) -> np.ndarray:
+def reference_squared_norms(concentration: float, law: Approximation) -> np.ndarray:
     model = reference.Law(alpha=(concentration,) * 8, laplace=law == "laplace")
     return np.sort((reference.weights(model, 2 * COUNT, np.random.default_rng(0)) ** 2).sum(-1))
 
 
-def check_squared_norm(concentration: float, law: dirichlet.Approximation, seed: int, factor: float = 1.0) -> None:
+def check_squared_norm(concentration: float, law: Approximation, seed: int, factor: float = 1.0) -> None:
     """||pi||^2 of eight components against the reference, and, for the exact law, of two against the closed form."""
     eta = torch.full((8,), math.log(factor * concentration), dtype=torch.float64)
     norms = (2.0 * dirichlet.log_norm(*draws(eta, law, seed))).exp()

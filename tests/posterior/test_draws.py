@@ -110,7 +110,7 @@ def test_means_that_changed_before_the_backward_pass_are_noticed(frozen):
 
 
 def test_per_example_noise_leaves_the_means_to_the_layers():
-    drawn = posterior(per_example=True).draw(batch_size=2, means=means())
+    drawn = posterior(noise="per_example").draw(batch_size=2, means=means())
     assert not any(part.has_mean for part in drawn.layers)
 
 

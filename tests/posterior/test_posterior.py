@@ -18,10 +18,10 @@ from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSe
 from tests.posterior.building import random_posterior
 
 VARIANTS: list[dict[str, Any]] = [
-    {"covariance": covariance, "dirichlet": law, "per_example": per_example}
+    {"covariance": covariance, "dirichlet": law, "noise": kind}
     for covariance in ("diagonal", "full")
     for law in ("exact", "laplace")
-    for per_example in (False, True)
+    for kind in ("shared", "per_example")
 ]
 CONSTANTS = ("_nu", "_c", "_log_determinant", "_ranks", "_layer_of_row")
 
@@ -120,7 +120,7 @@ def test_every_kind_of_noise_has_a_generator_of_its_own(covariance, monkeypatch)
 
     original = noise.generator
     monkeypatch.setattr(noise, "generator", recording)
-    posterior = random_posterior(8, covariance=covariance, per_example=True)
+    posterior = random_posterior(8, covariance=covariance, noise="per_example")
     at(posterior, 7, rank=3)
     assert sorted(asked) == [(8, 3, 7, kind, False) for kind in noise.Kind]
     asked.clear()
@@ -179,7 +179,7 @@ def test_slots_hold_their_layers_part_of_whatever_is_current():
 
 
 def test_prediction_and_the_regulariser_leave_the_counter_and_the_current_draw():
-    posterior = random_posterior(estimator="sampled")
+    posterior = random_posterior(regulariser="sampled")
     current = posterior.draw()
     posterior.sample(0, 0, 4)
     posterior.regulariser()
@@ -197,7 +197,7 @@ def test_a_resumed_posterior_draws_on_where_it_stopped():
 
 
 def test_per_example_noise_needs_the_batch_size_and_a_refused_draw_is_not_counted():
-    posterior = random_posterior(per_example=True)
+    posterior = random_posterior(noise="per_example")
     with pytest.raises(ConfigError, match="number of examples") as error:
         posterior.draw()
     assert error.value.hint
@@ -206,8 +206,8 @@ def test_per_example_noise_needs_the_batch_size_and_a_refused_draw_is_not_counte
 
 
 def test_the_batch_size_does_not_change_the_noise():
-    posterior = random_posterior(per_example=True)
-    draws = [random_posterior(per_example=True).draw(batch_size=size) for size in (1, 8)]
+    posterior = random_posterior(noise="per_example")
+    draws = [random_posterior(noise="per_example").draw(batch_size=size) for size in (1, 8)]
     shared = posterior.draw(batch_size=2)
     for draw in draws:
         assert torch.equal(noise_of(draw), noise_of(shared))
@@ -248,7 +248,7 @@ def test_parts_have_their_layers_shapes(variant):
     posterior = random_posterior(shapes=shapes, **variant)
     for (rank, columns), part in zip(shapes, posterior.draw(batch_size=6).layers, strict=True):
         assert part.matrix.shape == (rank, columns)
-        if variant["per_example"]:
+        if variant["noise"] == "per_example":
             assert part.sign_in.shape == (6, columns)
             assert part.sign_out.shape == (6, rank)
     for (rank, columns), part in zip(shapes, posterior.sample(0, 0, 2).layers, strict=True):
@@ -305,7 +305,7 @@ def test_a_new_posterior_is_at_the_prior():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["deepcopy", "pickle"])
 def test_a_copy_keeps_parameters_and_counter_and_is_its_own(copied):
-    posterior = random_posterior(3, estimator="sampled")
+    posterior = random_posterior(3, regulariser="sampled")
     # copied between a forward and a backward pass, as averaging callbacks do
     loss = sum(part.matrix.sum() for part in posterior.draw().layers) + posterior.regulariser().loss
     other = copied(posterior)

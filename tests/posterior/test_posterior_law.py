@@ -134,7 +134,7 @@ def effective(draw, every: slice) -> np.ndarray:
 @pytest.mark.parametrize("law", [LAWS[0], LAWS[4]], ids=name_of)
 def test_every_examples_own_a_has_the_law_of_a_shared_draw(law):
     laws = (law, other(law))
-    posterior = posterior_of(laws * 1000, per_example=True)
+    posterior = posterior_of(laws * 1000, noise="per_example")
     draws = [posterior.draw(batch_size=2) for _ in range(15)]
     for first, expected in enumerate(laws):
         a = np.concatenate([effective(draw, slice(first, None, 2)) for draw in draws])
@@ -145,7 +145,7 @@ def test_every_examples_own_a_has_the_law_of_a_shared_draw(law):
 
 
 def test_signs_are_fair_and_independent():
-    posterior = random_posterior(per_example=True, shapes=((2, 5), (3, 4)))
+    posterior = random_posterior(noise="per_example", shapes=((2, 5), (3, 4)))
     batches = [posterior.draw(batch_size=64) for _ in range(300)]
     signs = []
     for draw in batches:
@@ -164,14 +164,14 @@ def test_signs_are_fair_and_independent():
 
 @pytest.mark.parametrize("batch_size", [0, 2, 3, 17])
 def test_signs_of_any_batch_size(batch_size):
-    draw = random_posterior(per_example=True).draw(batch_size=batch_size)
+    draw = random_posterior(noise="per_example").draw(batch_size=batch_size)
     for part in draw.layers:
         assert part.sign_in.shape == (batch_size, part.matrix.shape[1])
         assert part.sign_out.shape == (batch_size, part.matrix.shape[0])
 
 
 def test_a_single_example_needs_no_signs():
-    draw, shared = random_posterior(per_example=True).draw(batch_size=1), random_posterior().draw()
+    draw, shared = random_posterior(noise="per_example").draw(batch_size=1), random_posterior().draw()
     for part, other in zip(draw.layers, shared.layers, strict=True):
         assert part.sign_in is part.sign_out is None
         assert torch.equal(part.matrix, other.matrix)

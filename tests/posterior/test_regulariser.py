@@ -83,8 +83,8 @@ def test_the_sampled_parts_and_gradients_have_the_mean_of_the_expected_ones(cova
         Law(rho=rho, alpha=(0.5, 1.0, 2.0), dof=len(rho), full=covariance == "full", normalised=normalised)
         for rho in ((0.3, -0.5, 0.1), (-0.2,), (0.5, 0.0))
     ]
-    sampled = posterior_of(laws * copies, estimator="sampled").double()
-    expected = posterior_of(laws, estimator="expected").double()
+    sampled = posterior_of(laws * copies, regulariser="sampled").double()
+    expected = posterior_of(laws, regulariser="expected").double()
     values, gradients = [], []
     for _ in range(times):
         sampled.draw()
@@ -104,7 +104,7 @@ def test_the_sampled_parts_and_gradients_have_the_mean_of_the_expected_ones(cova
 @pytest.mark.parametrize("law", LAWS)
 def test_the_sampled_divergence_describes_the_very_draw(covariance, law):
     """KL_z of the covariances that A was drawn with, and the squared norm of its weights."""
-    posterior = random_posterior(covariance=covariance, dirichlet=law, estimator="sampled", num_components=3).double()
+    posterior = random_posterior(covariance=covariance, dirichlet=law, regulariser="sampled", num_components=3).double()
     draw = posterior.draw()
     parts = posterior.regulariser()
     torch.testing.assert_close(parts.coop, draw.squared_norm.mean())
@@ -129,7 +129,7 @@ def test_the_sampled_divergence_describes_the_very_draw(covariance, law):
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_are_those_of_finite_differences(estimator, law, covariance):
-    posterior = random_posterior(covariance=covariance, dirichlet=law, estimator=estimator).double()
+    posterior = random_posterior(covariance=covariance, dirichlet=law, regulariser=estimator).double()
     posterior.draw()
     rho, eta = parameters(posterior)
     # the implicit gradient of an exact draw is not the difference quotient of the frozen draw: test_dirichlet has it
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_finite_differences(estimator, law, covariance):
 
 
 def test_the_sampled_parts_need_a_draw():
-    posterior = random_posterior(estimator="sampled")
+    posterior = random_posterior(regulariser="sampled")
     with pytest.raises(ConfigError, match="training draw") as error:
         posterior.regulariser()
     assert "training mode" in error.value.hint
@@ -270,8 +270,8 @@ def test_everything_is_finite_and_no_divergence_negative(
             covariance=covariance,
             dirichlet=law,
             normalised=normalised,
-            per_example=per_example,
-            estimator=estimator,
+            noise="per_example" if per_example else "shared",
+            regulariser=estimator,
         ).to(dtype)
         for estimator in ESTIMATORS
     ]
@@ -300,7 +300,7 @@ def test_everything_is_finite_and_no_divergence_negative(
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_one_component_and_rank_one(covariance, estimator, law):
     posterior = random_posterior(
-        shapes=((1, 1), (1, 3)), num_components=1, covariance=covariance, dirichlet=law, estimator=estimator
+        shapes=((1, 1), (1, 3)), num_components=1, covariance=covariance, dirichlet=law, regulariser=estimator
     )
     draw = posterior.draw()
     assert torch.equal(draw.squared_norm, torch.ones(2))

@@ -102,7 +102,7 @@ def test_a_recipe_written_out_reads_back_equal(method: str, tmp_path: Path) -> N
     assert load_recipe(found) is found
     assert load_recipe(found, [("seed", "3")]).seed == 3
     if method == "monteclora":
-        assert "sample_scale: relative:0.3" in path.read_text()  # a default that another option decides
+        assert "sample_scale: null" in path.read_text()  # fidelity decides it, whatever fidelity becomes
 
 
 # -- what determines the result --------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_the_regulariser_counts_once_a_step_also_in_a_short_last_step(tmp_path: 
     expected = posterior_of(model).rho.grad
     assert len(trainer.gradients) == -(-6 // accumulated)
     for step in trainer.gradients:
-        torch.testing.assert_close(step["posteriors.0.rho"], expected, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(step["posteriors.default.rho"], expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("split", [(8, 1), (2, 4)], ids=str)
@@ -263,7 +263,7 @@ def test_weight_decay_leaves_rho_and_eta_alone(tmp_path: Path) -> None:
     before = trainable(model)
     trainer = train(model, rows("classes"), tmp_path, max_steps=3, weight_decay=0.5)
     after = trainable(model)
-    for name in ("posteriors.0.rho", "posteriors.0.eta"):
+    for name in ("posteriors.default.rho", "posteriors.default.eta"):
         assert torch.equal(before[name], after[name])
     groups = trainer.optimizer.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -413,7 +413,7 @@ def test_post_hoc_training_moves_only_rho_and_eta(tmp_path: Path) -> None:
     train(model, rows("classes"), tmp_path, max_steps=2, per_device_train_batch_size=4)
     assert posterior_of(model).draws == 2
     moved = {name for name, p in model.named_parameters() if name in middle and not torch.equal(p, middle[name])}
-    assert moved == {"posteriors.0.rho", "posteriors.0.eta"}
+    assert moved == {"posteriors.default.rho", "posteriors.default.eta"}
 
 
 def test_a_model_without_the_method_trains_as_with_the_trainer_alone(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_ranks_draw_apart_and_stay_in_step(tmp_path: Path) -> None:
     model = wrapped(bert, sample_scale=0.0)
     variational_loss(model).backward()
     expected = posterior_of(model).rho.grad
-    torch.testing.assert_close(one["quiet"]["gradients"][0]["posteriors.0.rho"], expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(one["quiet"]["gradients"][0]["posteriors.default.rho"], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_rank_zero_draws_what_a_single_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:

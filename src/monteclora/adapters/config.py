@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast, get_args
+import copy
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
-from peft import LoraConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftType
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import PosteriorSettings
-from monteclora.posterior.dirichlet import Approximation
-from monteclora.posterior.settings import Estimator
-from monteclora.posterior.wishart import Covariance
+from monteclora.posterior.settings import PosteriorSettings, is_whole
 
-Fidelity = Literal["default", "paper"]
-Noise = Literal["shared", "per_example"]
+__all__ = ["OWN_TYPE", "MonteCLoRAConfig"]
 
-__all__ = ["DEFAULT_SAMPLE_SCALE", "Fidelity", "MonteCLoRAConfig", "Noise"]
-
-DEFAULT_SAMPLE_SCALE = "relative:0.3"
-_PAPER_SAMPLE_SCALE = 5e-3
+# the type of a configuration that no model has taken yet: peft has no tuner of this type, and makes no LoRA of it
+OWN_TYPE = "MONTECLORA"
 # LoRA variants with a forward of their own; a drawn A means nothing to them
 _OTHER_VARIANTS = (
     "use_dora",
@@ -38,172 +32,108 @@ _OTHER_VARIANTS = (
 
 
 @dataclass
-class MonteCLoRAConfig(LoraConfig):
+class MonteCLoRAConfig(PosteriorSettings, LoraConfig):
     """Configure a MonteCLoRA adapter; every field of ``peft.LoraConfig`` works as it does there.
 
+    The method's own fields are those of :class:`~monteclora.posterior.settings.PosteriorSettings`, and:
+
     Attributes:
-        num_components: N, the number of mixture components; it costs neither time nor memory.
-        sample_scale: eps. A number is absolute; ``"relative:c"`` is c times the root mean square of each layer's
-            initial A, which transfers between ranks and widths. None is ``"relative:0.3"``, or the authors' recommended
-            5e-3 with ``fidelity="paper"``.
-        kl_weight: weight of the KL terms.
-        coop_weight: weight of the cooperative loss ``||pi||^2``; 0 turns it off.
-        covariance: ``"diagonal"`` (the published code) or ``"full"`` (the paper's text) Sigma.
-        dirichlet: ``"exact"`` or ``"laplace"`` law of the mixture weights.
-        regulariser: ``"expected"`` takes KL_z and ``||pi||^2`` in closed form, ``"sampled"`` those of the draw. None
-            is ``"expected"``, or ``"sampled"`` with ``fidelity="paper"``.
-        noise: ``"shared"`` by the batch or ``"per_example"`` (flipout).
-        alpha_prior: concentration of the Dirichlet prior.
-        degrees_of_freedom: nu of the Wishart law; None is each layer's rank.
-        normalised: whether ``E[Sigma] = V`` at every rank. None is True, or False with ``fidelity="paper"``.
-        fidelity: ``"paper"`` switches the three defaults above to the published ones and nothing else.
         noise_seed: the noise stream, apart from the global generators.
 
     Raises:
         ConfigError: a field out of its range, or combined with a LoRA variant that replaces the forward pass.
     """
 
-    num_components: int = 4
-    sample_scale: float | str | None = None
-    kl_weight: float = 1e-5
-    coop_weight: float = 1.0
-    covariance: Covariance = "diagonal"
-    dirichlet: Approximation = "exact"
-    regulariser: Estimator | None = None
-    noise: Noise = "shared"
-    alpha_prior: float = 1.0
-    degrees_of_freedom: float | None = None
-    normalised: bool | None = None
-    fidelity: Fidelity = "default"
     noise_seed: int = 0
-    # peft refuses layers whose configuration asks for a variant it does not know. Set unless this package does the
-    # wrapping, it keeps peft.get_peft_model (and trainers that call it) from making a plain LoRA of this in silence.
-    wrap_with_monteclora_get_peft_model: bool = field(
-        default=True, init=False, repr=False, metadata={"is_lora_variant": True}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("fidelity", self.fidelity, Fidelity)
-        paper = self.fidelity == "paper"
-        if self.sample_scale is None:
-            self.sample_scale = _PAPER_SAMPLE_SCALE if paper else DEFAULT_SAMPLE_SCALE
-        if self.regulariser is None:
-            self.regulariser = "sampled" if paper else "expected"
-        if self.normalised is None:
-            self.normalised = not paper
-        self._check()
-
-    def _check(self) -> None:
-        _one_of("covariance", self.covariance, Covariance)
-        _one_of("dirichlet", self.dirichlet, Approximation)
-        _one_of("regulariser", self.regulariser, Estimator)
-        _one_of("noise", self.noise, Noise)
-        if isinstance(self.num_components, bool) or not isinstance(self.num_components, int) or self.num_components < 1:
-            raise _wrong("num_components", self.num_components, "a whole number of at least 1")
-        if isinstance(self.noise_seed, bool) or not isinstance(self.noise_seed, int):
-            raise _wrong("noise_seed", self.noise_seed, "a whole number")
-        for name in ("kl_weight", "coop_weight"):
-            _number(name, getattr(self, name), zero=True)
-        _number("alpha_prior", self.alpha_prior, zero=False)
-        if self.degrees_of_freedom is not None:
-            _number("degrees_of_freedom", self.degrees_of_freedom, zero=False)
-        self.parse_sample_scale()
+        self.peft_type = cast(PeftType, OWN_TYPE)
+        for name, message in [*self.option_problems(), *self._lora_problems()]:
+            raise ConfigError(f"{name} {message}", _hint(name))
         for name in _OTHER_VARIANTS:
             if getattr(self, name, None):
                 raise ConfigError(f"{name} cannot be combined with MonteCLoRA", "Leave it out, or use peft.LoraConfig.")
         if self.init_lora_weights == "mica":
             raise ConfigError("init_lora_weights='mica' replaces LoRA's forward pass", "Choose another initialisation.")
 
-    def parse_sample_scale(self) -> tuple[bool, float]:
-        """Whether ``sample_scale`` is relative, and its number.
+    def _lora_problems(self) -> list[tuple[str, str]]:
+        """What is wrong with LoRA's fields and not noticed by peft until a layer is made."""
+        found = []
+        if not is_whole(self.noise_seed):
+            found.append(("noise_seed", f"is {self.noise_seed!r}, expected a whole number"))
+        if not is_whole(self.r) or self.r < 1:
+            found.append(("r", f"is {self.r!r}, expected a whole number of at least 1"))
+        for name, rank in (self.rank_pattern or {}).items():
+            if not is_whole(rank) or rank < 1:
+                found.append(("rank_pattern", f"gives {name!r} the rank {rank!r}, expected a whole number above 0"))
+        dropout = self.lora_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            found.append(("lora_dropout", f"is {dropout!r}, expected a number of at least 0 and below 1"))
+        return found
 
-        Raises:
-            ConfigError: neither a non-negative number nor ``relative:`` and one.
-        """
-        text, relative = self.sample_scale, False
-        if isinstance(text, str) and text.startswith("relative:"):
-            text, relative = text.removeprefix("relative:"), True
-        try:
-            value = float(cast(str, text))
-        except (TypeError, ValueError):
-            value = math.nan
-        if isinstance(text, bool) or not (0.0 <= value < math.inf):
-            raise ConfigError(
-                f"sample_scale is {self.sample_scale!r}, expected a number of at least 0, or 'relative:' and one",
-                "For example relative:0.3, which is 0.3 times the size of each layer's initial A.",
-            )
-        return relative, value
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal; that a model has taken one of the two makes no difference."""
+        return isinstance(other, MonteCLoRAConfig) and self.to_dict() == other.to_dict()
 
-    @property
-    def _custom_modules(self) -> dict[type, type] | None:
-        """What peft reads before it makes a layer of any type.
+    __hash__ = None  # type: ignore[assignment]
 
-        Its bitsandbytes layers do not look for unknown variants, so the refusal that the guard above brings about would
-        not reach a model that has only those.
-        """
-        if self.wrap_with_monteclora_get_peft_model:
-            raise ConfigError(
-                "peft was given a MonteCLoRAConfig, of which it can only make a plain LoRA",
-                "Wrap the model with monteclora.get_peft_model, and give trainers the wrapped model.",
-            )
-        return self._modules
+    def of_type(self, kind: str) -> MonteCLoRAConfig:
+        """A copy that peft takes for one of ``kind``."""
+        copied = copy.copy(self)
+        copied.peft_type = cast(PeftType, kind)
+        return copied
 
-    @_custom_modules.setter
-    def _custom_modules(self, modules: dict[type, type] | None) -> None:
-        self._modules = modules
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Let peft inject LoRA layers for this configuration: the caller adds the posterior."""
-        self.wrap_with_monteclora_get_peft_model = False
-        try:
-            yield
-        finally:
-            self.wrap_with_monteclora_get_peft_model = True
-
-    def posterior_settings(self) -> PosteriorSettings:
-        """The posterior's share of this configuration."""
-        return PosteriorSettings(
-            num_components=self.num_components,
-            covariance=self.covariance,
-            dirichlet=self.dirichlet,
-            normalised=bool(self.normalised),
-            estimator=cast(Estimator, self.regulariser),
-            per_example=self.noise == "per_example",
-            alpha_prior=self.alpha_prior,
-            degrees_of_freedom=self.degrees_of_freedom,
-            kl_weight=self.kl_weight,
-            coop_weight=self.coop_weight,
-        )
+    def plain_lora(self) -> LoraConfig:
+        """LoRA's fields alone: what ``adapter_config.json`` holds, so that any LoRA reader takes the adapter."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init})
 
     def method_fields(self) -> dict[str, Any]:
-        """The method's own fields, as they are stored beside the adapter."""
-        return {name: getattr(self, name) for name in _METHOD_FIELDS if name != _GUARD}
+        """The method's own fields, as they were given and as they are stored beside the adapter."""
+        return {**self.given(), "noise_seed": self.noise_seed}
 
     def to_dict(self) -> dict[str, Any]:
-        """The LoRA fields: what ``adapter_config.json`` holds, so that any LoRA reader takes the adapter."""
-        plain: dict[str, Any] = super().to_dict()
-        return {key: value for key, value in plain.items() if key not in _METHOD_FIELDS}
+        """Every field, for ``MonteCLoRAConfig(**config.to_dict())``, which equals this one."""
+        return {**super().to_dict(), "peft_type": OWN_TYPE}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> MonteCLoRAConfig:
+        """Read what ``save_pretrained`` of a configuration or of a model wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the hub.
+            subfolder: of it.
+            **kwargs: passed on to peft, such as ``revision``.
+
+        Raises:
+            CheckpointError: an adapter without a posterior, or a damaged one.
+        """
+        from monteclora.adapters import storage
+
+        found = PeftConfig.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        if isinstance(found, MonteCLoRAConfig):
+            return found
+        path = storage.find_posterior(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if path is None:
+            raise storage.missing_posterior(Path(pretrained_model_name_or_path))
+        return storage.load_posterior(path).config(found)
 
 
-_GUARD = "wrap_with_monteclora_get_peft_model"
-_METHOD_FIELDS = tuple(f.name for f in fields(MonteCLoRAConfig) if f.name not in {g.name for g in fields(LoraConfig)})
-
-
-def _wrong(name: str, value: object, expected: str) -> ConfigError:
+def _hint(name: str) -> str:
     default = MonteCLoRAConfig.__dataclass_fields__[name].default
-    shown = "" if default is None else f", {default}"
-    return ConfigError(f"{name} is {value!r}, expected {expected}", f"Leave it out for the default{shown}.")
+    plain = isinstance(default, (int, float, str))
+    return f"Leave it out for the default{f', {default}' if plain else ''}."
 
 
-def _one_of(name: str, value: object, choices: Any) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise _wrong(name, value, " or ".join(allowed))
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    """Take the place of a tuner where peft is given a configuration that only this package can use."""
+    raise ConfigError(
+        "peft was given a MonteCLoRAConfig, of which it can only make a plain LoRA",
+        "Wrap the model with monteclora.get_peft_model, and give trainers the wrapped model.",
+    )
 
 
-def _number(name: str, value: object, *, zero: bool) -> None:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not numeric or cast(float, value) < 0 or (value == 0 and not zero):
-        raise _wrong(name, value, f"a finite number {'of at least' if zero else 'above'} 0")
+PEFT_TYPE_TO_CONFIG_MAPPING[cast(PeftType, OWN_TYPE)] = MonteCLoRAConfig
+PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, OWN_TYPE)] = _refuse

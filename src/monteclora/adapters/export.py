@@ -13,8 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from monteclora.adapters.card import portable_name
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.model import MonteCLoRAModel
+from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
 from monteclora.system.atomic import staged
@@ -52,7 +54,9 @@ def export_samples(
         )
     name = names[0]
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
-    config = cast(MonteCLoRAConfig, model.peft_config[name])
+    config = cast(MonteCLoRAConfig, model.peft_config[name]).plain_lora()
+    config.base_model_name_or_path = portable_name(config.base_model_name_or_path)
+    config.inference_mode = True
     folders = []
     for number in range(num_samples):
         draw = posterior.sample(seed, number)
@@ -66,6 +70,7 @@ def export_samples(
         with staged(folder) as stage:
             (stage / "adapter_model.safetensors").write_bytes(save(drawn, metadata={"format": "pt"}))
             config.save_pretrained(str(stage))
+        (folder / POSTERIOR_FILE).unlink(missing_ok=True)  # that an adapter of this name left
         folders.append(folder)
     return folders
 

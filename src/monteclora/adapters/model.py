@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from monteclora.adapters import storage
-from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters import card, checks, storage
+from monteclora.adapters.config import OWN_TYPE, MonteCLoRAConfig
 from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.snapshot import unchanged_on_error
-from monteclora.adapters.tuner import MonteCLoRATuner, check_target_names
-from monteclora.errors import ConfigError, MonteCLoRAError
+from monteclora.adapters.tuner import TUNER_TYPE, MonteCLoRATuner, check_target_names
+from monteclora.errors import CheckpointError, ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior, Regulariser
-from monteclora.system.atomic import staged
+from monteclora.system import atomic
 
 __all__ = [
     "MonteCLoRAModel",
@@ -37,9 +38,62 @@ __all__ = [
 
 
 class MonteCLoRAModel(PeftModel):
-    """What a ``PeftModel`` with MonteCLoRA adapters does differently: it saves and loads their posteriors."""
+    """What a ``PeftModel`` with MonteCLoRA adapters does differently: it saves and loads their posteriors.
+
+    Args:
+        model: the base model; adapted in place.
+        peft_config: a :class:`MonteCLoRAConfig`, of which the model keeps a copy.
+        adapter_name: name of the adapter.
+        **kwargs: passed on to peft.
+    """
 
     base_model: MonteCLoRATuner
+    _complete = _loading = False
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        if not isinstance(peft_config, MonteCLoRAConfig):
+            raise _other_configuration(peft_config)
+        super().__init__(model, peft_config.of_type(TUNER_TYPE), adapter_name, **kwargs)
+        self.peft_type = PeftType.LORA
+        tuner = self.base_model
+        self.posteriors = tuner.posteriors
+        tuner.begin(self, adapter_name)
+        self._complete = True
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, MonteCLoRA or plain LoRA; takes what ``PeftModel.add_adapter`` takes."""
+        if isinstance(peft_config, MonteCLoRAConfig):
+            peft_config = peft_config.of_type(PeftType.LORA)
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in torch; a posterior follows its adapter to other ranks before an optimiser sees its parameters."""
+        if self._complete:
+            self.base_model.measure()
+        return super().named_parameters(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch, for state that has the posterior of each mean in it.
+
+        Raises:
+            CheckpointError: another mean without its posterior, as ``peft.set_peft_model_state_dict`` brings it.
+        """
+        if not self._loading:
+            self._check_means(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _check_means(self, state_dict: Mapping[str, Any]) -> None:
+        own = None
+        for name in self.posteriors:
+            if any(key.endswith(f"posteriors.{name}.rho") for key in state_dict):
+                continue
+            own = self.state_dict() if own is None else own
+            means = {key: value for key, value in state_dict.items() if f".lora_A.{name}." in key and key in own}
+            if not all(torch.equal(own[key], value.to(own[key])) for key, value in means.items()):
+                raise CheckpointError(
+                    f"the state of adapter '{name}' holds another mean and no posterior",
+                    "Load a saved adapter with model.load_adapter(folder, name), or the whole of model.state_dict().",
+                )
 
     def save_pretrained(
         self,
@@ -48,71 +102,176 @@ class MonteCLoRAModel(PeftModel):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """As in peft, with ``posterior.safetensors`` beside each adapter; files appear whole or not at all.
+        """Write each adapter as a plain LoRA, with ``posterior.safetensors`` beside it; files appear whole.
 
-        ``adapter_model.safetensors`` and ``adapter_config.json`` are a plain LoRA's.
+        Takes what ``PeftModel.save_pretrained`` takes. With ``path_initial_model_for_weight_conversion`` the adapter
+        is written as a plain LoRA of twice the rank, without a posterior: it has none of that rank.
+
+        Args:
+            save_directory: the folder; every adapter but ``default`` has a folder of its name in it.
+            safe_serialization: True; a pickle is refused.
+            selected_adapters: names; all by default.
+            save_embedding_layers: as in peft.
+            is_main_process: False for a process that writes nothing.
+            path_initial_model_for_weight_conversion: as in peft.
+            tokenizer: saved along, if given.
+            **kwargs: as in peft; the posteriors in a ``state_dict`` are saved in place of the model's.
+
+        Raises:
+            ConfigError: ``safe_serialization=False``.
+            CheckpointError: the disk refuses a file.
         """
-        with staged(Path(save_directory), write=is_main_process) as folder:
-            super().save_pretrained(
-                str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
+        if not safe_serialization:
+            raise ConfigError(
+                "safe_serialization=False asks for a pickle, which monteclora does not load", "Leave it out."
             )
-            for name in (selected_adapters or list(self.peft_config)) if is_main_process else []:
-                posterior = self.base_model.posterior(name)
-                if posterior is not None:
-                    target = folder if name == "default" else folder / name
-                    storage.save_posterior(posterior, self.peft_config[name], target / storage.POSTERIOR_FILE)
+        converted = path_initial_model_for_weight_conversion is not None
+        names = selected_adapters or list(self.peft_config)
+        target = Path(save_directory)
+        with atomic.staged(target, write=is_main_process) as folder:
+            with self._plain_configurations():
+                super().save_pretrained(
+                    str(folder),
+                    True,
+                    selected_adapters,
+                    save_embedding_layers,
+                    is_main_process,
+                    path_initial_model_for_weight_conversion,
+                    **kwargs,
+                )
+            if is_main_process:
+                for name in names:
+                    self._save_posterior(name, _place(folder, name), None if converted else kwargs.get("state_dict"))
+                    if converted:
+                        (_place(folder, name) / storage.POSTERIOR_FILE).unlink(missing_ok=True)
+            if is_main_process and tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+        if is_main_process:
+            for name in names:
+                if converted or self.base_model.posterior(name) is None:
+                    # one that an earlier adapter of this name left
+                    (_place(target, name) / storage.POSTERIOR_FILE).unlink(missing_ok=True)
+
+    def _save_posterior(self, name: str, folder: Path, state_dict: Mapping[str, Any] | None) -> None:
+        posterior = self.base_model.posterior(name)
+        if posterior is None:
+            return
+        mark = f"posteriors.{name}."
+        state = {key.rpartition(mark)[2]: value for key, value in (state_dict or {}).items() if mark in key}
+        storage.save_posterior(posterior, self.peft_config[name], folder, state=state, labels=self._labels())
+
+    def _labels(self) -> dict[int, str]:
+        """The names of a classifier's labels, if it has any of its own."""
+        names: dict[int, str] = getattr(getattr(self.get_base_model(), "config", None), "id2label", None) or {}
+        generic = all(str(name) == f"LABEL_{index}" for index, name in names.items())
+        return {} if generic else {int(index): str(name) for index, name in names.items()}
+
+    @contextmanager
+    def _plain_configurations(self) -> Iterator[None]:
+        """Have peft see plain LoRA configurations with portable names, which are what it is to write."""
+        configs = self.base_model.peft_config
+        given = dict(configs)
+        for name, config in given.items():
+            plain = config.plain_lora() if isinstance(config, MonteCLoRAConfig) else copy.copy(config)
+            plain.base_model_name_or_path = card.portable_name(plain.base_model_name_or_path or self._base_name())
+            configs[name] = plain
+        try:
+            yield
+        finally:
+            configs.update(given)
+
+    def _base_name(self) -> str | None:
+        return getattr(self.get_base_model(), "name_or_path", None) or None
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the card of the active adapter, or complete the metadata of one that is there."""
+        name = self.active_adapters[0]
+        posterior = self.base_model.posterior(name)
+        settings = None if posterior is None else posterior.settings
+        base = card.portable_name(self._base_name())
+        card.write_card(Path(output_dir), self.peft_config[name], settings, base, self._labels())
 
     def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *args: Any,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As in peft; an adapter with a posterior beside it gets that posterior, here or into the existing adapter.
 
         Raises:
-            CheckpointError: a damaged posterior, or one that does not fit the adapter.
+            CheckpointError: a damaged posterior, or one that fits neither the adapter nor its mean; another mean for
+                an adapter with a posterior, without one.
         """
         path = storage.find_posterior(model_id, **kwargs)
         stored = None if path is None else storage.load_posterior(path)
         existing = self.base_model.posterior(adapter_name)
-        if stored is not None and existing is not None:
-            stored.check_fits(existing)
+        if stored is not None:
+            stored.check_mean(storage.find_file(model_id, storage.WEIGHTS_FILE, **kwargs))
+            if existing is not None:
+                stored.check_fits(existing, key_mapping)
+        elif existing is not None:
+            raise CheckpointError(
+                f"{model_id} has no {storage.POSTERIOR_FILE}, and adapter '{adapter_name}' has a posterior",
+                "Load it under another name.",
+            )
         known = adapter_name in self.peft_config
-        result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+        self._loading = stored is not None
+        try:
+            result = super().load_adapter(
+                model_id, adapter_name, is_trainable, *args, key_mapping=key_mapping, **kwargs
+            )
+        finally:
+            self._loading = False
         if stored is None:
             return result
-        if existing is not None:
-            stored.copy_into(existing)
-            return result
-        try:
-            self._restore(adapter_name, stored)
-        except MonteCLoRAError:
-            if not known:
-                self.delete_adapter(adapter_name)
-            raise
-        restored = self.base_model.posterior(adapter_name)
-        assert restored is not None
-        restored.requires_grad_(is_trainable)
+        if existing is None:
+            try:
+                existing = self._restore(adapter_name, stored, key_mapping)
+            except MonteCLoRAError:
+                if not known:
+                    self.delete_adapter(adapter_name)
+                raise
+            existing.requires_grad_(is_trainable)
+        stored.copy_into(existing)
+        self.base_model.unmeasured.discard(adapter_name)
         return result
 
-    def _restore(self, adapter_name: str, stored: storage.StoredPosterior) -> None:
+    def _restore(
+        self, adapter_name: str, stored: storage.StoredPosterior, key_mapping: dict[str, str] | None
+    ) -> AdapterPosterior:
         """Give an adapter that was loaded as a plain LoRA its configuration and posterior."""
-        config = stored.config(self.peft_config[adapter_name])
-        layers = self.base_model.layer_shapes(adapter_name)
-        posterior = stored.build(config, layers, self.base_model.device_of(adapter_name))
-        self.peft_config[adapter_name] = config
-        self.base_model.attach(adapter_name, posterior)
+        stored.check_layers(self.base_model.layer_shapes(adapter_name), key_mapping)
+        plain = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = stored.config(plain).of_type(PeftType.LORA)
+        try:
+            self.base_model.attach(adapter_name)
+        except MonteCLoRAError:
+            self.peft_config[adapter_name] = plain
+            raise
+        posterior = self.base_model.posterior(adapter_name)
+        assert posterior is not None
+        return posterior
 
 
-def _as_monteclora(model: PeftModel) -> MonteCLoRAModel:
-    """Turn a ``PeftModel`` over LoRA into a :class:`MonteCLoRAModel`, in place."""
-    model.__class__ = _CLASSES[type(model)]
-    tuner = model.base_model
-    tuner.__class__ = MonteCLoRATuner
-    tuner.setup()
-    model.posteriors = tuner.posteriors
-    tuner.scope.install([model], [])
-    return cast(MonteCLoRAModel, model)
+def _place(folder: Path, adapter_name: str) -> Path:
+    """Where peft writes an adapter."""
+    return folder if adapter_name == "default" else folder / adapter_name
+
+
+def _other_configuration(config: object) -> ConfigError:
+    return ConfigError(
+        f"get_peft_model was given a {type(config).__name__}, expected a MonteCLoRAConfig",
+        "Use peft.get_peft_model for other methods.",
+    )
 
 
 class MonteCLoRAModelForSequenceClassification(MonteCLoRAModel, peft.PeftModelForSequenceClassification):
@@ -139,15 +298,25 @@ class MonteCLoRAModelForFeatureExtraction(MonteCLoRAModel, peft.PeftModelForFeat
     """See :class:`MonteCLoRAModel`."""
 
 
-_CLASSES: dict[type, type[MonteCLoRAModel]] = {
-    PeftModel: MonteCLoRAModel,
-    peft.PeftModelForSequenceClassification: MonteCLoRAModelForSequenceClassification,
-    peft.PeftModelForCausalLM: MonteCLoRAModelForCausalLM,
-    peft.PeftModelForSeq2SeqLM: MonteCLoRAModelForSeq2SeqLM,
-    peft.PeftModelForTokenClassification: MonteCLoRAModelForTokenClassification,
-    peft.PeftModelForQuestionAnswering: MonteCLoRAModelForQuestionAnswering,
-    peft.PeftModelForFeatureExtraction: MonteCLoRAModelForFeatureExtraction,
+_BY_TASK: dict[str | None, type[MonteCLoRAModel]] = {
+    "SEQ_CLS": MonteCLoRAModelForSequenceClassification,
+    "CAUSAL_LM": MonteCLoRAModelForCausalLM,
+    "SEQ_2_SEQ_LM": MonteCLoRAModelForSeq2SeqLM,
+    "TOKEN_CLS": MonteCLoRAModelForTokenClassification,
+    "QUESTION_ANS": MonteCLoRAModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": MonteCLoRAModelForFeatureExtraction,
 }
+
+
+def _build(model: nn.Module, config: MonteCLoRAConfig, adapter_name: str, **kwargs: Any) -> MonteCLoRAModel:
+    """Wrap ``model`` in the class for the configuration's task; what peft refuses is a ConfigError."""
+    of_task = _BY_TASK.get(config.task_type, MonteCLoRAModel)
+    try:
+        return of_task(model, config, adapter_name, **kwargs)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"peft refused the adapter: {error}", "Correct the configuration.") from error
 
 
 def get_peft_model(
@@ -169,28 +338,29 @@ def get_peft_model(
             a type that cannot be drawn. The model is then left as it was.
     """
     if not isinstance(peft_config, MonteCLoRAConfig):
-        raise ConfigError(
-            f"get_peft_model was given a {type(peft_config).__name__}, expected a MonteCLoRAConfig",
-            "Use peft.get_peft_model for other methods.",
-        )
-    if isinstance(model, PeftModel):
+        raise _other_configuration(peft_config)
+    _refuse_wrapped(model)
+    if kwargs.pop("mixed", False):
+        raise ConfigError("mixed=True is not supported with MonteCLoRA", "Leave it out.")
+    config = peft_config.of_type(OWN_TYPE)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.revision = kwargs.pop("revision", None) or config.revision
+    check_target_names(config, model)
+    with unchanged_on_error(model, adapter_name):
+        return _build(model, config, adapter_name, **kwargs)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if isinstance(model, MonteCLoRAModel):
         raise ConfigError(
             f"get_peft_model was given a {type(model).__name__}, which has adapters already",
             "Add another one with model.add_adapter, or give the model that model.unload() returns.",
         )
-    if kwargs.get("mixed"):
-        raise ConfigError("mixed=True is not supported with MonteCLoRA", "Leave it out.")
-    check_target_names(peft_config, model)
-    with unchanged_on_error(model, adapter_name), peft_config.handled():
-        try:
-            wrapped = peft.get_peft_model(model, peft_config, adapter_name, **kwargs)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"peft refused the adapter: {error}", "Correct the configuration.") from error
-        monteclora_model = _as_monteclora(wrapped)
-        monteclora_model.base_model.attach(adapter_name)
-    return monteclora_model
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            f"get_peft_model was given a {type(model).__name__}, which has adapters of peft already",
+            "Give the model that model.unload() returns.",
+        )
 
 
 def from_pretrained(
@@ -198,6 +368,8 @@ def from_pretrained(
     model_id: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    key_mapping: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> MonteCLoRAModel:
     """Load a saved adapter, mean and posterior; takes what ``PeftModel.from_pretrained`` takes.
@@ -209,6 +381,9 @@ def from_pretrained(
         model_id: a folder written by ``save_pretrained``, or such a repository on the hub.
         adapter_name: name of the adapter.
         is_trainable: whether to go on training it.
+        config: in place of the saved configuration; a :class:`MonteCLoRAConfig`, or a ``peft.LoraConfig`` for LoRA's
+            part of it.
+        key_mapping: patterns of names at the time of saving, and the model's names for them.
         **kwargs: passed on to peft, such as ``low_cpu_mem_usage``, ``subfolder`` or ``revision``.
 
     Raises:
@@ -218,22 +393,55 @@ def from_pretrained(
     path = storage.find_posterior(model_id, **kwargs)
     if path is None:
         raise storage.missing_posterior(model_id)
-    storage.check_adapter(model_id, kwargs.get("subfolder"))
+    checks.check_adapter(model_id, kwargs.get("subfolder"))
     stored = storage.load_posterior(path)
-    with unchanged_on_error(model, adapter_name), storage.adapter_errors(model_id):
-        wrapped = _as_monteclora(PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs))
-        storage.check_finite(model_id, get_peft_model_state_dict(wrapped, adapter_name=adapter_name))
-        wrapped._restore(adapter_name, stored)
+    weights = storage.find_file(model_id, storage.WEIGHTS_FILE, **kwargs)
+    stored.check_mean(weights)
+    with checks.adapter_errors(model_id):
+        config = config or PeftConfig.from_pretrained(str(model_id), **_of_the_hub(kwargs))
+    if not isinstance(config, MonteCLoRAConfig):
+        config = stored.config(config)
+    config = config.of_type(OWN_TYPE)
+    config.inference_mode = not is_trainable
+    if weights is not None:
+        checks.check_head(weights, model)
+    if key_mapping is None:
+        # transformers' map from the names of earlier versions, which peft applies too and which has no public name
+        key_mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
+    options = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype", "low_cpu_mem_usage") if name in kwargs}
+    with unchanged_on_error(model, adapter_name), checks.adapter_errors(model_id):
+        wrapped = _build(model, config, adapter_name, **options)
+        missing = wrapped.load_adapter(
+            model_id, adapter_name, is_trainable, key_mapping=key_mapping, **options, **kwargs
+        ).missing_keys
+        if missing:
+            raise CheckpointError(f"{weights} has no {missing[0]}", storage.RESTORE)
+        checks.check_finite(model_id, get_peft_model_state_dict(wrapped, adapter_name=adapter_name))
+    _name_labels(model, stored.labels)
     return wrapped
+
+
+def _of_the_hub(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in arguments}
+
+
+def _name_labels(model: nn.Module, labels: Mapping[int, str]) -> None:
+    """Give a classifier whose labels have no names of their own those that the adapter was trained with."""
+    config = getattr(model, "config", None)
+    own = getattr(config, "id2label", None) or {}
+    if config is not None and {*own} == {*labels} and all(own[index] == f"LABEL_{index}" for index in own):
+        config.id2label = dict(labels)
+        config.label2id = {name: index for index, name in labels.items()}
 
 
 def _tuner(model: nn.Module) -> MonteCLoRATuner:
     for module in model.modules():
         if isinstance(module, MonteCLoRATuner):
             return module
-    raise ConfigError(
-        f"{type(model).__name__} has no MonteCLoRA adapter", "Wrap it with monteclora.get_peft_model first."
-    )
+    hint = "Wrap it with monteclora.get_peft_model first."
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        hint = "Load a saved adapter with monteclora.from_pretrained, which loads the posterior too."
+    raise ConfigError(f"{type(model).__name__} has no MonteCLoRA adapter", hint)
 
 
 def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:

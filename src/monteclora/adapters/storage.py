@@ -1,8 +1,8 @@
 """Adapters on disk: plain LoRA files, and the posterior beside them in ``posterior.safetensors``.
 
 The sidecar holds ``rho``, ``eta`` and ``scale`` as tensors; its metadata hold one JSON document with the format's
-version, the layers, the method's configuration and the noise stream's position, and a checksum of that document and
-the tensors.
+version, the layers, the method's configuration, the noise stream's position and a checksum of the mean (every
+``lora_A`` of the weights beside it), and a checksum of that document and the tensors.
 """
 
 from __future__ import annotations
@@ -10,33 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from peft import LoraConfig, PeftConfig
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.config import brief
-from monteclora.errors import CheckpointError, MonteCLoRAError, UnsafeCodeError
-from monteclora.posterior import AdapterPosterior, LayerShape
+from monteclora.errors import CheckpointError, ConfigError
+from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings
 from monteclora.system.atomic import write_file
 
 __all__ = [
     "CONFIG_FILE",
     "POSTERIOR_FILE",
+    "RESTORE",
     "WEIGHTS_FILE",
     "StoredPosterior",
-    "adapter_errors",
-    "check_adapter",
-    "check_finite",
+    "find_file",
     "find_posterior",
     "load_posterior",
     "missing_posterior",
@@ -44,11 +41,11 @@ __all__ = [
 ]
 
 POSTERIOR_FILE = "posterior.safetensors"
-WEIGHTS_FILE, CONFIG_FILE, _PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _FORMAT = 2
 _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
-_RESTORE = "Take the folder from a backup or an earlier checkpoint."
+RESTORE = "Take the folder from a backup or an earlier checkpoint."
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
 
 
@@ -59,91 +56,97 @@ def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_posterior(posterior: AdapterPosterior, config: MonteCLoRAConfig, path: Path) -> None:
-    """Write the sidecar of one adapter, atomically."""
-    tensors = {name: getattr(posterior, name).detach().cpu().contiguous() for name in _TENSORS}
+def _mean_checksum(weights: Path) -> str:
+    """Of every ``lora_A`` in an adapter's weights, as they are stored."""
+    digest = hashlib.sha256()
+    with safetensors.safe_open(weights, framework="pt") as file:
+        for name in sorted(key for key in file.keys() if ".lora_A." in key):  # noqa: SIM118 - not a mapping
+            digest.update(name.encode())
+            digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_posterior(
+    posterior: AdapterPosterior,
+    config: MonteCLoRAConfig,
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    labels: Mapping[int, str] | None = None,
+) -> None:
+    """Write the sidecar of an adapter into the folder that has its weights, atomically.
+
+    Args:
+        posterior: of the adapter.
+        config: its configuration.
+        folder: has ``adapter_model.safetensors``, to whose mean the posterior belongs.
+        state: values that take the place of the posterior's own ``rho``, ``eta`` and ``scale``.
+        labels: label names of a classifier, by class.
+    """
+    values = {name: (state or {}).get(name, getattr(posterior, name)) for name in _TENSORS}
+    tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in values.items()}
     fields = {
         "format": _FORMAT,
-        "layers": posterior.layers,
+        "layers": [(_plain_name(layer.name), *layer[1:]) for layer in posterior.layers],
         "config": config.method_fields(),
+        "resolved": config.resolved().given(),
         "seed": posterior.seed,
         "draws": posterior.draws,
         "enabled": posterior.enabled,
+        "mean_sha256": _mean_checksum(folder / WEIGHTS_FILE),
+        "labels": {str(index): str(name) for index, name in (labels or {}).items()},
     }
     document = json.dumps(fields, sort_keys=True)
     # in one entry: safetensors writes several in any order, and equal posteriors should be equal files
     envelope = json.dumps({"document": document, "sha256": _checksum(document, tensors)})
-    write_file(path, save(tensors, metadata={_KEY: envelope}))
+    write_file(folder / POSTERIOR_FILE, save(tensors, metadata={_KEY: envelope}))
+
+
+def find_file(model_id: str | os.PathLike[str], name: str, **kwargs: Any) -> Path | None:
+    """A file of a saved adapter, in a folder or on the hub; None where there is none.
+
+    Offline, what the hub's cache has is found.
+
+    Args:
+        model_id: a folder, or a repository on the hub.
+        name: the file's.
+        **kwargs: what loading takes; ``subfolder``, ``revision``, ``cache_dir`` and ``token`` count.
+
+    Raises:
+        CheckpointError: neither a folder nor within reach on the hub.
+    """
+    if Path(model_id).exists():
+        path = Path(model_id) / (kwargs.get("subfolder") or "") / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+    try:
+        return Path(hf_hub_download(str(model_id), name, **arguments))
+    except LocalEntryNotFoundError as error:  # offline: the file may exist on the hub
+        raise _out_of_reach(model_id, error) from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _out_of_reach(model_id, error) from error
+
+
+def _out_of_reach(model_id: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"adapter '{model_id}' is neither a folder nor within reach on the hub ({type(error).__name__})",
+        "Give the folder that save_pretrained wrote.",
+    )
 
 
 def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | None:
-    """The sidecar of a saved adapter, in a folder or on the hub; None where there is none."""
-    folder = Path(model_id) / (kwargs.get("subfolder") or "")
-    if Path(model_id).exists():
-        path = folder / POSTERIOR_FILE
-        return path if path.is_file() else None
-    from huggingface_hub import file_exists, hf_hub_download
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-
-    arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-    remote = "/".join(filter(None, [arguments.pop("subfolder", None), POSTERIOR_FILE]))
-    shared = {key: value for key, value in arguments.items() if key in ("revision", "token")}
-    try:
-        if not file_exists(str(model_id), remote, **shared):
-            return None
-        return Path(hf_hub_download(str(model_id), remote, **arguments))
-    except (OSError, ValueError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(
-            f"adapter '{model_id}' is neither a folder nor within reach on the hub ({type(error).__name__})",
-            "Give the folder that save_pretrained wrote.",
-        ) from error
+    """The sidecar of a saved adapter, see :func:`find_file`."""
+    return find_file(model_id, POSTERIOR_FILE, **kwargs)
 
 
-def check_adapter(model_id: str | os.PathLike[str], subfolder: str | None = None) -> None:
-    """Check the files of an adapter in a folder before peft sees them: it would read a pickle, and name no file.
-
-    Raises:
-        CheckpointError: one is missing or damaged, or the adapter is no LoRA.
-        UnsafeCodeError: the weights are a pickle.
-    """
-    folder = Path(model_id) / (subfolder or "")
-    if not Path(model_id).exists():
-        return  # a name on the hub
-    if (folder / _PICKLED).exists() and not (folder / WEIGHTS_FILE).is_file():
-        raise UnsafeCodeError(
-            f"{folder} has {_PICKLED} in place of {WEIGHTS_FILE}: a pickle, which can run any program",
-            "Convert it to safetensors where you trust it.",
-        )
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}", _RESTORE)
-    try:
-        kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({type(error).__name__})", _RESTORE) from None
-    if kind != "LORA":
-        raise CheckpointError(f"{folder / CONFIG_FILE} has the peft_type {brief(kind)}, expected LORA", _RESTORE)
-
-
-@contextmanager
-def adapter_errors(model_id: str | os.PathLike[str]) -> Iterator[None]:
-    """What peft raises for an adapter that it cannot load, as one of ours that names the adapter."""
-    try:
-        yield
-    except MonteCLoRAError:
-        raise
-    except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"the adapter {model_id} cannot be loaded ({type(error).__name__}: {reason})", _RESTORE
-        ) from error
-
-
-def check_finite(model_id: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError for a weight that is not finite."""
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{model_id}: {name} holds numbers that are not finite", _RESTORE)
+def _plain_name(layer: str) -> str:
+    """A layer's name without what ``torch.compile`` puts into it."""
+    return layer.replace("_orig_mod.", "")
 
 
 def missing_posterior(model_id: str | os.PathLike[str]) -> CheckpointError:
@@ -162,54 +165,76 @@ class StoredPosterior:
     tensors: Mapping[str, Tensor]
     layers: list[LayerShape]
     fields: Mapping[str, Any]
+    resolved: Mapping[str, Any] | None
     seed: int
     draws: int
     enabled: bool
+    mean_sha256: str | None
+    labels: Mapping[int, str]
 
     def config(self, lora: PeftConfig) -> MonteCLoRAConfig:
         """The adapter's configuration: peft's LoRA fields and the sidecar's own."""
         plain = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init}
         try:
-            return MonteCLoRAConfig(**plain, **self.fields)
+            config = MonteCLoRAConfig(**plain, **self.fields)
+            if self.resolved is not None:
+                # the defaults of the version that trained it, where they have changed since
+                config = replace(config, **config.settled(PosteriorSettings(**self.resolved)).given())
+            return config
         except TypeError as error:
             raise CheckpointError(
                 f"{self.path} was written by another version of monteclora: {error}", "Load it with that version."
             ) from error
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the adapter in {self.path.parent} cannot be loaded: {error.message}", RESTORE
+            ) from error
 
-    def build(self, config: MonteCLoRAConfig, layers: list[LayerShape], device: torch.device) -> AdapterPosterior:
-        """The posterior itself, for an adapter with these layers.
+    def check_mean(self, weights: Path | None) -> None:
+        """Check that the posterior belongs to the mean in these weights; files of the first format do not say.
 
         Raises:
-            CheckpointError: the layers differ.
+            CheckpointError: it was saved with another mean.
         """
-        self.check_layers(layers)
-        posterior = AdapterPosterior(
-            layers, self.tensors["scale"].tolist(), config.posterior_settings(), seed=self.seed, device=device
-        )
-        self.copy_into(posterior)
-        return posterior
+        if weights is None or self.mean_sha256 is None:
+            return
+        try:
+            found = _mean_checksum(weights)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{weights} cannot be read ({type(error).__name__}: {error})", RESTORE) from error
+        if found != self.mean_sha256:
+            raise CheckpointError(
+                f"{self.path} is the posterior of another mean than the one in {weights}",
+                f"Save both with model.save_pretrained, or delete {self.path.name} to keep a plain LoRA.",
+            )
 
-    def check_layers(self, layers: list[LayerShape]) -> None:
+    def check_layers(self, layers: list[LayerShape], key_mapping: Mapping[str, str] | None = None) -> None:
         """Check that the posterior belongs to an adapter with these layers.
+
+        Args:
+            layers: of the model.
+            key_mapping: of peft, from names at the time of saving to names of the model.
 
         Raises:
             CheckpointError: it belongs to another one.
         """
-        if layers != self.layers:
-            changed = sorted(set(layers) ^ set(self.layers)) or self.layers
+        found = [LayerShape(_plain_name(name), *shape) for name, *shape in layers]
+        stored = [LayerShape(_mapped(name, key_mapping or {}), *shape) for name, *shape in self.layers]
+        if found != stored:
+            changed = sorted(set(found) ^ set(stored)) or stored
             raise CheckpointError(
                 f"{self.path} does not fit this model: layer '{changed[0].name}' (rank {changed[0].rank}, "
                 f"{changed[0].in_features} inputs) differs",
                 "Load it onto the base model it was trained on, with the same target_modules.",
             )
 
-    def check_fits(self, posterior: AdapterPosterior) -> None:
+    def check_fits(self, posterior: AdapterPosterior, key_mapping: Mapping[str, str] | None = None) -> None:
         """Check that ``posterior`` has the layers and the number of components of this one.
 
         Raises:
             CheckpointError: it has others.
         """
-        self.check_layers(posterior.layers)
+        self.check_layers(posterior.layers, key_mapping)
         for name in _TENSORS:
             expected, found = getattr(posterior, name).shape, self.tensors[name].shape
             if expected != found:
@@ -220,12 +245,7 @@ class StoredPosterior:
 
     @torch.no_grad()
     def copy_into(self, posterior: AdapterPosterior) -> None:
-        """Restore parameters, scales and the stream's position into a posterior that it fits.
-
-        Raises:
-            CheckpointError: it does not fit.
-        """
-        self.check_fits(posterior)
+        """Restore parameters, scales and the stream's position into a posterior that :meth:`check_fits` accepted."""
         for name in _TENSORS:
             getattr(posterior, name).copy_(self.tensors[name])
         posterior.seed, posterior.draws, posterior.enabled = self.seed, self.draws, self.enabled
@@ -244,10 +264,10 @@ def load_posterior(path: Path) -> StoredPosterior:
         document, expected = _sealed(metadata)
     except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a readable posterior file ({type(error).__name__}: {error})", _RESTORE
+            f"{path} is not a readable posterior file ({type(error).__name__}: {error})", RESTORE
         ) from error
     if _checksum(document, tensors) != expected:
-        raise CheckpointError(f"{path} is damaged: its content does not match its checksum", _RESTORE)
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum", RESTORE)
     # a checksum finds damage, and says nothing of who wrote the document
     try:
         fields = json.loads(document)
@@ -261,13 +281,16 @@ def load_posterior(path: Path) -> StoredPosterior:
             tensors=tensors,
             layers=[LayerShape(str(name), int(rank), int(inputs)) for name, rank, inputs in fields["layers"]],
             fields=_current_names(fields["config"]),
+            resolved=fields.get("resolved"),
             seed=int(fields["seed"]),
             draws=int(fields["draws"]),
             enabled=bool(fields["enabled"]),
+            mean_sha256=fields.get("mean_sha256"),
+            labels={int(index): str(name) for index, name in fields.get("labels", {}).items()},
         )
         _check_shapes(stored)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a posterior file ({type(error).__name__}: {error})", _RESTORE) from error
+        raise CheckpointError(f"{path} is not a posterior file ({type(error).__name__}: {error})", RESTORE) from error
     return stored
 
 
@@ -279,10 +302,19 @@ def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:
     return envelope["document"], envelope["sha256"]
 
 
+def _mapped(layer: str, key_mapping: Mapping[str, str]) -> str:
+    """A layer's stored name as the model has it, after the first pattern of peft's ``key_mapping`` that applies."""
+    for pattern, replacement in key_mapping.items():
+        name, count = re.subn(pattern, replacement, layer)
+        if count:
+            return name
+    return layer
+
+
 def _current_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored fields of the configuration: format 1 calls the number of components ``num_samples``."""
     fields = dict(config)
-    if "num_samples" in fields:
+    if "num_samples" in fields and "num_components" not in fields:
         fields["num_components"] = fields.pop("num_samples")
     return fields
 
@@ -295,7 +327,7 @@ def _check_shapes(stored: StoredPosterior) -> None:
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise CheckpointError(
                 f"{stored.path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats of {shape}",
-                _RESTORE,
+                RESTORE,
             )
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{stored.path}: {name} holds numbers that are not finite", _RESTORE)
+            raise CheckpointError(f"{stored.path}: {name} holds numbers that are not finite", RESTORE)

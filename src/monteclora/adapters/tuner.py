@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any, cast
 
 import torch
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
@@ -27,7 +28,10 @@ from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape
 
-__all__ = ["MonteCLoRATuner", "check_target_names"]
+__all__ = ["TUNER_TYPE", "MonteCLoRATuner", "check_target_names"]
+
+# a PeftModel chooses its tuner by the type of its first configuration; the tuner then makes it LoRA
+TUNER_TYPE = "MONTECLORA_TUNER"
 
 _device_of = attrgetter("device")
 
@@ -58,28 +62,44 @@ def check_target_names(config: MonteCLoRAConfig, model: nn.Module) -> None:
 class MonteCLoRATuner(LoraModel):
     """A ``peft.LoraModel`` whose MonteCLoRA adapters have posteriors.
 
-    ``posteriors`` is a module of the ``PeftModel`` around this one, to which this one only refers: peft counts whatever
-    is registered here, or in the layers, as adapter weights, and would write it into their file. ``posterior_names``
-    holds the adapters' names in the same order, ``mean_modules`` the ``lora_A`` of their layers.
+    ``posteriors``, by adapter name, is a module of the ``PeftModel`` around this one, to which this one only refers:
+    peft counts whatever is registered here, or in the layers, as adapter weights, and would write it into their file.
+    ``mean_modules`` has the ``lora_A`` of their layers, ``unmeasured`` the adapters whose A may still be initialised.
     """
 
-    posteriors: nn.ModuleList
-    posterior_names: list[str]
-    mean_modules: list[list[nn.ModuleDict]]
+    posteriors: nn.ModuleDict
+    mean_modules: dict[str, list[nn.ModuleDict]]
+    unmeasured: set[str]
     scope: DrawScope
+    begun: bool
 
-    def setup(self) -> None:
-        """Initialise what this class adds to a ``LoraModel`` that has just become one of it."""
-        self.__dict__["posteriors"] = nn.ModuleList()
-        self.posterior_names = []
-        self.mean_modules = []
+    def __init__(self, model: nn.Module, peft_config: dict[str, PeftConfig], adapter_name: str, **kwargs: Any) -> None:
+        for config in peft_config.values():
+            config.peft_type = PeftType.LORA
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Initialise what this class adds; peft calls it once, before the first adapter's layers are made."""
+        self.__dict__["posteriors"] = nn.ModuleDict()
+        self.mean_modules = {}
+        self.unmeasured = set()
         self.scope = DrawScope(self)
+        self.begun = False
+
+    def begin(self, outermost: nn.Module, adapter_name: str) -> None:
+        """Attach the posterior of the first adapter, when the ``PeftModel`` around this tuner is complete.
+
+        Not earlier: with ``low_cpu_mem_usage`` whatever is made along with the layers has no memory.
+        """
+        self.scope.install([outermost], [])
+        self.attach(adapter_name)
+        self.begun = True
 
     def posterior(self, adapter_name: str) -> AdapterPosterior | None:
         """The posterior of an adapter, None where it is plain LoRA."""
-        if adapter_name not in self.posterior_names:
+        if adapter_name not in self.posteriors:
             return None
-        return cast(AdapterPosterior, self.posteriors[self.posterior_names.index(adapter_name)])
+        return cast(AdapterPosterior, self.posteriors[adapter_name])
 
     def active_posteriors(self) -> list[AdapterPosterior]:
         """The posteriors of the active adapters."""
@@ -88,6 +108,8 @@ class MonteCLoRATuner(LoraModel):
 
     def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
         """Those of :meth:`active_posteriors` whose layers are neither disabled nor merged nor switched off."""
+        if self.unmeasured and torch.is_grad_enabled() and self.training:
+            self.measure(begin=True)
         drawn = []
         for posterior in self.active_posteriors():
             first = cast(LoraLayer, self.model.get_submodule(posterior.layers[0].name))
@@ -100,10 +122,10 @@ class MonteCLoRATuner(LoraModel):
 
         None if some are elsewhere until their layer runs, as those of sharded and offloaded models are.
         """
-        index = next(i for i, known in enumerate(self.posteriors) if known is posterior)
-        name, device = self.posterior_names[index], posterior.rho.device
+        name = next(name for name, known in self.posteriors.items() if known is posterior)
+        device = posterior.rho.device
         # asked once a step of hundreds of layers, so without a Python frame for each
-        weights = [of._modules[name]._parameters.get("weight") for of in self.mean_modules[index]]
+        weights = [of._modules[name]._parameters.get("weight") for of in self.mean_modules[name]]
         means = cast(list[Tensor], weights)
         plain = {*map(type, means)} <= {nn.Parameter, Tensor} and {*map(_device_of, means)} == {device}
         return means if plain and sum(map(Tensor.numel, means)) == posterior.cells else None
@@ -120,19 +142,43 @@ class MonteCLoRATuner(LoraModel):
             posterior = AdapterPosterior(
                 _shapes(layers, adapter_name),
                 _scales(config, adapter_name, [layer for _, layer in layers]),
-                config.posterior_settings(),
+                config.resolved(),
                 seed=config.noise_seed,
                 device=_device_of(layers[0][1].get_base_layer().weight),
             )
+            self.unmeasured.add(adapter_name)
         for index, (_, layer) in enumerate(layers):
             layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
             if type(layer) is Linear:
                 layer.__class__ = DrawnLinear
         posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-        self.posteriors.append(posterior)
-        self.posterior_names.append(adapter_name)
-        self.mean_modules.append([layer.lora_A for _, layer in layers])
+        self.posteriors[adapter_name] = posterior
+        self.mean_modules[adapter_name] = [layer.lora_A for _, layer in layers]
         self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
+
+    def measure(self, *, begin: bool = False) -> None:
+        """Fit new posteriors to the A that their adapters have now.
+
+        Some initialisations (EVA, LoftQ's second pass) change A, and ranks, after the model is wrapped and before it is
+        trained. The scales are those of the A that training begins with.
+
+        Args:
+            begin: training begins: A is initialised for good.
+        """
+        for name in sorted(self.unmeasured):
+            layers, posterior = self._layers_of(name), self.posteriors[name]
+            config = cast(MonteCLoRAConfig, self.peft_config[name])
+            if _shapes(layers, name) != cast(AdapterPosterior, posterior).layers:
+                trainable = [parameter.requires_grad for parameter in posterior.parameters()]
+                self.attach(name)
+                for parameter, required in zip(self.posteriors[name].parameters(), trainable, strict=True):
+                    parameter.requires_grad_(required)
+            elif all(_is_here(layer.lora_A[name].weight) for _, layer in layers):
+                scales = _scales(config, name, [layer for _, layer in layers])
+                scale = cast(Tensor, posterior.scale)
+                scale.copy_(torch.tensor(scales, dtype=scale.dtype))
+        if begin:
+            self.unmeasured.clear()
 
     def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
         """The layers that an adapter has.
@@ -171,15 +217,30 @@ class MonteCLoRATuner(LoraModel):
         return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in peft; then a MonteCLoRA adapter gets its posterior."""
+        """Put an adapter's layers into the model; then a MonteCLoRA adapter gets its posterior.
+
+        That of the first adapter is attached by :meth:`begin`.
+        """
         config = self.peft_config[adapter_name]
-        if not isinstance(config, MonteCLoRAConfig):
+        if not isinstance(config, MonteCLoRAConfig) or not self.begun:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
         check_target_names(config, model)
-        with unchanged_on_error(model, adapter_name), config.handled():
+        with unchanged_on_error(model, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.attach(adapter_name)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Add a combination of adapters, as a plain LoRA: the posterior of a combination is not known.
+
+        Takes what :meth:`peft.LoraModel.add_weighted_adapter` takes.
+        """
+        given = {name: config for name, config in self.peft_config.items() if isinstance(config, MonteCLoRAConfig)}
+        self.peft_config.update({name: config.plain_lora() for name, config in given.items()})
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            self.peft_config.update(given)
 
     def train(self, mode: bool = True) -> MonteCLoRATuner:
         """As in torch; quantised layers stay differentiable from the first time on."""
@@ -191,7 +252,7 @@ class MonteCLoRATuner(LoraModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; the posteriors become trainable and frozen with their adapters."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for name, posterior in zip(self.posterior_names, self.posteriors, strict=True):
+        for name, posterior in self.posteriors.items():
             posterior.requires_grad_(name in self.active_adapters and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -207,10 +268,9 @@ class MonteCLoRATuner(LoraModel):
         """As in peft, posterior included; that of the adapter which takes over becomes trainable with it."""
         replaced = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        if adapter_name in self.posterior_names:
-            index = self.posterior_names.index(adapter_name)
-            del self.posteriors[index]
-            del self.posterior_names[index], self.mean_modules[index]
+        if adapter_name in self.posteriors:
+            del self.posteriors[adapter_name], self.mean_modules[adapter_name]
+            self.unmeasured.discard(adapter_name)
         if replaced:
             for posterior in self.active_posteriors():
                 posterior.requires_grad_(True)
@@ -220,13 +280,18 @@ class MonteCLoRATuner(LoraModel):
         return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
 
 
+def _is_here(weight: Tensor) -> bool:
+    """Whether there are values to measure, rather than somewhere else until the layer runs."""
+    return not weight.is_meta and weight.numel() > 0
+
+
 def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[LayerShape]:
     return [LayerShape(name, layer.r[adapter_name], layer.in_features) for name, layer in layers]
 
 
 def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
     """eps of each layer: absolute, or relative to the root mean square of its initial A (METHOD.md section 1)."""
-    relative, value = config.parse_sample_scale()
+    relative, value = config.scale()
     if not relative:
         return [value] * len(layers)
     weights = [cast(Tensor, layer.lora_A[adapter_name].weight) for layer in layers]
@@ -236,3 +301,6 @@ def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLa
     device = weights[0].device
     squares = torch.stack([weight.detach().float().square().mean().to(device) for weight in weights])
     return [value * root for root in squares.sqrt().tolist()]
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, TUNER_TYPE)] = MonteCLoRATuner

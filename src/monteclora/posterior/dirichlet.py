@@ -12,16 +12,15 @@ The last axis is the component axis of length N; any axes before it are batch ax
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Approximation = Literal["exact", "laplace"]
+from monteclora.posterior.settings import Approximation
 
 __all__ = [
-    "Approximation",
     "Moments",
     "Raw",
     "kl_divergence",

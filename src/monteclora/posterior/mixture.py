@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from monteclora.posterior import dirichlet, wishart
+from monteclora.posterior.settings import Covariance
 
 __all__ = ["kl_divergence_terms", "log_determinant_constants", "moments", "sample"]
 
@@ -37,7 +38,7 @@ def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Te
     return mu + scale * norm * noise
 
 
-def log_determinant_constants(nu: float, rank: int, *, covariance: wishart.Covariance, normalised: bool) -> list[float]:
+def log_determinant_constants(nu: float, rank: int, *, covariance: Covariance, normalised: bool) -> list[float]:
     """``E[log|Sigma|] - 2 sum(rho)`` spread over the r rows: r Python floats (METHOD.md section 3)."""
     shift = math.log(nu) if normalised else 0.0
     return [value - shift for value in wishart.bartlett_log_diagonal_mean(nu, rank, covariance)]

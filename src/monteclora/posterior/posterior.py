@@ -72,7 +72,7 @@ class AdapterPosterior(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = [LayerShape(*layer) for layer in layers]
-        self.settings = settings
+        self.settings = settings.resolved()
         self.seed = seed
         self.draws = 0
         self.enabled = True
@@ -105,7 +105,7 @@ class AdapterPosterior(nn.Module):
                 )
             nu += [dof] * layer.rank
             log_determinant += mixture.log_determinant_constants(
-                dof, layer.rank, covariance=s.covariance, normalised=s.normalised
+                dof, layer.rank, covariance=s.covariance, normalised=bool(s.normalised)
             )
         dof_rows = torch.tensor(nu, **factory)
         self.register_buffer("_nu", dof_rows, persistent=False)
@@ -134,6 +134,15 @@ class AdapterPosterior(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
         return {**self.__dict__, "_current": None, "_predictive": None}
+
+    def get_extra_state(self) -> Tensor:
+        """What ``state_dict`` holds beside the tensors: the number of draws made, and whether noise is on."""
+        return torch.tensor([self.draws, self.enabled], dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the noise stream's position from a ``state_dict``."""
+        draws, enabled = state.tolist()
+        self.draws, self.enabled = int(draws), bool(enabled)
 
     @property
     def cells(self) -> int:
@@ -177,7 +186,7 @@ class AdapterPosterior(nn.Module):
             ConfigError: noise is per example and the batch size is unknown.
         """
         signs = None
-        if self.settings.per_example:
+        if self.settings.noise == "per_example":
             if batch_size is None:
                 raise ConfigError(
                     "noise='per_example' needs the number of examples, and the model was called without a tensor",
@@ -345,7 +354,7 @@ class AdapterPosterior(nn.Module):
     def regulariser(self) -> Regulariser:
         """The KL terms and the cooperative loss, averaged over layers (METHOD.md section 4).
 
-        With ``estimator="expected"`` the expectations in closed form: no draw is needed, no variance is added. The
+        With ``regulariser="expected"`` the expectations in closed form: no draw is needed, no variance is added. The
         cooperative expectation is that of the exact Dirichlet. With ``"sampled"``, KL_z and ||pi||^2 of the current
         draw.
 
@@ -354,7 +363,7 @@ class AdapterPosterior(nn.Module):
         """
         s, count = self.settings, len(self.layers)
         row_squared_norm, row_log_determinant = self._c, self._log_determinant
-        if s.estimator == "sampled":
+        if s.regulariser == "sampled":
             if self.current is None:
                 raise ConfigError(
                     "regulariser='sampled' describes the last training draw, and there is none",

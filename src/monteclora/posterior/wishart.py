@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Covariance = Literal["diagonal", "full"]
+from monteclora.posterior.settings import Covariance
 
 __all__ = [
-    "Covariance",
     "Moments",
     "bartlett_log_diagonal_mean",
     "kl_divergence",

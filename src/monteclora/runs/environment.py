@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -43,6 +44,7 @@ def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -
         "threads": torch.get_num_threads(),
         "code": _git_state(),
         "recipe_sha256": recipe_sha256(recipe),
+        "method": dataclasses.asdict(recipe.method.resolved()),  # with the values that other options decide
         "seeds": {"run": recipe.seed, "data": recipe.data.seed},
         "data": {
             "name": data.name,

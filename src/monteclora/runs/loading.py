@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
+from monteclora.adapters.checks import check_adapter, check_finite
 from monteclora.adapters.restore import load_adapter
-from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE, check_adapter, check_finite
+from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
 from monteclora.data.models import load_tokenizer, resolve_model

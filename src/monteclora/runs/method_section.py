@@ -1,6 +1,6 @@
 """The ``method`` section of a recipe before its fields are known: which method it is for, and how to read it as that.
 
-A method's fields can have had other names in earlier versions.
+A method's fields can have had other names in earlier versions, and a recipe for one method can be run with another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from monteclora.config import Document, Node
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 
-__all__ = ["method_name", "with_current_names"]
+__all__ = ["method_name", "with_current_names", "without_foreign_fields"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,28 @@ def with_current_names(
         logger.warning("%s: method.%s is read as method.%s, its present name", node.where, old, new)
         entries[new] = node
     return _with_entries(document, entries), changed
+
+
+def without_foreign_fields(document: Document, name: str) -> Document:
+    """The document without the fields of its own method that the method ``name`` does not have; they are logged.
+
+    Fields that neither method has stay: reading the section reports them.
+    """
+    own = _written_name(document)
+    if own == name:
+        return document
+    has, had = (_field_names(method) for method in (name, own))
+    foreign = [key for key in _entries(document) if key in had and key not in has]
+    if not foreign:
+        return document
+    listed = ", ".join(f"{_SECTION}.{key}" for key in foreign)
+    logger.warning("%s: the method is %s, which has no use for %s: left out", document.source, name, listed)
+    return _with_entries(document, {key: node for key, node in _entries(document).items() if key not in foreign})
+
+
+def _field_names(method: str) -> set[str]:
+    options = get_method(method).options
+    return {field.name for field in dataclasses.fields(options)} | {*options.renamed}
 
 
 def _given_twice(where: str, old: str, new: str) -> ConfigError:

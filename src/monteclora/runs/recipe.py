@@ -18,7 +18,7 @@ from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
 from monteclora.metrics.registry import METRICS
 from monteclora.runs.bundled import bundled_recipes
-from monteclora.runs.method_section import method_name, with_current_names
+from monteclora.runs.method_section import method_name, with_current_names, without_foreign_fields
 from monteclora.tasks import DataSpec
 
 __all__ = [
@@ -240,11 +240,13 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
         document = Document(from_python(source, "recipe"), "recipe")
     else:
         document = _named(load_yaml(_find(source)), Path(source).stem)
-    options = get_method(method_name(document, overrides)).options
+    name = method_name(document, overrides)
+    options = get_method(name).options
+    document = without_foreign_fields(document, name)
     document, overrides = with_current_names(document, overrides, options.renamed)
     found = build(_schema_for(options), document, overrides)
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(Recipe)}
-    return Recipe(**{**values, "method": found.method.resolved()})
+    return Recipe(**values)
 
 
 def _is_file_name(name: str) -> bool:
@@ -282,7 +284,7 @@ def recipe_sha256(recipe: Recipe) -> str:
     Fields at their defaults are left out, so that a field added later, whose default is what was done before, does not
     make another recipe of an old one.
     """
-    return hashlib.sha256(json.dumps(_changed(recipe), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_changed(_resolved(recipe)), sort_keys=True).encode()).hexdigest()
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
@@ -292,10 +294,15 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
 
 def changed_values(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     """Both values of the keys that :func:`differences` gives; None for a key that only the other's method has."""
-    one, other = (dict(_flat(_determining(recipe))) for recipe in (first, second))
+    one, other = (dict(_flat(_determining(_resolved(recipe)))) for recipe in (first, second))
     missing = object()
     keys = sorted(key for key in {*one, *other} if one.get(key, missing) != other.get(key, missing))
     return {key: (one.get(key), other.get(key)) for key in keys}
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """With the values of options that are left to another one: those determine the result, however they are written."""
+    return dataclasses.replace(recipe, method=recipe.method.resolved())
 
 
 def _determining(instance: Any) -> Any:

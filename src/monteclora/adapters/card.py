@@ -1,0 +1,98 @@
+"""The model card of an adapter, and a name of its base model that means the same on every machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePath, PureWindowsPath
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+
+from monteclora.posterior.settings import PosteriorSettings
+from monteclora.system.version import VERSION
+
+__all__ = ["portable_name", "write_card"]
+
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+
+
+def portable_name(name: str | None) -> str | None:
+    """The name of a base model without the path of the machine that trained its adapter.
+
+    A folder of the hub's cache is the repository it holds; of any other absolute path the last folder's name is left.
+    """
+    if not name:
+        return None
+    path: PurePath = PureWindowsPath(name) if "\\" in name else PurePath(name)
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name if path.is_absolute() or os.path.isdir(name) else name
+
+
+def write_card(
+    folder: Path, config: LoraConfig, settings: PosteriorSettings | None, base: str | None, labels: Mapping[int, str]
+) -> None:
+    """Write ``README.md``; of one that is there the metadata are completed and the text is left as it is.
+
+    Args:
+        folder: the adapter's.
+        config: its configuration.
+        settings: of its posterior, None for a plain LoRA.
+        base: the base model's name.
+        labels: label names of a classifier, by class.
+    """
+    path = folder / "README.md"
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        card = ModelCard("---\n{}\n---\n\n" + _text(config, settings, base, labels))
+        card.data = ModelCardData()
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "peft", *(["monteclora"] if settings else [])})
+    if base is not None:
+        card.data["base_model"] = base
+    if not card.data.get("pipeline_tag") and config.task_type in _PIPELINES:
+        card.data["pipeline_tag"] = _PIPELINES[str(config.task_type)]
+    card.save(path)
+
+
+def _text(config: LoraConfig, s: PosteriorSettings | None, base: str | None, labels: Mapping[int, str]) -> str:
+    shown = base or "the base model it was trained on"
+    lines = [f"# LoRA adapter for {shown}", ""]
+    if s is not None:
+        lines = [
+            f"# MonteCLoRA adapter for {shown}",
+            "",
+            "A LoRA adapter whose A was drawn from a learned posterior while it was trained (Seth et al. 2025, arXiv",
+            "2411.04358). `adapter_model.safetensors` is a plain LoRA, the posterior's mean: `peft.PeftModel` and",
+            "servers load it as they load any other. `posterior.safetensors` holds the posterior.",
+            "",
+            "```python",
+            "import monteclora",
+            "",
+            "model = monteclora.from_pretrained(base_model, folder)",
+            "prediction = monteclora.predict(model, batch, num_samples=16)",
+            "```",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            f"| rank r, lora_alpha | {config.r}, {config.lora_alpha} |",
+            f"| mixture components N | {s.num_components} |",
+            f"| sample_scale | {s.sample_scale} |",
+            f"| kl_weight, coop_weight | {s.kl_weight:g}, {s.coop_weight:g} |",
+            f"| covariance, dirichlet, noise | {s.covariance}, {s.dirichlet}, {s.noise} |",
+            f"| monteclora | {VERSION} |",
+        ]
+    else:
+        lines += ["Load it with `peft.PeftModel.from_pretrained(base_model, folder)`."]
+    if labels:
+        lines += ["", "## Labels", "", *(f"{index}. {name}" for index, name in sorted(labels.items()))]
+    return "\n".join(lines) + "\n"
