@@ -63,9 +63,9 @@ def predict_file(
 ) -> PredictedFile:
     """Predict every row of a file.
 
-    A classifier gives prediction, confidence and the probability of each label. A causal LM gives its greedy completion at
-    the posterior's mean, the most likely next token after the prompt and its probability (confidence). Both give the
-    prediction's total, aleatoric and epistemic uncertainty in nats.
+    A classifier gives prediction, confidence and the probability of each label. A causal LM gives its greedy completion
+    at the posterior's mean, the most likely next token after the prompt and its probability (confidence). Both give
+    the prediction's total, aleatoric and epistemic uncertainty in nats.
 
     Args:
         run: a run folder, or what ``train`` gave.
