@@ -7,6 +7,6 @@ from monteclora.methods import get_method, list_methods
 
 
 def test_names() -> None:
-    assert [method.name for method in list_methods()] == ["lora", "monteclora"]
+    assert [method.name for method in list_methods()] == ["full", "lora", "monteclora"]
     with pytest.raises(ConfigError, match=r"no method 'montclora'. Did you mean monteclora\?"):
         get_method("montclora")

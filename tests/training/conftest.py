@@ -156,6 +156,5 @@ def trace(folder: Path) -> dict[str, Any]:
         "adapter": adapter_content(folder),
         "optimizer": (last / "training_state.safetensors").read_bytes(),
         "state": without_times(state),
-        "trainer": json.loads((last / "trainer_state.json").read_text()),
         "metrics": without_times(run.metrics.read()),
     }

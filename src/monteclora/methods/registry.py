@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from monteclora.config import nearest
 from monteclora.errors import ConfigError
-from monteclora.methods import lora, monteclora
 from monteclora.methods.base import Method
+from monteclora.methods.full import FullFineTuning
+from monteclora.methods.lora import LoRA
+from monteclora.methods.monteclora import MonteCLoRA
 
 __all__ = ["get_method", "list_methods"]
 
-_METHODS = {method.name: method for method in (lora.METHOD, monteclora.METHOD)}
+_METHODS: dict[str, Method] = {method.name: method for method in (FullFineTuning(), LoRA(), MonteCLoRA())}
 
 
 def list_methods() -> tuple[Method, ...]:
