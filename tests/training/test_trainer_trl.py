@@ -111,7 +111,9 @@ def test_it_trains_draws_and_logs(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert trainer.args.gradient_checkpointing, "trl's default"
     assert all(block.gradient_checkpointing for block in model.modules() if type(block).__name__ == "LlamaDecoderLayer")
     assert len(trainer.logged) == 3
-    assert all({"kl", "pi_squared_norm", "mean_token_accuracy"} <= entry.keys() for entry in trainer.logged)
+    assert all(
+        {"posterior/kl", "posterior/pi_squared_norm", "mean_token_accuracy"} <= entry.keys() for entry in trainer.logged
+    )
     after = trainable(model)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert posterior_of(model).draws == 6

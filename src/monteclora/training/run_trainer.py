@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,16 +12,142 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
+from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, regularisers
+from monteclora.errors import DivergenceError
+from monteclora.posterior import Regulariser
 from monteclora.training.checkpoint import CheckpointingMixin
 from monteclora.training.divergence import NonFiniteSteps, Part
 from monteclora.training.randomness import preserved_generators
-from monteclora.training.trainer import MonteCLoRATrainerMixin
 
 __all__ = ["ROW", "RunTrainer"]
 
 ROW = "row"
 """The column of the training rows that says which they are."""
+
+
+_CLASSIFIERS = {
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+}
+
+
+def _classification_loss(config: Any) -> Callable[..., Tensor]:
+    """The loss of a classification head as a sum over the accumulated batch, divided by its number of labels.
+
+    Args:
+        config: the model's configuration; ``problem_type`` is read as transformers reads it.
+
+    Returns:
+        A ``compute_loss_func`` for ``transformers.Trainer``.
+    """
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        labels = labels.to(logits.device)
+        integral = labels.dtype in (torch.long, torch.int)
+        single = config.problem_type == "single_label_classification" or config.problem_type is None
+        if config.num_labels > 1 and integral and single:
+            flat = logits.view(-1, config.num_labels).float()
+            total = nn.functional.cross_entropy(flat, labels.view(-1).long(), reduction="sum")
+            count = labels.ne(-100).sum()
+        elif config.num_labels == 1 or config.problem_type == "regression":
+            total = nn.functional.mse_loss(logits.view(labels.shape).float(), labels.float(), reduction="sum")
+            count = torch.tensor(labels.numel())
+        else:
+            total = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+            count = torch.tensor(labels.numel())
+        divisor = count if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
+
+    return loss
+
+
+class _ObjectiveMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """The regulariser once per optimiser step, and classification losses normalised by the rows of the whole step."""
+
+    compute_loss_func: Callable[..., Any] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.compute_loss_func is None and self.label_smoother is None and type(base).__name__ in _CLASSIFIERS:
+            self.compute_loss_func = _classification_loss(base.config)
+        self._regulariser: Regulariser | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss, in training plus this batch's share of the regulariser (METHOD.md sections 4 and 7)."""
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not model.training or not self.has_posterior():
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        parts = [p for p, q in zip(regularisers(model), active_posteriors(model), strict=True) if q.enabled]
+        if parts:
+            self._regulariser = parts[0].detach()
+            share = torch.stack([part.loss for part in parts]).sum().to(loss.device)
+            loss = loss + share / self._accumulated_batches(num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the Trainer.
+
+        Raises:
+            DivergenceError: the loss is not finite; the weights have not taken it up.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.check_loss(loss)
+        return loss
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise DivergenceError for the loss of a batch that is not finite."""
+        if not loss.isfinite():
+            raise DivergenceError(
+                f"the loss is not finite at step {self.state.global_step + 1}",
+                "Lower the learning rate or the gradient's norm; the last checkpoint is finite.",
+            )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the Trainer."""
+        with preserved_generators():
+            measured: dict[str, float] = super().evaluate(*args, **kwargs)
+        return measured
+
+    def has_posterior(self) -> bool:
+        """Whether the model has MonteCLoRA adapters."""
+        return isinstance(self.accelerator.unwrap_model(self.model), MonteCLoRAModel)
+
+    def _accumulated_batches(self, num_items_in_batch: Tensor | int | None) -> int:
+        """How many batches' losses are added up in a step; 1 where the Trainer divides by their number itself."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return int(getattr(self, "current_gradient_accumulation_steps", 1)) if scaled else 1
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in the Trainer, without rho and eta: the prior regularises them."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".posteriors." not in f".{name}"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the KL (nats) and E||pi||^2 of the last step to what is logged in training."""
+        if "loss" in logs and self._regulariser is not None:
+            logs["kl"] = self._regulariser.kl.item()
+            logs["pi_squared_norm"] = self._regulariser.coop.item()
+        super().log(logs, *args, **kwargs)
 
 
 class _Batch(NamedTuple):
@@ -34,7 +161,7 @@ class _Batch(NamedTuple):
 class _TaskLossMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Keeps the task's part of a batch's loss.
 
-    It stands behind the MonteCLoRA mixin, which adds the regulariser to what this one returns.
+    It stands behind the objective's mixin, which adds the regulariser to what this one returns.
     """
 
     batch_task_loss: Tensor
@@ -56,7 +183,7 @@ class _TaskLossMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         return result
 
 
-class RunTrainer(CheckpointingMixin, MonteCLoRATrainerMixin, _TaskLossMixin, Trainer):
+class RunTrainer(CheckpointingMixin, _ObjectiveMixin, _TaskLossMixin, Trainer):
     """What a run trains with, whatever its method.
 
     Beside what its mixins do: ``loss`` in the log is the task's alone (``objective`` has the regulariser too), so that
