@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monteclora.errors import DivergenceError
 from monteclora.training import phases
-from monteclora.training import trainer as mixins
+from monteclora.training import run_trainer as mixins
 from monteclora.training.divergence import NonFiniteSteps
 from monteclora.training.manifest import newest_complete
 from monteclora.training.run import RunResult, train
