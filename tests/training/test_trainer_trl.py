@@ -16,26 +16,13 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 import monteclora
 from monteclora import MonteCLoRATrainerMixin, variational_loss
 from monteclora.errors import ConfigError
-from tests.models import END, PAD, VOCABULARY, config_for, llama, posterior_of, relative_difference, trainable, wrapped
+from tests.models import END, config_for, llama, posterior_of, relative_difference, trainable, wrapped
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... and a chat template, made here: nothing is fetched."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{number}": number + 2 for number in range(VOCABULARY - 2)}
-    inner = Tokenizer(models.WordLevel({"<pad>": PAD, "<end>": END, **words}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<pad>")
-    made.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    return made
 
 
 def completions(count: int = 7) -> Dataset:

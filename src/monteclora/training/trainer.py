@@ -12,8 +12,7 @@ What it changes, and nothing else:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +20,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
 
-from monteclora.adapters.model import active_posteriors
+from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, one_draw
 from monteclora.errors import ConfigError, DivergenceError
 from monteclora.posterior import Regulariser
+from monteclora.training.heads import ignores_count, is_library_head
 from monteclora.training.randomness import preserved_generators
 
 __all__ = ["MonteCLoRATrainer", "MonteCLoRATrainerMixin"]
-
-_CLASSIFIERS = {
-    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
-    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
-}
 
 
 class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -59,12 +50,21 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _check_reference([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
-        active_posteriors(self.model)  # raises where there is no adapter
+        per_example = any(posterior.settings.per_example for posterior in active_posteriors(self.model))
+        if per_example and hasattr(self.args, "steps_per_generation"):
+            raise ConfigError(
+                f"{type(self).__name__} scores its completions in other batches than it generates them in, and with "
+                "noise='per_example' each would have another draw there",
+                "Use noise='shared'.",
+            )
         self._regulariser: Regulariser | None = None
         self._objective: Tensor | None = None
         self._assumptions_hold = False
         self._head_ignores_count: bool | None = None
+        self._batches = 0
+        self._draw: int | None = None
         # on the instance, so that a subclass may override compute_loss without losing the regulariser
         self.__dict__["compute_loss"] = partial(self._compute_objective, self.compute_loss)
 
@@ -113,7 +113,11 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
             ConfigError: the Trainer made something else of the objective than the mixin expects.
         """
         self._objective = None
-        loss: Tensor = super().training_step(*args, **kwargs)
+        if self._batches % self._batches_per_draw == 0:
+            self._draw = None
+        self._batches += 1
+        with one_draw(self.model, self._draw) as self._draw:
+            loss: Tensor = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise DivergenceError(
                 f"the loss is not finite at step {self.state.global_step + 1}",
@@ -122,6 +126,11 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
         if not self._assumptions_hold:
             self._check_assumptions(loss)
         return loss
+
+    @property
+    def _batches_per_draw(self) -> int:
+        """How many batches reuse what one draw of the policy has generated, in trl's GRPO and RLOO; else 1."""
+        return int(getattr(self.args, "steps_per_generation", None) or 1) * int(getattr(self, "num_iterations", 1))
 
     def _check_assumptions(self, loss: Tensor) -> None:
         """Check that the step's loss is the objective, divided where :meth:`_divides` says so."""
@@ -170,22 +179,13 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
         if num_items_in_batch is None or "labels" not in inputs or batches * self.args.world_size == 1:
             return None
         if self._head_ignores_count is None:
-            known = self._loss_is_the_librarys(super().compute_loss)
-            self._head_ignores_count = known and _ignores_count(model, inputs)
+            choices = (self.compute_loss_func, self.label_smoother, getattr(self, "loss_is_scaled_for_ga", None))
+            default = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss and not any(
+                choice is not None for choice in choices
+            )
+            head = self.accelerator.unwrap_model(self.model).get_base_model()
+            self._head_ignores_count = default and is_library_head(head) and ignores_count(model, inputs)
         return inputs["labels"].ne(-100).sum() / num_items_in_batch if self._head_ignores_count else None
-
-    def _loss_is_the_librarys(self, compute_loss: Callable[..., Any]) -> bool:
-        """Whether the loss is that of a classification head of transformers, and nobody's own."""
-        head = self.accelerator.unwrap_model(self.model).get_base_model()
-        return (
-            getattr(compute_loss, "__func__", None) is Trainer.compute_loss
-            and self.compute_loss_func is None
-            and self.label_smoother is None
-            and getattr(self, "loss_is_scaled_for_ga", None) is None
-            and type(head).__name__ in _CLASSIFIERS
-            and type(head).__module__.startswith("transformers.")
-            and head.loss_function.__module__.startswith("transformers.")
-        )
 
     # -- optimiser, evaluation, log -----------------------------------------------------------------------------------
 
@@ -220,29 +220,22 @@ class MonteCLoRATrainer(MonteCLoRATrainerMixin, Trainer):
     """``transformers.Trainer`` for MonteCLoRA adapters."""
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient inside the block; the generators and every module's mode are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    with preserved_generators(), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+def _check_reference(arguments: Sequence[Any]) -> None:
+    """Refuse log-probabilities of a reference that are computed before there is a draw, where the draw matters.
 
-
-def _ignores_count(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether the model's loss is the same for one item in the step and for two: one that is divided by them halves."""
-    # labels that all count: a batch may have none that does
-    probe = {**inputs, "labels": torch.zeros_like(inputs["labels"])}
-    losses: list[Tensor] = []
-    with _evaluating(model):
-        for count in (1, 2):
-            outputs = model(**probe, num_items_in_batch=torch.tensor(count, device=probe["labels"].device))
-            losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs[0])
-    return bool(torch.isclose(losses[0], losses[1], rtol=1e-2).all())
+    Raises:
+        ConfigError: trl's ``precompute_ref_log_probs`` with an adapter whose lora_B is set.
+    """
+    if not any(a.precompute_ref_log_probs for a in arguments if hasattr(a, "precompute_ref_log_probs")):
+        return
+    for model in (a for a in arguments if isinstance(a, MonteCLoRAModel)):
+        trained = any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
+        if trained and any(posterior.enabled for posterior in active_posteriors(model)):
+            raise ConfigError(
+                "precompute_ref_log_probs=True compares a drawn policy with a reference that has no draw, and the "
+                "adapter has been trained already, so that they differ from the start",
+                "Leave it out: policy and reference then have the same draw in every batch.",
+            )
 
 
 def _separate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
