@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 import monteclora
 from monteclora.adapters.model import active_posteriors
 from monteclora.data.models import load_tokenizer, resolve_model
-from monteclora.data.registry import get_task
+from monteclora.tasks.registry import get_task
 
 EXAMPLES = 16
 _WARM_STEPS = 60

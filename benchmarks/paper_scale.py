@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import monteclora
-from monteclora.adapters.storage import write_bytes
+from monteclora.system.atomic import write_file
 
 Counts = dict[str, float]
 
@@ -242,7 +242,7 @@ def main() -> None:
         if old is None:
             parser.error(f"{args.write} has no {start} and {end}")
         head, tail = page.partition(start)[0], page.partition(end)[2]
-        write_bytes(args.write, f"{head}{start}\n{text}\n{end}{tail}".encode())
+        write_file(args.write, f"{head}{start}\n{text}\n{end}{tail}".encode())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import monteclora
-from monteclora.evaluation.predictive import class_logits, evaluating
+from monteclora.prediction.predictive import class_logits, evaluating
 
 DRAWS = 16
 POSTERIOR = (

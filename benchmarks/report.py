@@ -18,7 +18,7 @@ from common import KINDS, usual_settings
 from matplotlib.figure import Figure
 from results import FOLDER, between, markers, number, read_results, show, table
 
-from monteclora.adapters.storage import write_bytes
+from monteclora.system.atomic import write_file
 
 README = Path(__file__).parent / "README.md"
 PICTURE = "step_time.svg"
@@ -220,9 +220,9 @@ def write(folder: Path, readme: Path) -> None:
     """Write the page and, where step times are known, the picture beside it."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     tried = between(text, "what was tried") or ""
-    write_bytes(readme, page(folder, tried).encode())
+    write_file(readme, page(folder, tried).encode())
     if records := read_results(folder, "step_time"):
-        write_bytes(readme.with_name(PICTURE), picture(records))
+        write_file(readme.with_name(PICTURE), picture(records))
 
 
 def main() -> None:

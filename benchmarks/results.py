@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from monteclora.adapters.storage import write_bytes
+from monteclora.system.atomic import write_file
 
 FOLDER = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "peft")
@@ -92,7 +92,7 @@ def run_cases(benchmark: str, cases: Mapping[str, Callable[[], dict[str, Any]]],
             load = os.getloadavg()[0]
             record = {"case": name, **measure(), "load": load, "machine": machine(args.device)}
             folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
+            write_file(path, (json.dumps(record, indent=1) + "\n").encode())
         print(f"\n{name}\n\n{show(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
 
 

@@ -23,8 +23,8 @@ from torch import nn
 
 import monteclora
 from monteclora import evaluate, posterior_sampling, train, variational_loss
+from tests.finished_runs import texts, write_rows
 from tests.models import batch_for, bert, llama, wrapped
-from tests.runs import texts, write_rows
 from tests.training.conftest import StopAfter, save_tokenizer, train_until
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,33 +9,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from monteclora.system.version import VERSION
+
 if TYPE_CHECKING:
     from monteclora.adapters.config import MonteCLoRAConfig
     from monteclora.adapters.export import export_merged, export_samples
     from monteclora.adapters.model import from_pretrained, get_peft_model, posterior_sampling, variational_loss
-    from monteclora.evaluation.predictive import PredictiveDistribution, predict
     from monteclora.evaluation.run import evaluate
-    from monteclora.training.run import RunResult, train
+    from monteclora.prediction.predictive import PredictiveDistribution, predict
+    from monteclora.runs.result import RunResult
+    from monteclora.training.run import train
     from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
 
 _HOME = {
     "MonteCLoRAConfig": "adapters.config",
     "MonteCLoRATrainer": "training.trainer",
     "MonteCLoRATrainerMixin": "training.trainer",
-    "PredictiveDistribution": "evaluation.predictive",
-    "RunResult": "training.run",
+    "PredictiveDistribution": "prediction.predictive",
+    "RunResult": "runs.result",
     "evaluate": "evaluation.run",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
     "from_pretrained": "adapters.model",
     "get_peft_model": "adapters.model",
     "posterior_sampling": "adapters.model",
-    "predict": "evaluation.predictive",
+    "predict": "prediction.predictive",
     "train": "training.run",
     "variational_loss": "adapters.model",
 }
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "MonteCLoRAConfig",

@@ -451,26 +451,6 @@ def test_saving_over_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_write_bytes_is_atomic_and_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    storage.write_bytes(path, b"old")
-    ordinary = tmp_path / "ordinary"
-    ordinary.touch()
-    assert path.stat().st_mode == ordinary.stat().st_mode
-
-    def interrupt(*_: Any) -> None:
-        raise Interrupted
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", interrupt)
-        with pytest.raises(Interrupted):
-            storage.write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "ordinary"]
-    storage.write_bytes(path, b"new")
-    assert path.read_bytes() == b"new"
-
-
 def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     wrapped(llama).save_pretrained(tmp_path)

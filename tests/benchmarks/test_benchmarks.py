@@ -13,7 +13,6 @@ import loading
 import memory
 import numpy as np
 import paper_scale
-import prediction
 import pytest
 import report
 import results
@@ -22,6 +21,7 @@ import timing
 import torch
 from common import KINDS, Setting
 
+import prediction
 from tests.models import batch_for, bert, llama
 
 SETTING = Setting("smollm2", "2x5", r=2)

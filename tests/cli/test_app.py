@@ -13,9 +13,9 @@ import monteclora
 from monteclora.cli import main
 from monteclora.config import dump
 from monteclora.errors import DivergenceError
+from monteclora.runs.recipe import load_recipe
 from monteclora.training.interruption import TrainingInterrupted
-from monteclora.training.recipe import load_recipe
-from tests.runs import tiny_recipe, write_rows
+from tests.finished_runs import tiny_recipe, write_rows
 
 VERBS = ("demo", "recipes", "check", "train", "evaluate", "predict", "export", "list", "doctor")
 

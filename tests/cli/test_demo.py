@@ -6,9 +6,9 @@ from monteclora.cli import demo as demo_module
 from monteclora.cli import main
 from monteclora.cli.demo_report import contend
 from monteclora.config import dump
-from monteclora.data.helpdesk import ambiguous, out_of_scope
 from monteclora.data.models import STARTERS
-from monteclora.training.recipe import load_recipe
+from monteclora.runs.recipe import load_recipe
+from monteclora.tasks.helpdesk import ambiguous, out_of_scope
 from monteclora.training.run import train
 
 METRICS = ("accuracy", "nll", "ece", "auroc_out_of_scope", "seconds", "peak_memory_bytes")

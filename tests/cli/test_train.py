@@ -6,9 +6,9 @@ import pytest
 
 from monteclora.cli import main
 from monteclora.config import dump
-from monteclora.training.recipe import load_recipe
-from monteclora.training.run_folder import RunFolder
-from tests.runs import tiny_recipe
+from monteclora.runs.recipe import load_recipe
+from monteclora.runs.run_folder import RunFolder
+from tests.finished_runs import tiny_recipe
 
 FASTER = ("--training.learning_rate", "0.5")
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from monteclora.config import build, dump, parse_yaml
 from monteclora.errors import ConfigError, MonteCLoRAError
 from monteclora.methods import get_method
-from monteclora.training.recipe import Recipe, load_recipe
+from monteclora.runs.recipe import Recipe, load_recipe
 
 VALID: dict[str, Any] = {
     "name": "trial",

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from monteclora.data import DataSpec, load
 from monteclora.errors import DataError
+from monteclora.tasks import DataSpec, load
 
 Make = Callable[[Path], Path]
 ROWS = [{"text": f"message {i}", "label": "ab"[i % 2]} for i in range(4)]

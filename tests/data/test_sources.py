@@ -6,9 +6,9 @@ import json
 import datasets
 import pytest
 
-from monteclora.data import DataSpec, get_task, load
 from monteclora.data.sources import HubData, hub_splits, local_splits, open_split
 from monteclora.errors import DataError, UnsafeCodeError
+from monteclora.tasks import DataSpec, get_task, load
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-from tests.runs import assets, trained  # noqa: F401
+from tests.finished_runs import assets, trained  # noqa: F401

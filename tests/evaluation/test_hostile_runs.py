@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 
 from monteclora.cli import main
 from monteclora.errors import MonteCLoRAError, UnsafeCodeError
-from monteclora.evaluation.loading import load_run
+from monteclora.runs.loading import load_run
 from tests.old_files import FIXTURES, run_assets
 
 Change = Callable[[Path], Any]

@@ -6,13 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from monteclora.data import load_inputs
 from monteclora.errors import CheckpointError, ConfigError, DataError
-from monteclora.evaluation.generation import complete, encode_prompts
-from monteclora.evaluation.loading import load_run
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.run import evaluate
-from tests.runs import LABELS, questions, texts, write_rows
+from monteclora.prediction.generation import complete, encode_prompts
+from monteclora.runs.loading import load_run
+from monteclora.tasks import load_inputs
+from tests.finished_runs import LABELS, questions, texts, write_rows
 
 
 def quietly(*args, **kwargs):
@@ -92,9 +92,11 @@ def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1"}, {"prompt": "w1 w2 w3 w4 w5 w6 w7"}])
     rows = load_inputs(file, loaded.recipe.data, loaded.kind)
-    prompts, _ = encode_prompts(loaded, rows, 4)
-    together = complete(loaded, prompts, 4)
-    assert together == [answer for prompt in prompts for answer in complete(loaded, [prompt], 4)]
+    prompts, _ = encode_prompts(rows, loaded.tokenizer, loaded.recipe.data.max_length, 4)
+    together = complete(loaded.model, loaded.tokenizer, prompts, 4)
+    assert together == [
+        answer for prompt in prompts for answer in complete(loaded.model, loaded.tokenizer, [prompt], 4)
+    ]
 
 
 def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
@@ -102,7 +104,9 @@ def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
 
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
-    (prompt,), notes = encode_prompts(loaded, load_inputs(file, loaded.recipe.data, loaded.kind), 4)
+    (prompt,), notes = encode_prompts(
+        load_inputs(file, loaded.recipe.data, loaded.kind), loaded.tokenizer, loaded.recipe.data.max_length, 4
+    )
     whole = encode_completion("w1 w2", "w9", loaded.tokenizer, 16)
     learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)
     assert prompt["input_ids"] == whole["input_ids"][:learned]

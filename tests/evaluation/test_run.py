@@ -10,10 +10,10 @@ import monteclora
 from monteclora import evaluate
 from monteclora.data.encoding import encode_completion
 from monteclora.errors import CheckpointError, ConfigError, DataError
-from monteclora.evaluation.loading import load_run
-from monteclora.evaluation.metrics import classification_metrics
+from monteclora.metrics.registry import measure
+from monteclora.runs.loading import load_run
 from monteclora.training.run import train
-from tests.runs import LABELS, tiny_recipe, write_rows
+from tests.finished_runs import LABELS, tiny_recipe, write_rows
 
 CLASSIFICATION = {"accuracy", "f1", "mcc", "nll", "brier", "ece"}
 UNCERTAINTIES = ["total", "aleatoric", "epistemic"]
@@ -37,8 +37,8 @@ def test_classification_is_measured_at_the_mean_and_under_draws(copied):
     assert (result.split, result.source.rows, result.num_samples, result.model) == ("test", 15, 3, "adapter")
     assert set(result.point) == set(result.posterior) == CLASSIFICATION
     found, labels = result.scored.predictions, result.scored.labels
-    assert result.point == pytest.approx(classification_metrics(found.point, labels))
-    assert result.posterior == pytest.approx(classification_metrics(found.probs, labels))
+    assert result.point == pytest.approx(measure("classes", found.point, labels))
+    assert result.posterior == pytest.approx(measure("classes", found.probs, labels))
     assert result.posterior["nll"] != result.point["nll"]
 
 
@@ -274,7 +274,7 @@ def test_results_are_whole_or_absent(copied, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*predictions\.parquet: No space left"):
         quietly(run, num_samples=0)
     assert (run / "predictions.parquet").read_bytes() == before
     assert not list(run.glob(".predictions*"))

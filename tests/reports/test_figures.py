@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from monteclora.errors import DataError
-from monteclora.evaluation.metrics import ReliabilityCurve, reliability_curve
+from monteclora.metrics.calibration import ReliabilityCurve, reliability_curve
 from monteclora.reports.figures import (
     TrainingCurve,
     accuracy_bars,

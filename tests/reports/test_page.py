@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from monteclora.errors import ConfigError
+from monteclora.errors import CheckpointError
 from monteclora.reports.figures import accuracy_bars
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Figure, Page, Row, Section, Table, render, write_page
@@ -190,7 +190,7 @@ class TestWriting:
             raise failure
 
         monkeypatch.setattr(os, step, fail)
-        expected = ConfigError if isinstance(failure, OSError) else KeyboardInterrupt
+        expected = CheckpointError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected):
             write_page(path, page)
         assert path.read_text() == "old"
@@ -205,7 +205,7 @@ class TestWriting:
 
     def test_a_folder_in_the_way_is_named(self, page, tmp_path):
         (tmp_path / "report.html").mkdir()
-        with pytest.raises(ConfigError, match=r"report\.html can't be written") as caught:
+        with pytest.raises(CheckpointError, match=r"cannot write .*report\.html") as caught:
             write_page(tmp_path / "report.html", page)
         assert caught.value.hint
 

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from monteclora.runs.result import RunResult
+from monteclora.runs.run_folder import RunFolder
 from monteclora.training import phases
 from monteclora.training.interruption import Interruption
-from monteclora.training.run import RunResult, train
-from monteclora.training.run_folder import RunFolder
+from monteclora.training.run import train
 from tests.models import END, PAD, VOCABULARY, bert, llama
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]

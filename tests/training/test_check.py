@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig
 
 from monteclora.errors import ConfigError
+from monteclora.runs.prepare import prepare_data, prepare_model
+from monteclora.runs.recipe import load_recipe
 from monteclora.training.check import check
 from monteclora.training.estimate import Sizes
-from monteclora.training.prepare import prepare_data, prepare_model
-from monteclora.training.recipe import load_recipe
 from tests.training.conftest import Recipe, quietly
 
 MakeRecipe = Callable[..., Recipe]

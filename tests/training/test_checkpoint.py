@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from monteclora.runs.run_folder import RunFolder
 from monteclora.training.interruption import Interruption, TrainingInterrupted
 from monteclora.training.run import train
-from monteclora.training.run_folder import RunFolder
 from tests.training.conftest import Recipe, StopAfter, quietly, trace, train_until
 
 MakeRecipe = Callable[..., Recipe]

@@ -20,9 +20,9 @@ import pytest
 from monteclora.cli import main
 from monteclora.config import dump
 from monteclora.errors import CheckpointError
-from monteclora.training import folders
-from monteclora.training.manifest import newest_complete, read_checkpoint
-from monteclora.training.recipe import load_recipe
+from monteclora.runs.manifest import newest_complete, read_checkpoint
+from monteclora.runs.recipe import load_recipe
+from monteclora.system import atomic
 from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, train_until
 
 MakeRecipe = Callable[..., Recipe]
@@ -150,8 +150,8 @@ def test_no_space_left(where: str, recipe: MakeRecipe, stopped: Path, monkeypatc
 
     before = snapshot(stopped)
     place = {
-        "flush": "monteclora.training.folders._flush",
-        "rename": "monteclora.training.folders.os.rename",
+        "flush": "monteclora.system.atomic._flush",
+        "rename": "monteclora.system.atomic.os.rename",
         "save_tree": "monteclora.training.checkpoint.save_tree",
         "file": "monteclora.adapters.storage.os.fsync",
     }[where]
@@ -162,7 +162,7 @@ def test_no_space_left(where: str, recipe: MakeRecipe, stopped: Path, monkeypatc
     assert "\n" not in str(error.value)
     assert "Make room" in error.value.hint
     assert snapshot(stopped) == before
-    assert not list(stopped.glob(f"{folders._STAGE}*"))
+    assert not list(stopped.glob(f"{atomic._STAGE}*"))
     assert quietly(recipe(save_every=2)).steps == 10
 
 
@@ -175,13 +175,13 @@ class _Replacing:
         self.rename = os.rename
 
     def __call__(self, source: Path, destination: Path) -> None:
-        if destination == self.target and source.name.startswith(folders._STAGE):
+        if destination == self.target and source.name.startswith(atomic._STAGE):
             self.act()
         self.rename(source, destination)
 
     def write(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("monteclora.training.folders.os.rename", self)
-        with folders.new_folder(self.target) as stage:
+        monkeypatch.setattr("monteclora.system.atomic.os.rename", self)
+        with atomic.new_folder(self.target) as stage:
             (stage / "new").write_text("new")
 
 
@@ -202,6 +202,6 @@ def test_what_is_replaced_stays_until_it_is(stopped: Path, monkeypatch: pytest.M
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (stopped / "checkpoint-4").exists()
-    folders.discard_remains(stopped)
+    atomic.discard_remains(stopped)
     assert snapshot(stopped) == before
     assert {path.name for path in stopped.iterdir()} == {"checkpoint-2", "checkpoint-4"}

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from monteclora.errors import DivergenceError
+from monteclora.runs.manifest import newest_complete
+from monteclora.runs.result import RunResult
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.tree import load_tree
 from monteclora.training import phases
 from monteclora.training import run_trainer as mixins
 from monteclora.training.divergence import NonFiniteSteps
-from monteclora.training.manifest import newest_complete
-from monteclora.training.run import RunResult, train
-from monteclora.training.run_folder import RunFolder
+from monteclora.training.run import train
 from monteclora.training.run_trainer import ROW, RunTrainer
-from monteclora.training.tree import load_tree
 from tests.training.conftest import Recipe, StopAfter, quietly, trace, train_until
 
 MakeRecipe = Callable[..., Recipe]

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from monteclora.runs.manifest import newest_complete
+from monteclora.runs.run_folder import RunFolder
 from monteclora.training import phases
 from monteclora.training.interruption import TrainingInterrupted
-from monteclora.training.manifest import newest_complete
 from monteclora.training.run import train
-from monteclora.training.run_folder import RunFolder
 from tests.training.conftest import Recipe, quietly
 from tests.training.test_checkpoint import assert_same
 

@@ -15,13 +15,13 @@ from transformers import AutoModelForSequenceClassification
 
 from monteclora import from_pretrained
 from monteclora.errors import CheckpointError, ConfigError, DataError, DivergenceError
-from monteclora.evaluation.metrics import classification_metrics
-from monteclora.training.manifest import newest_complete, read_checkpoint
-from monteclora.training.prepare import prepare_data, prepare_model
-from monteclora.training.recipe import load_recipe
+from monteclora.metrics.registry import measure
+from monteclora.runs.manifest import newest_complete, read_checkpoint
+from monteclora.runs.prepare import prepare_data, prepare_model
+from monteclora.runs.recipe import load_recipe
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.tree import load_tree
 from monteclora.training.run import train
-from monteclora.training.run_folder import RunFolder
-from monteclora.training.tree import load_tree
 from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, trace, train_until
 
 MakeRecipe = Callable[..., Recipe]
@@ -80,7 +80,7 @@ def test_validation_is_that_of_the_saved_adapter(recipe: MakeRecipe, assets: Pat
     labels = batch.pop("labels")
     with torch.no_grad():
         probs = model(**batch).logits.softmax(-1)
-    assert dict(result.metrics) == pytest.approx(classification_metrics(probs, labels.numpy()), abs=1e-5)
+    assert dict(result.metrics) == pytest.approx(measure("classes", probs, labels.numpy()), abs=1e-5)
 
 
 def test_causal_lm_validation_is_the_mean_over_learned_tokens(recipe: MakeRecipe) -> None:

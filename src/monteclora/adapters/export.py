@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.model import MonteCLoRAModel
-from monteclora.adapters.storage import staged
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
+from monteclora.system.atomic import staged
 
 __all__ = ["export_merged", "export_samples"]
 

@@ -21,6 +21,7 @@ from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.adapters.tuner import MonteCLoRATuner, check_target_names
 from monteclora.errors import ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior, Regulariser
+from monteclora.system.atomic import staged
 
 __all__ = [
     "MonteCLoRAModel",
@@ -54,7 +55,7 @@ class MonteCLoRAModel(PeftModel):
 
         ``adapter_model.safetensors`` and ``adapter_config.json`` are a plain LoRA's.
         """
-        with storage.staged(Path(save_directory), write=is_main_process) as folder:
+        with staged(Path(save_directory), write=is_main_process) as folder:
             super().save_pretrained(
                 str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
             )

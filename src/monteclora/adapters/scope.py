@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from monteclora.posterior import AdapterPosterior, Draw
+from monteclora.system.devices import process_index
 
 __all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "holding"]
 
@@ -98,11 +99,6 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
 @contextmanager
 def _outside_checkpoints() -> Iterator[None]:
     """Draw with a graph, and keep what it saves, though the model be called inside a checkpoint."""
@@ -176,7 +172,7 @@ class DrawScope:
                 for posterior in posteriors:
                     if self.held is not None:
                         posterior.draws = self.held
-                    posterior.draw(_rank(), _batch_size(args, kwargs), self.source.means(posterior))
+                    posterior.draw(process_index(), _batch_size(args, kwargs), self.source.means(posterior))
         elif self.sampler is not None and self.sampler.resample:
             for posterior in posteriors:
                 posterior.predictive = self.sampler(posterior)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -30,6 +27,7 @@ from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.config import brief
 from monteclora.errors import CheckpointError, MonteCLoRAError, UnsafeCodeError
 from monteclora.posterior import AdapterPosterior, LayerShape
+from monteclora.system.atomic import write_file
 
 __all__ = [
     "CONFIG_FILE",
@@ -43,8 +41,6 @@ __all__ = [
     "load_posterior",
     "missing_posterior",
     "save_posterior",
-    "staged",
-    "write_bytes",
 ]
 
 POSTERIOR_FILE = "posterior.safetensors"
@@ -54,47 +50,6 @@ _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
 _RESTORE = "Take the folder from a backup or an earlier checkpoint."
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or the whole new one: temporary name, flush, rename."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def staged(target: Path, *, write: bool = True) -> Iterator[Path]:
-    """A folder to write into; when the block ends well its files are flushed and renamed into ``target``.
-
-    Files of ``target`` that the block does not write stay. With ``write=False`` (a process that saves nothing) what
-    is written is thrown away.
-    """
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file, expected a folder to save into", "Choose another folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        if (target / "README.md").exists():
-            # peft updates a model card that is there
-            shutil.copy2(target / "README.md", stage / "README.md")
-        yield stage
-        if write:
-            for source in sorted(path for path in stage.rglob("*") if path.is_file()):
-                with source.open("rb") as file:
-                    os.fsync(file.fileno())
-                destination = target / source.relative_to(stage)
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, destination)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _checksum(document: str, tensors: Mapping[str, Tensor]) -> str:
@@ -118,7 +73,7 @@ def save_posterior(posterior: AdapterPosterior, config: MonteCLoRAConfig, path: 
     document = json.dumps(fields, sort_keys=True)
     # in one entry: safetensors writes several in any order, and equal posteriors should be equal files
     envelope = json.dumps({"document": document, "sha256": _checksum(document, tensors)})
-    write_bytes(path, save(tensors, metadata={_KEY: envelope}))
+    write_file(path, save(tensors, metadata={_KEY: envelope}))
 
 
 def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | None:

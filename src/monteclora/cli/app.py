@@ -10,10 +10,10 @@ from pathlib import Path
 
 from cyclopts import App, CycloptsError, Parameter
 
-import monteclora
 from monteclora.cli import check, demo, doctor, evaluate, export, listing, predict, recipes, train
 from monteclora.cli.overrides import RECIPE_USAGE
 from monteclora.errors import MonteCLoRAError
+from monteclora.system.version import VERSION
 
 __all__ = ["app", "main"]
 
@@ -24,7 +24,7 @@ app = App(
     help="Bayesian low-rank adaptation of language models: fine-tune, predict, and know what the model does not know.",
     help_epilogue="Results go to standard output, progress and log to standard error. --debug shows the traceback "
     "of an error. Start with monteclora demo.",
-    version=monteclora.__version__,
+    version=VERSION,
     version_flags=["--version"],
     help_format="plaintext",
     default_parameter=Parameter(negative=()),

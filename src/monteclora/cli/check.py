@@ -24,7 +24,7 @@ def check(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
     """
     changes = parse_overrides(overrides)
 
-    from monteclora.training.recipe import load_recipe
+    from monteclora.runs.recipe import load_recipe
 
     loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
 

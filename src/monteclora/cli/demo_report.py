@@ -11,18 +11,18 @@ import numpy as np
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 
-from monteclora.data import helpdesk
-from monteclora.evaluation.inference import SplitPredictions
-from monteclora.evaluation.loading import load_run
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
 from monteclora.evaluation.scoring import Sampling, classify
+from monteclora.prediction.inference import SplitPredictions
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Page, Row, Section, Table
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
 from monteclora.reports.runs import demo_page
-from monteclora.training.run import RunResult
-from monteclora.training.run_folder import RunFolder
+from monteclora.runs.loading import load_run
+from monteclora.runs.result import RunResult
+from monteclora.runs.run_folder import RunFolder
+from monteclora.tasks import helpdesk
 
 __all__ = ["Contender", "contend", "demo_report"]
 

@@ -7,9 +7,9 @@ import platform
 import sys
 from typing import Any
 
-import monteclora
 from monteclora.cli.listing import models_at_hand, tasks_at_hand
 from monteclora.cli.output import Json, print_facts, print_json
+from monteclora.system.version import VERSION
 
 __all__ = ["doctor"]
 
@@ -24,7 +24,7 @@ def doctor(*, as_json: Json = False) -> int:
 
     required = installed.required()
     found: dict[str, Any] = {
-        "monteclora": monteclora.__version__,
+        "monteclora": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": required,

@@ -10,18 +10,7 @@ from monteclora.cli.output import Flag, Json, note, print_json, print_line, prin
 if TYPE_CHECKING:
     from monteclora.evaluation.run import EvaluationResult
 
-__all__ = ["METRIC_NAMES", "evaluate"]
-
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "mcc": "MCC",
-    "nll": "NLL (nats)",
-    "perplexity": "perplexity",
-    "token_accuracy": "token accuracy",
-    "brier": "Brier",
-    "ece": "ECE",
-}
+__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -70,16 +59,17 @@ def evaluate(
 
 
 def _print(result: EvaluationResult) -> None:
-    from monteclora.evaluation.records import EVALUATION_FILE, PREDICTIONS_FILE
+    from monteclora.metrics.registry import METRICS
+    from monteclora.runs.records import EVALUATION_FILE, PREDICTIONS_FILE
 
     state = f", unfinished: {result.unfinished}" if result.unfinished else ""
     title = f"{result.folder} on {result.split} ({result.source.rows:,} rows{state})"
     by_name: dict[str, Mapping[str, float]] = {"pretrained" if result.model == "base" else "mean": result.point}
     if result.posterior is not None:
         by_name[f"posterior, {result.num_samples} draws"] = result.posterior
-    shown = [name for name in METRIC_NAMES if name in result.point]
-    rows = [[name, *(f"{metrics[m]:.3f}" for m in shown)] for name, metrics in by_name.items()]
-    print_table(["", *(METRIC_NAMES[name] for name in shown)], rows, title)
+    shown = [metric for name, metric in METRICS.items() if name in result.point]
+    rows = [[name, *(f"{metrics[m.name]:.3f}" for m in shown)] for name, metrics in by_name.items()]
+    print_table(["", *(metric.label for metric in shown)], rows, title)
     print_line(f"written: {result.folder / EVALUATION_FILE}, {result.folder / PREDICTIONS_FILE}")
     for text in result.notes:
         note(text)

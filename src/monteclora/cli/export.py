@@ -34,8 +34,8 @@ def export(
         seed: of the draws.
     """
     from monteclora.adapters.export import export_merged, export_samples
-    from monteclora.evaluation.loading import load_run
-    from monteclora.training.quiet import quiet_libraries
+    from monteclora.runs.loading import load_run
+    from monteclora.system.quiet import quiet_libraries
 
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file", "Give the name of a folder.")

@@ -9,8 +9,6 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-import monteclora
-
 __all__ = ["at_hand", "extras", "required"]
 
 _EXTRAS = ("trl", "quantization", "tracking")
@@ -26,7 +24,7 @@ def _requirements() -> list[Requirement]:
     try:
         listed = metadata.requires("monteclora") or []
     except metadata.PackageNotFoundError:
-        project = Path(monteclora.__file__).parents[2] / "pyproject.toml"
+        project = Path(__file__).parents[3] / "pyproject.toml"
         sections = tomllib.loads(project.read_text(encoding="utf-8"))["project"] if project.is_file() else {}
         listed = list(sections.get("dependencies", []))
         for extra, names in sections.get("optional-dependencies", {}).items():

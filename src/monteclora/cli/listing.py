@@ -52,8 +52,8 @@ def models(*, as_json: Json = False) -> None:
 
 def tasks_at_hand() -> list[dict[str, Any]]:
     """Every task with its labelled splits and where they come from."""
-    from monteclora.data import list_tasks
     from monteclora.data.sources import DATA_FOLDER_VARIABLE, local_splits
+    from monteclora.tasks import list_tasks
 
     found = []
     for task in list_tasks():

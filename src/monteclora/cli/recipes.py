@@ -8,7 +8,8 @@ from cyclopts import App
 
 from monteclora.cli.output import Json, print_json, print_line, print_table
 from monteclora.errors import ConfigError
-from monteclora.training.bundled import bundled_recipes, summary
+from monteclora.runs.bundled import bundled_recipes, summary
+from monteclora.system.atomic import write_file
 
 __all__ = ["app"]
 
@@ -49,13 +50,9 @@ def copy(name: str, to: Path | None = None, /) -> None:
     target = to or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise ConfigError(f"{target} exists", "Give another name, or remove it.") from None
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}", "Give another name.") from None
+    if target.exists():
+        raise ConfigError(f"{target} exists", "Give another name, or remove it.")
+    write_file(target, source.read_bytes())
     print_line(str(target))
 
 

@@ -21,7 +21,7 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
     changes = parse_overrides(overrides)
 
     from monteclora.reports.formats import duration, size
-    from monteclora.training.recipe import load_recipe
+    from monteclora.runs.recipe import load_recipe
 
     loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
 

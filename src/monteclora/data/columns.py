@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from monteclora.config import brief, nearest
 from monteclora.data.files import Table
-from monteclora.data.registry import Kind
+from monteclora.data.kinds import Kind
 from monteclora.errors import DataError
 
 __all__ = ["Columns", "find_columns", "listed"]

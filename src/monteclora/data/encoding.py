@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from monteclora.data.registry import Kind
+from monteclora.data.kinds import Kind
 from monteclora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Encoded:
 
 
 def encode(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenise rows of a :class:`~monteclora.data.loading.TaskData`.
+    """Tokenise rows of a :class:`~monteclora.tasks.loading.TaskData`.
 
     Args:
         rows: with ``text``, perhaps ``text_pair`` and ``label``; ``prompt``, ``completion``; or ``messages``.

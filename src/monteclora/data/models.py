@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from monteclora.config import nearest
 from monteclora.data.gguf import dequantised_folder
-from monteclora.data.registry import Kind
+from monteclora.data.kinds import Kind
 from monteclora.errors import ConfigError, UnsafeCodeError
 
 if TYPE_CHECKING:

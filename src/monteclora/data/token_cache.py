@@ -7,8 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,9 @@ import pyarrow as pa
 
 from monteclora.data.encoding import Encoded, encode
 from monteclora.data.gguf import cache_folder
-from monteclora.data.registry import Kind
+from monteclora.data.kinds import Kind
+from monteclora.errors import CheckpointError
+from monteclora.system.atomic import write_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +48,7 @@ def encode_once(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, m
     made = encode(rows, kind, tokenizer, max_length)
     try:
         _write(folder, key, made)
-    except OSError as error:
+    except CheckpointError as error:
         logger.info("token ids are not kept: %s", error)
     return made
 
@@ -84,15 +84,7 @@ def _write(folder: Path, key: str, encoded: Encoded) -> None:
     about = {f.name: getattr(encoded, f.name) for f in dataclasses.fields(encoded) if f.name != "dataset"}
     metadata = {**(table.schema.metadata or {}), b"monteclora": json.dumps(about)}
     content = _stream(table.replace_schema_metadata(metadata))
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(partial, folder / f"{key}-{_checksum(content)}.arrow")
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_file(folder / f"{key}-{_checksum(content)}.arrow", content)
 
 
 def _read(path: Path) -> Encoded | None:

@@ -1,1 +1,1 @@
-"""What a trained adapter knows, and what it does not: predictions, metrics, calibration."""
+"""Evaluation: a run and rows become predictions, metrics and files."""

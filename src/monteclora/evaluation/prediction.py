@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from monteclora.data import load_inputs
 from monteclora.errors import ConfigError
-from monteclora.evaluation.forward import batches
-from monteclora.evaluation.generation import complete, encode_prompts
-from monteclora.evaluation.inference import SplitPredictions, predict_classes
-from monteclora.evaluation.loading import LoadedRun, load_run
-from monteclora.evaluation.progress import progress_bar
-from monteclora.evaluation.records import replacing
 from monteclora.evaluation.scoring import Sampling, classify
-from monteclora.training.quiet import quiet_libraries
-from monteclora.training.run import RunResult
+from monteclora.prediction.forward import batches
+from monteclora.prediction.generation import complete, encode_prompts
+from monteclora.prediction.inference import SplitPredictions, predict_classes
+from monteclora.runs.loading import LoadedRun, load_run
+from monteclora.runs.result import RunResult
+from monteclora.system.atomic import replacing
+from monteclora.system.progress import progress_bar
+from monteclora.system.quiet import quiet_libraries
+from monteclora.tasks import load_inputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -161,13 +161,13 @@ def _classified(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> tuple[d
 def _completed(
     loaded: LoadedRun, rows: Dataset, sampling: Sampling, max_new_tokens: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    prompts, notes = encode_prompts(loaded, rows, max_new_tokens)
+    prompts, notes = encode_prompts(rows, loaded.tokenizer, loaded.recipe.data.max_length, max_new_tokens)
     completions = [""] * len(rows)
     arguments = {**sampling.arguments(), "progress": None}
     with loaded.precision():
         found = predict_classes(loaded.model, prompts, loaded.collate, **arguments)
         for indices in batches(prompts, sampling.batch_size):
-            texts = complete(loaded, [prompts[i] for i in indices], max_new_tokens)
+            texts = complete(loaded.model, loaded.tokenizer, [prompts[i] for i in indices], max_new_tokens)
             for index, text in zip(indices, texts, strict=True):
                 completions[index] = text
             if sampling.progress:

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-import monteclora
-from monteclora.data import SplitSource, TaskData, load
-from monteclora.data.registry import Kind
+from monteclora.data.kinds import Kind
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
-from monteclora.evaluation.loading import LoadedRun, load_run
-from monteclora.evaluation.progress import progress_bar
-from monteclora.evaluation.records import add_evaluation, add_predictions
 from monteclora.evaluation.scoring import Sampling, Scored, score
-from monteclora.training.quiet import quiet_libraries
-from monteclora.training.recipe import recipe_sha256
-from monteclora.training.resumption import overrides_of
-from monteclora.training.run import RunResult
-from monteclora.training.run_folder import RunFolder
+from monteclora.runs.loading import LoadedRun, load_run
+from monteclora.runs.recipe import recipe_sha256
+from monteclora.runs.records import add_evaluation, add_predictions
+from monteclora.runs.result import RunResult
+from monteclora.runs.resumption import overrides_of
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.progress import progress_bar
+from monteclora.system.quiet import quiet_libraries
+from monteclora.system.version import VERSION
+from monteclora.tasks import SplitSource, TaskData, load
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +93,7 @@ class EvaluationResult:
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
             "versions": {
-                "monteclora": monteclora.__version__,
+                "monteclora": VERSION,
                 "python": platform.python_version(),
                 **{package: version(package) for package in _PACKAGES},
             },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,21 +10,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from monteclora.data.commonsense import option_completions
 from monteclora.data.encoding import encode, encode_completion
 from monteclora.errors import DataError
-from monteclora.evaluation.completions import CompletionPredictions, CompletionScores, predict_completions
-from monteclora.evaluation.forward import Progress
-from monteclora.evaluation.inference import SplitPredictions, predict_classes, predict_options
-from monteclora.evaluation.loading import LoadedRun
-from monteclora.evaluation.metrics import classification_metrics, expected_calibration_error
+from monteclora.metrics.registry import Scoring, TokenSums, measure
+from monteclora.prediction.completions import CompletionPredictions, CompletionScores, predict_completions
+from monteclora.prediction.inference import SplitPredictions, predict_classes, predict_options
+from monteclora.runs.loading import LoadedRun
+from monteclora.system.progress import Progress
+from monteclora.tasks.commonsense import option_completions
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["Sampling", "Scored", "classify", "score"]
 
-_OPTION_METRICS = ("accuracy", "nll", "brier", "ece")  # the order of options carries no meaning that F1 could use
 _UNLIMITED = 2**31
 
 
@@ -108,7 +106,7 @@ def _score_classes(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> Scor
         "confidence": predictions.probs.max(1),
         "probabilities": pa.StructArray.from_arrays(list(map(pa.array, predictions.probs.T)), names=list(names)),
     }
-    return _scored(loaded, predictions, labels, columns, notes)
+    return _scored(loaded, "classes", predictions, labels, columns, notes)
 
 
 def _score_options(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> Scored:
@@ -132,7 +130,7 @@ def _score_options(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> Scor
         "probabilities": [p[: len(row)].tolist() for p, row in zip(found.probs, rows["options"], strict=True)],
     }
     notes = _shortened(cut, len(rows), loaded)
-    return _scored(loaded, found, np.asarray(labels), columns, notes, _OPTION_METRICS)
+    return _scored(loaded, "options", found, np.asarray(labels), columns, notes)
 
 
 def _options(number: int, row: Mapping[str, Any]) -> list[str]:
@@ -192,26 +190,20 @@ def _score_completions(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> 
 
 
 def _completion_metrics(scores: CompletionScores) -> dict[str, float]:
-    nll = scores.mean_nll
-    return {
-        "nll": nll,
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "token_accuracy": scores.token_accuracy,
-    }
+    sums = TokenSums(float(scores.nll.sum()), int(scores.tokens.sum()), int(scores.correct.sum()))
+    return measure("tokens", sums)
 
 
 def _scored(
     loaded: LoadedRun,
+    scoring: Scoring,
     found: SplitPredictions,
     labels: NDArray[np.int64],
     columns: Mapping[str, Any],
     notes: tuple[str, ...],
-    names: Sequence[str] | None = None,
 ) -> Scored:
     def measured(probs: NDArray[np.float64]) -> dict[str, float]:
-        metrics = classification_metrics(probs, labels)
-        metrics["ece"] = expected_calibration_error(probs, labels, loaded.recipe.evaluation.bins)
-        return {name: metrics[name] for name in names or metrics}
+        return measure(scoring, probs, labels, bins=loaded.recipe.evaluation.bins)
 
     return Scored(
         predictions=found,

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from monteclora.errors import DataError
-from monteclora.evaluation.metrics import ReliabilityCurve
+from monteclora.metrics.calibration import ReliabilityCurve
 from monteclora.reports.svg import INK, MARKERS, SERIES, Svg, house_style, label, new_figure, to_svg
 
 __all__ = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,8 +17,8 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from monteclora.errors import ConfigError
 from monteclora.reports.svg import Svg
+from monteclora.system.atomic import write_file
 
 __all__ = ["Cell", "Column", "Figure", "Page", "Row", "Section", "Table", "render", "write_page"]
 
@@ -110,33 +109,11 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
     """Write ``page`` to ``path``, at once or not at all, and make the folder it goes into.
 
     Raises:
-        ConfigError: ``path`` can't be written; what was there is untouched.
+        CheckpointError: ``path`` cannot be written; what was there is untouched.
     """
     target = Path(path)
-    content = render(page).encode("utf-8", errors="replace")  # a lone surrogate has no UTF-8
-    try:
-        _replace(target, content)
-    except OSError as error:
-        raise ConfigError(
-            f"the report {target} can't be written: {error.strerror}", "Choose a path you may write to."
-        ) from error
+    write_file(target, render(page).encode("utf-8", errors="replace"))  # a lone surrogate has no UTF-8
     return target
-
-
-def _replace(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's file is the owner's alone; a report is there to be shared
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @cache

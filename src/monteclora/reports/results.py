@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from monteclora.evaluation.metrics import (
-    ReliabilityCurve,
-    classification_metrics,
-    nll_per_example,
-    reliability_curve,
-)
+from monteclora.metrics.calibration import ReliabilityCurve, reliability_curve
+from monteclora.metrics.classification import nll_per_example
+from monteclora.metrics.registry import measure
 from monteclora.reports.figures import TrainingCurve
 
 __all__ = ["FINISHED", "Evaluation", "RunReport", "UncertainExample", "Uncertainty"]
@@ -26,7 +23,7 @@ class Evaluation:
     """How well one run predicts its test examples.
 
     Attributes:
-        metrics: by the names of ``classification_metrics``.
+        metrics: by name, see :mod:`monteclora.metrics.registry`.
         reliability: confidence against accuracy.
         nll: negative log-likelihood of each example, float (B,), in nats and in the order of the test set.
     """
@@ -43,7 +40,7 @@ class Evaluation:
             DataError: either is malformed.
         """
         return cls(
-            metrics=classification_metrics(probs, labels),
+            metrics=measure("classes", probs, labels),
             reliability=reliability_curve(probs, labels),
             nll=nll_per_example(probs, labels),
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
-from monteclora.evaluation.metrics import bootstrap_interval
+from monteclora.metrics.intervals import bootstrap_interval
+from monteclora.metrics.registry import metrics_for
 from monteclora.reports.figures import (
     accuracy_bars,
     reliability_diagram,
@@ -20,15 +22,12 @@ from monteclora.reports.results import Evaluation, RunReport
 __all__ = ["measured", "summary", "warnings"]
 
 _BOOTSTRAP_SEED = 0
+_BEST: dict[bool, Literal["max", "min"]] = {True: "max", False: "min"}
 _OVERLAID = 3  # more reliability curves than this hide each other
 
 _METRICS = {
-    "accuracy": Column("Accuracy", decimals(3), "max"),
-    "f1": Column("F1", decimals(3), "max"),
-    "mcc": Column("MCC", decimals(3), "max"),
-    "nll": Column("NLL (nats)", decimals(3), "min"),
-    "brier": Column("Brier", decimals(3), "min"),
-    "ece": Column("ECE", decimals(3), "min"),
+    metric.name: Column(metric.label[0].upper() + metric.label[1:], decimals(3), _BEST[metric.greater_is_better])
+    for metric in metrics_for("classes")
 }
 _COSTS = (Column("Time", duration), Column("Memory", size), Column("Parameters", count))
 _EXAMPLE = (

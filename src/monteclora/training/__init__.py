@@ -1,1 +1,1 @@
-"""One run: recipe to adapter."""
+"""Training: a recipe becomes a finished run."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from monteclora.training.metrics_log import MetricsLog
+from monteclora.runs.metrics_log import MetricsLog
 
 __all__ = ["LogEverything", "ShowProgress"]
 

@@ -16,12 +16,12 @@ from monteclora.data.encoding import RowView, describe_rows
 from monteclora.data.models import ModelSource, resolve_model
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
-from monteclora.training.environment import PeakMemory, training_device
+from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
+from monteclora.runs.recipe import Recipe, load_recipe
+from monteclora.system.devices import PeakMemory, training_device
+from monteclora.system.quiet import quiet_libraries
 from monteclora.training.estimate import Memory, Sizes, operations, required_memory
 from monteclora.training.phases import Phase, batches, phases_of
-from monteclora.training.prepare import PreparedData, prepare_data, prepare_model
-from monteclora.training.quiet import quiet_libraries
-from monteclora.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel

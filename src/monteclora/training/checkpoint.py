@@ -18,15 +18,16 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-import monteclora
+from monteclora.adapters.restore import load_adapter
 from monteclora.errors import CheckpointError, DivergenceError
-from monteclora.training.folders import new_folder
+from monteclora.runs.manifest import Checkpoint, checkpoint_folder, rotate, write_manifest
+from monteclora.system.atomic import new_folder
+from monteclora.system.randomness import generator_states, restore_generators
+from monteclora.system.tree import load_tree, save_tree
+from monteclora.system.version import VERSION
 from monteclora.training.interruption import Interruption
-from monteclora.training.manifest import Checkpoint, checkpoint_folder, rotate, write_manifest
-from monteclora.training.randomness import generator_states, restore_generators
-from monteclora.training.tree import load_tree, save_tree
 
-__all__ = ["CheckpointPlan", "CheckpointingMixin", "load_adapter"]
+__all__ = ["CheckpointPlan", "CheckpointingMixin"]
 
 _STATE = "training_state"
 
@@ -52,19 +53,6 @@ class CheckpointPlan:
     recipe_sha256: str
     phase: str
     first_step: int = 0
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Put a saved adapter (and posterior) into a model that has one of the same kind.
-
-    Args:
-        model: a ``peft.PeftModel``; what is trainable in it stays so.
-        folder: written by ``save_pretrained``.
-    """
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
 
 
 class _Hooks(TrainerCallback):
@@ -159,7 +147,7 @@ class CheckpointingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[
             first_step=self.plan.first_step,
             step=step,
             complete=self._at_the_end() and not self._evaluation_pending,
-            versions={"monteclora": monteclora.__version__, "torch": torch.__version__},
+            versions={"monteclora": VERSION, "torch": torch.__version__},
             best_step=self.state.best_global_step,
         )
 

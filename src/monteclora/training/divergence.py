@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from monteclora.errors import DivergenceError
-from monteclora.training.folders import write_file
-from monteclora.training.prepare import PreparedData
-from monteclora.training.run_folder import RunFolder
+from monteclora.runs.prepare import PreparedData
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.atomic import write_file
 
 __all__ = ["NonFiniteSteps", "Part"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from monteclora.training.recipe import Recipe
+from monteclora.runs.recipe import Recipe
 
 __all__ = ["Memory", "Sizes", "operations", "required_memory"]
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from monteclora.training.randomness import preserved_generators
+from monteclora.system.randomness import preserved_generators
 
 __all__ = ["ignores_count", "is_library_head"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,17 +11,19 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from monteclora.adapters.model import active_posteriors, train_posterior_only
+from monteclora.adapters.restore import load_adapter
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
+from monteclora.metrics.registry import METRICS
+from monteclora.runs.manifest import Checkpoint, checkpoint_folder
+from monteclora.runs.prepare import PreparedData
+from monteclora.runs.recipe import Recipe, TrainingSpec, recipe_sha256
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.devices import process_count
 from monteclora.training.callbacks import LogEverything, ShowProgress
-from monteclora.training.checkpoint import CheckpointPlan, load_adapter
+from monteclora.training.checkpoint import CheckpointPlan
 from monteclora.training.divergence import NonFiniteSteps
 from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
-from monteclora.training.manifest import Checkpoint, checkpoint_folder
-from monteclora.training.measures import greater_is_better
-from monteclora.training.prepare import PreparedData
-from monteclora.training.recipe import Recipe, TrainingSpec, recipe_sha256
-from monteclora.training.run_folder import RunFolder
 from monteclora.training.run_trainer import ROW, RunTrainer
 from monteclora.training.sampler import LengthGroupedSampler
 
@@ -74,15 +75,10 @@ class Outcome:
     skipped_steps: int
 
 
-def processes() -> int:
-    """How many processes train together (``accelerate launch``, ``torchrun``)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def steps_per_epoch(spec: TrainingSpec, rows: int) -> int:
     """Optimiser steps that go through ``rows`` once; the last one may have fewer rows."""
     micro, accumulated = batches(spec)
-    return math.ceil(math.ceil(rows / (micro * processes())) / accumulated)
+    return math.ceil(math.ceil(rows / (micro * process_count())) / accumulated)
 
 
 def batches(spec: TrainingSpec) -> tuple[int, int]:
@@ -91,7 +87,7 @@ def batches(spec: TrainingSpec) -> tuple[int, int]:
     Raises:
         ConfigError: the processes cannot share a batch evenly.
     """
-    count = processes()
+    count = process_count()
     micro = spec.micro_batch_size or max(spec.batch_size // count, 1)
     if spec.batch_size % (micro * count):
         raise ConfigError(
@@ -148,7 +144,7 @@ def _arguments(recipe: Recipe, phase: Phase, run: RunFolder, data: PreparedData)
             logging_steps=spec.logging_every,
             logging_nan_inf_filter=False,
             metric_for_best_model=best,
-            greater_is_better=greater_is_better(best) if best else None,
+            greater_is_better=METRICS[best].greater_is_better if best else None,
             restore_callback_states_from_checkpoint=True,
             seed=recipe.seed,
             data_seed=recipe.seed,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,54 +12,22 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from rich.console import Console
 
-from monteclora.training.environment import PeakMemory, describe_environment, training_device
-from monteclora.training.folders import discard_remains, new_folder
-from monteclora.training.manifest import Checkpoint
+from monteclora.runs.environment import describe_environment
+from monteclora.runs.manifest import Checkpoint
+from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
+from monteclora.runs.recipe import Recipe, load_recipe
+from monteclora.runs.result import RunResult
+from monteclora.runs.resumption import claim, note_environment, overrides_of, resume_point
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.atomic import discard_remains, new_folder
+from monteclora.system.devices import PeakMemory, is_main_process, training_device
+from monteclora.system.quiet import quiet_libraries
 from monteclora.training.phases import phases_of, train_phase
-from monteclora.training.prepare import PreparedData, prepare_data, prepare_model
-from monteclora.training.quiet import quiet_libraries
-from monteclora.training.recipe import Recipe, load_recipe
-from monteclora.training.resumption import claim, note_environment, overrides_of, resume_point
-from monteclora.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["RunResult", "train"]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        folder: where it is.
-        recipe: what it trained.
-        steps: optimiser steps of all phases.
-        kept_step: the step whose weights it ended with.
-        metrics: validation metrics of that step, by name; empty without validation rows.
-        seconds: of training.
-        peak_memory_bytes: of the GPU where there is one, else of the process.
-        tokens: seen in training, without padding.
-        trained_parameters: how many numbers were trained.
-        skipped_steps: how many were not finite and changed nothing (``training.non_finite: skip``).
-    """
-
-    folder: Path
-    recipe: Recipe
-    steps: int
-    kept_step: int
-    metrics: Mapping[str, float]
-    seconds: float
-    peak_memory_bytes: int
-    tokens: int
-    trained_parameters: int
-    skipped_steps: int = 0
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, as ``save_pretrained`` writes it."""
-        return RunFolder(self.folder).adapter
+__all__ = ["train"]
 
 
 def train(
@@ -92,9 +58,9 @@ def train(
     """
     recipe = load_recipe(recipe, overrides)
     run = RunFolder(recipe.folder)
-    console = Console(stderr=True, quiet=not progress or not _is_main())
+    console = Console(stderr=True, quiet=not progress or not is_main_process())
     with ExitStack() as stack:
-        if _is_main():
+        if is_main_process():
             stack.enter_context(run.locked())
             discard_remains(run.path)
             discard_remains(run.checkpoints)
@@ -117,7 +83,7 @@ def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> 
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = resume_point(run, recipe, override=override)
     memory = PeakMemory(training_device())
-    if _is_main():
+    if is_main_process():
         run.divergence_file.unlink(missing_ok=True)
         facts = describe_environment(recipe, data.task, memory.device)
         note_environment(run, recipe, facts, checkpoint, override=override)
@@ -125,7 +91,7 @@ def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> 
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         run.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
     _train_phases(recipe, run, data, model, checkpoint, console)
-    if _is_main():
+    if is_main_process():
         with new_folder(run.adapter) as stage:
             model.save_pretrained(str(stage), save_embedding_layers=False)
         run.metrics.append(_conclusion(run, parameters, memory))
@@ -151,7 +117,7 @@ def _train_phases(
         resume = checkpoint if checkpoint is not None and checkpoint.phase == phase.name else None
         outcome = train_phase(recipe, phase, run, data, model, first_step=first_step, resume=resume, console=console)
         first_step = outcome.step
-        if _is_main():
+        if is_main_process():
             run.metrics.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
 
 
@@ -178,7 +144,3 @@ def _result(recipe: Recipe, run: RunFolder, finished: Mapping[str, Any]) -> RunR
     same = ("kept_step", "metrics", "seconds", "peak_memory_bytes", "tokens", "trained_parameters")
     values = {name: finished[name] for name in same}
     return RunResult(run.path, recipe, finished["step"], **values, skipped_steps=finished.get("skipped_steps", 0))
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"

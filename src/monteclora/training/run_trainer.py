@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import (
 from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, regularisers
 from monteclora.errors import DivergenceError
 from monteclora.posterior import Regulariser
+from monteclora.system.randomness import preserved_generators
 from monteclora.training.checkpoint import CheckpointingMixin
 from monteclora.training.divergence import NonFiniteSteps, Part
-from monteclora.training.randomness import preserved_generators
 
 __all__ = ["ROW", "RunTrainer"]
 

@@ -24,8 +24,8 @@ from transformers import Trainer
 from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, one_draw
 from monteclora.errors import ConfigError, DivergenceError
 from monteclora.posterior import Regulariser
+from monteclora.system.randomness import preserved_generators
 from monteclora.training.heads import ignores_count, is_library_head
-from monteclora.training.randomness import preserved_generators
 
 __all__ = ["MonteCLoRATrainer", "MonteCLoRATrainerMixin"]
 

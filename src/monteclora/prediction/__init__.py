@@ -1,0 +1,1 @@
+"""From rows to predictions, draw by draw."""

@@ -1,0 +1,212 @@
+"""A run folder back to a model that predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import safetensors
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+
+from monteclora.adapters.restore import load_adapter
+from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE, check_adapter, check_finite
+from monteclora.data.encoding import collator
+from monteclora.data.kinds import Kind
+from monteclora.data.models import load_tokenizer, resolve_model
+from monteclora.errors import CheckpointError, ConfigError
+from monteclora.methods import get_method
+from monteclora.prediction.forward import Collate
+from monteclora.runs.manifest import newest_complete
+from monteclora.runs.prepare import PreparedData, base_model, prepare_model
+from monteclora.runs.recipe import Recipe
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.devices import training_device
+from monteclora.system.quiet import quiet_libraries
+from monteclora.tasks import TaskData
+from monteclora.tasks.measures import measures_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LoadedRun", "load_run"]
+
+_FORMAT = 1  # of run folders
+_RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained run, ready to predict.
+
+    Attributes:
+        folder: of the run.
+        recipe: as it was trained.
+        kind: of its task.
+        label_names: in the order of the classes; None for a causal LM.
+        model: with the adapter at its posterior's mean (or without, for the base model), in evaluation mode.
+        tokenizer: the model's.
+        unfinished: how far a run came that did not come to its end; None for a finished one.
+        is_base: whether this is the pretrained model alone.
+    """
+
+    folder: Path
+    recipe: Recipe
+    kind: Kind
+    label_names: tuple[str, ...] | None
+    model: PeftModel | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    unfinished: str | None = None
+    is_base: bool = False
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether predictions can be drawn."""
+        return not self.is_base and get_method(self.recipe.method.name).has_posterior
+
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of encoded rows."""
+        return collator(self.kind, self.tokenizer)
+
+    def draws(self, num_samples: int | None) -> int:
+        """How many posterior draws a prediction takes: what is asked for, else the recipe's number; 0 for none.
+
+        Raises:
+            ConfigError: draws are asked for and there is nothing to draw from, or a negative number.
+        """
+        if num_samples is None:
+            return self.recipe.evaluation.num_samples if self.has_posterior else 0
+        if num_samples < 0:
+            raise ConfigError(f"num_samples is {num_samples}, expected 0 or more", "Use 0 for the mean alone.")
+        if num_samples and not self.has_posterior:
+            what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
+            raise ConfigError(f"num_samples is {num_samples}, and {what} has no posterior", "Leave it out.")
+        return num_samples
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Matmuls in the precision the run was trained with."""
+        name = self.recipe.training.precision
+        if name == "fp32":
+            return nullcontext()
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16 if name == "bf16" else torch.float16)
+
+
+def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool = False) -> LoadedRun:
+    """Load a run's model with its adapter and posterior.
+
+    Args:
+        folder: made by ``monteclora train``.
+        base: load the pretrained model without the adapter, a causal LM's "before".
+        allow_unfinished: take the newest complete checkpoint of a run that did not come to its end.
+
+    Raises:
+        CheckpointError: not a run, an unfinished one, or its adapter or posterior is missing, damaged or does not fit.
+        ConfigError: the model is missing, or ``base`` is asked of a classifier, whose head only training makes.
+        UnsafeCodeError: the adapter is a pickle, or the model needs code that comes with it.
+    """
+    with quiet_libraries():
+        return _load(RunFolder.existing(folder), base, allow_unfinished)
+
+
+def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
+    recipe = run.recipe
+    adapter, unfinished = _adapter_of(run, allow_unfinished)
+    name, kind, labels = _task_of(run)
+    if base and kind == "classification":
+        raise ConfigError(
+            f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
+            "Ask for the base model of a causal LM run only.",
+        )
+    tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
+    prepared = PreparedData(
+        task=TaskData(name, kind, labels, splits={}, sources={}, description=""),
+        tokenizer=tokenizer,
+        encoded={},
+        collate=collator(kind, tokenizer),
+        measures=measures_for(kind),
+        notes=(),
+    )
+    model = base_model(recipe, prepared) if base else _adapted(recipe, prepared, adapter)
+    if recipe.model.quantization == "none":
+        model.to(training_device())
+    model.requires_grad_(False).eval()
+    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base)
+
+
+def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
+    """Name, kind and labels of what the run was trained on, out of its environment."""
+    facts = run.environment
+    try:
+        version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
+        name, kind, labels = about["name"], about["kind"], about["label_names"]
+        _ = [source["sha256"] for source in about["splits"].values()]
+        named = kind == "causal_lm" or (kind == "classification" and len(set(labels)) == len(labels) >= 2)
+        if not (named and isinstance(name, str) and all(isinstance(label, str) for label in labels or ())):
+            raise ValueError("neither a causal LM nor a classifier with its labels")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{run.path / 'environment.json'} is damaged ({reason})", _RESTORE) from None
+    if version > _FORMAT:
+        raise CheckpointError(
+            f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+        )
+    return name, kind, tuple(labels) if labels else None
+
+
+def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | None]:
+    """The folder of the adapter to load, and how far the run came if it is not finished."""
+    if _is_finished(run):
+        return run.adapter, None
+    again = f"Run `monteclora train {run.recipe_file}` to finish it"
+    if not allow_unfinished:
+        raise CheckpointError(f"the run {run.path} is not finished", f"{again}, or allow unfinished runs.")
+    checkpoint = newest_complete(run.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"the unfinished run {run.path} has no checkpoint yet", f"{again}.")
+    return checkpoint.path, f"stopped at step {checkpoint.total_step}"
+
+
+def _is_finished(run: RunFolder) -> bool:
+    try:
+        return run.finished is not None
+    except (UnicodeDecodeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{run.metrics.path} is damaged ({type(error).__name__})", _RESTORE) from None
+
+
+def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
+    """The model as training had it, which draws anew what neither the model's files nor the adapter's hold."""
+    check_adapter(folder)
+    if get_method(recipe.method.name).has_posterior and not (folder / POSTERIOR_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {POSTERIOR_FILE}", _RESTORE)
+    model = prepare_model(recipe, prepared)
+    try:
+        weights = get_peft_model_state_dict(
+            model, adapter_name=cast(str, model.active_adapter), save_embedding_layers=False
+        )
+        _check_names(folder, list(weights))
+        load_adapter(model, folder)
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} cannot be loaded into {recipe.model.name}: {reason[:200]}", _RESTORE
+        ) from error
+    check_finite(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
+    return model
+
+
+def _check_names(folder: Path, expected: Sequence[str]) -> None:
+    """peft passes over names that one side lacks with a warning."""
+    with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        differing = sorted(set(file.keys()) ^ set(expected))
+    if differing:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not fit the recipe: {len(differing)} weights are on one side only, "
+            f"as {differing[0]}",
+            _RESTORE,
+        )

@@ -1,0 +1,82 @@
+"""``metrics.jsonl``: a line for everything a run measures, in the order it happens."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from monteclora.errors import CheckpointError
+from monteclora.system.atomic import write_file
+
+__all__ = ["MetricsLog"]
+
+
+class MetricsLog:
+    """Events: mappings with ``event`` (``train``, ``skipped``, ``eval``, ``phase``, ``finished``), ``phase``, ``step``.
+
+    Steps are counted over all phases. A ``train`` line holds means since the line before: ``loss``, the task's
+    negative log-likelihood in nats, and with a posterior ``objective`` (loss and regulariser), ``kl`` (nats) and
+    ``pi_squared_norm``; besides ``learning_rate``, ``grad_norm``, ``tokens`` seen so far and ``tokens_per_second``. A
+    ``skipped`` line names the ``part`` of a step that was not finite and its training ``rows``; no mean counts it. An
+    ``eval`` line holds validation metrics. A ``phase`` line closes a phase, the ``finished`` line the run.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Write a line; it is on disk when this returns, and readable whatever happens next.
+
+        Raises:
+            CheckpointError: the disk refuses it, for instance because it is full.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}", "Make room; the same command resumes the run."
+            ) from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every event; a last line that a killed process left unfinished is passed over.
+
+        Raises:
+            CheckpointError: another line is damaged.
+        """
+        if not self.path.is_file():
+            return []
+        # a byte that is no UTF-8 makes its line no JSON
+        lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        events = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                if line is lines[-1] and not line.endswith("\n"):
+                    break
+                raise self._damaged(number, "not JSON") from None
+            if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
+                raise self._damaged(number, "not an event")
+            events.append(event)
+        return events
+
+    def _damaged(self, line: int, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}, line {line} is {why}", "Remove the line, or take the file from a backup.")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after ``step``, and what ended there: the run goes on from it."""
+
+        def is_past(event: dict[str, Any]) -> bool:
+            ends = event["event"] in ("phase", "finished")
+            return bool(event["step"] < step or (event["step"] == step and not ends))
+
+        kept = [event for event in self.read() if is_past(event)]
+        write_file(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())

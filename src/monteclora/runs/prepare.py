@@ -1,0 +1,138 @@
+"""From a recipe to what training needs: data as token ids, and the model with its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from monteclora.adapters.quantised import keep_differentiable
+from monteclora.data.encoding import Encoded, collator
+from monteclora.data.models import load_model, load_tokenizer, resolve_model
+from monteclora.data.token_cache import encode_once
+from monteclora.errors import ConfigError
+from monteclora.methods import get_method
+from monteclora.methods.lora import seed_everything
+from monteclora.runs.recipe import Recipe
+from monteclora.tasks import TaskData, load
+from monteclora.tasks.measures import Measures, measures_for
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["PreparedData", "base_model", "prepare_data", "prepare_model"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a run.
+
+    Attributes:
+        task: as loaded.
+        tokenizer: of the model.
+        encoded: token ids of the train split and, where there is one, of the validation split.
+        collate: makes a batch of rows.
+        measures: what validation measures.
+        notes: what was set aside, shortened or left out, in words.
+    """
+
+    task: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    encoded: dict[str, Encoded]
+    collate: Callable[[list[dict[str, Any]]], Any]
+    measures: Measures
+    notes: tuple[str, ...]
+
+    @property
+    def train(self) -> Dataset:
+        """Rows to train on."""
+        return self.encoded["train"].dataset
+
+    @property
+    def validation(self) -> Dataset | None:
+        """Rows to validate on; None where there are none."""
+        return self.encoded["validation"].dataset if "validation" in self.encoded else None
+
+
+def prepare_data(recipe: Recipe) -> PreparedData:
+    """Load and tokenise the rows of a recipe.
+
+    Raises:
+        DataError: files, columns, rows or labels are wrong.
+        ConfigError: the model or task is unknown, or an option does not fit the task.
+    """
+    task = load(recipe.data, splits=("train", "validation"))
+    source = resolve_model(recipe.model.name)
+    measures = measures_for(task.kind)
+    measures.check(recipe.training.best_metric)
+    task.split("train")
+    if recipe.training.best_metric is not None and "validation" not in task.splits:
+        raise ConfigError(
+            f"training.best_metric is {recipe.training.best_metric}, and there are no validation rows",
+            "Give data.validation_file or a data.validation_fraction above 0.",
+        )
+    tokenizer = load_tokenizer(source, recipe.model.trust_remote_code)
+    encoded = {
+        split: encode_once(rows, task.kind, tokenizer, recipe.data.max_length) for split, rows in task.splits.items()
+    }
+    return PreparedData(
+        task=task,
+        tokenizer=tokenizer,
+        encoded=encoded,
+        collate=collator(task.kind, tokenizer),
+        measures=measures,
+        notes=(*task.notes, *_cuts(encoded, recipe.data.max_length)),
+    )
+
+
+def _cuts(encoded: dict[str, Encoded], max_length: int) -> list[str]:
+    notes = []
+    for split, found in encoded.items():
+        rows = len(found.dataset) + found.dropped
+        if found.shortened:
+            notes.append(f"{split}: {found.shortened} of {rows} rows were shortened to {max_length} tokens")
+        if found.completions_cut:
+            notes.append(f"{split}: {found.completions_cut} of these lost the end of what is to be learned")
+        if found.dropped:
+            notes.append(f"{split}: {found.dropped} of {rows} rows were left out, nothing of them is left to learn")
+    return notes
+
+
+def base_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
+    """The pretrained model, with the head that the task needs, drawn from the recipe's seed."""
+    labels = data.task.label_names
+    seed_everything(recipe.seed)
+    return load_model(
+        resolve_model(recipe.model.name),
+        data.task.kind,
+        dtype=recipe.model.dtype,
+        id2label=dict(enumerate(labels)) if labels else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+        quantization=None if recipe.model.quantization == "none" else recipe.model.quantization,
+        pad_token_id=data.tokenizer.pad_token_id,
+    )
+
+
+def prepare_model(recipe: Recipe, data: PreparedData) -> PeftModel:
+    """The pretrained model with the method's adapter, what is trained in float32.
+
+    Raises:
+        ConfigError: the model cannot be loaded or adapted, or would be trained in half precision.
+    """
+    method = get_method(recipe.method.name)
+    model = method.wrap(base_model(recipe, data), recipe.method, data.task.kind, recipe.seed)
+    keep_differentiable(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            if recipe.training.precision == "fp32":
+                # without autocast a float32 head cannot take the activations of a half-precision model
+                raise ConfigError(
+                    f"model.dtype {recipe.model.dtype} would have {name} trained in half precision",
+                    "Set training.precision to bf16, or model.dtype to float32.",
+                )
+            parameter.data = parameter.data.float()
+    return model

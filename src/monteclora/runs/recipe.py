@@ -1,0 +1,360 @@
+"""The recipe: everything that makes a run, in one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from monteclora.config import Document, Node, brief, build, load_yaml, nearest
+from monteclora.config.document import from_python
+from monteclora.errors import ConfigError
+from monteclora.methods import MethodOptions, get_method
+from monteclora.metrics.registry import METRICS
+from monteclora.runs.bundled import bundled_recipes
+from monteclora.tasks import DataSpec
+
+__all__ = [
+    "EvaluationSpec",
+    "ModelSpec",
+    "PostHocSpec",
+    "Recipe",
+    "TrainingSpec",
+    "changed_values",
+    "differences",
+    "load_recipe",
+    "recipe_sha256",
+]
+
+_RESULT = "affects_result"
+
+
+def _free(default: Any) -> Any:
+    """A field that may change between the start of a run and its resumption: the result does not depend on it."""
+    return field(default=default, metadata={_RESULT: False})
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The ``model`` section.
+
+    Args:
+        name: a starter model (``monteclora list models``), a folder, or a model on the hub.
+        dtype: of the frozen weights; what is trained is kept in float32 wherever the model allows it.
+        quantization: store the frozen weights in 4 or 8 bits (bitsandbytes).
+        trust_remote_code: run the program that comes with the model, if it needs one.
+    """
+
+    name: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class PostHocSpec:
+    """The second phase of ``mode: post_hoc``: the adapter is frozen, its posterior is trained (METHOD.md section 6).
+
+    Args:
+        epochs: passes over the training rows.
+        max_steps: stop after so many optimiser steps even so.
+        learning_rate_factor: times ``training.learning_rate`` is this phase's.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate_factor: float = 5.0
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values, see :mod:`monteclora.config`."""
+        found = _at_least(self, {"max_steps": 1})
+        return found + _above_zero(self, "epochs", "learning_rate_factor")
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """The ``training`` section. Steps are optimiser steps throughout.
+
+    Args:
+        mode: ``cooperative`` trains adapter and posterior together; ``post_hoc`` trains a plain LoRA first, then the
+            posterior alone.
+        epochs: passes over the training rows.
+        max_steps: stop after so many steps even so; the schedule then ends there.
+        batch_size: rows a step, over all processes.
+        group_by_length: make batches of rows of about the same length, so that less padding is computed.
+        micro_batch_size: rows a forward pass; the gradients of ``batch_size / micro_batch_size`` passes are added up.
+            null takes all rows of a step at once.
+        eval_batch_size: rows a forward pass of evaluation.
+        learning_rate: at its highest.
+        schedule: how the learning rate falls after warm-up: to zero, or not at all.
+        warmup_ratio: the share of the steps in which the learning rate rises from zero.
+        weight_decay: AdamW's; never applied to biases, norms and the posterior.
+        max_grad_norm: gradients are scaled down to this norm; null leaves them as they are.
+        non_finite: what to do when the loss or gradient of a step is not finite: ``stop`` the run, or ``skip`` the
+            step, which leaves weights and optimiser as they are, and count it.
+        max_skipped: so many steps one after the other are skipped; the next one stops the run even so.
+        gradient_checkpointing: keep fewer activations and compute them twice.
+        precision: of the matmuls (autocast); float32 weights stay what they are.
+        eval_every: evaluate after so many steps, null after each epoch; always after the last one.
+        save_every: save a checkpoint after so many steps, null after each epoch; always after the last one.
+        logging_every: write a line of training metrics after so many steps.
+        keep_checkpoints: how many of the latest checkpoints stay on disk; the best one stays besides.
+        best_metric: end with the checkpoint that was best in this validation metric; null ends with the last.
+        early_stopping_patience: stop after so many evaluations in a row without a better ``best_metric``.
+        num_workers: processes that prepare batches beside the training process.
+        post_hoc: the second phase of ``mode: post_hoc``.
+    """
+
+    mode: Literal["cooperative", "post_hoc"] = "cooperative"
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    group_by_length: bool = False
+    micro_batch_size: int | None = None
+    eval_batch_size: int = 64
+    learning_rate: float = 5e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+    # free: where ``stop`` has a result, ``skip`` has the same one
+    non_finite: Literal["stop", "skip"] = _free("stop")
+    max_skipped: int = _free(5)
+    gradient_checkpointing: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    eval_every: int | None = None
+    save_every: int | None = _free(None)
+    logging_every: int = _free(10)
+    keep_checkpoints: int = _free(1)
+    best_metric: str | None = None
+    early_stopping_patience: int | None = None
+    num_workers: int = _free(0)
+    post_hoc: PostHocSpec = field(default_factory=PostHocSpec)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values, see :mod:`monteclora.config`."""
+        names = ("max_steps", "batch_size", "micro_batch_size", "eval_batch_size", "eval_every", "save_every")
+        ones = (*names, "logging_every", "keep_checkpoints", "early_stopping_patience", "max_skipped")
+        found = _at_least(self, {**dict.fromkeys(ones, 1), "num_workers": 0, "weight_decay": 0})
+        found += _above_zero(self, "epochs", "learning_rate", "max_grad_norm")
+        if not 0 <= self.warmup_ratio < 1:
+            found.append(("warmup_ratio", f"is {self.warmup_ratio}, expected at least 0 and below 1"))
+        micro = self.micro_batch_size
+        if micro is not None and micro >= 1 and self.batch_size % micro:
+            found.append(("micro_batch_size", f"is {micro}, expected a divisor of batch_size {self.batch_size}"))
+        if self.best_metric is not None and self.best_metric not in METRICS:
+            near = nearest(self.best_metric, METRICS)
+            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(METRICS)}"
+            found.append(("best_metric", f"is {brief(self.best_metric)}, {hint}"))
+        if self.early_stopping_patience is not None and self.best_metric is None:
+            found.append(("early_stopping_patience", "needs training.best_metric to say what must get better"))
+        return found
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """The ``evaluation`` section: how a trained adapter is tested.
+
+    Args:
+        num_samples: posterior draws of a prediction.
+        bins: of the calibration error and the reliability diagram.
+    """
+
+    num_samples: int = _free(16)
+    bins: int = _free(15)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values, see :mod:`monteclora.config`."""
+        return _at_least(self, {"num_samples": 1, "bins": 1})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run.
+
+    Args:
+        name: what the run is called; by default the file's name.
+        model: the pretrained model.
+        data: what it learns.
+        method: how; each method has its own fields (``monteclora list methods``).
+        training: for how long and how fast.
+        evaluation: how it is tested.
+        seed: of the head, the adapter, dropout, data order and the posterior's noise. Runs that differ in ``method``
+            alone share all of them but the last.
+        output: the run folder; null is ``runs/<name>``.
+        report_to: also log to these trackers, by the names that transformers has for them.
+    """
+
+    name: str = field(metadata={_RESULT: False})
+    model: ModelSpec
+    data: DataSpec
+    method: MethodOptions
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    seed: int = 0
+    output: str | None = _free(None)
+    report_to: list[str] = field(default_factory=list, metadata={_RESULT: False})
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output or f"runs/{self.name}")
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong across sections, see :mod:`monteclora.config`."""
+        found = []
+        if not _is_file_name(self.name):
+            found.append(("name", f"is {brief(self.name)}, expected a plain file name"))
+        if "\0" in (self.output or ""):
+            found.append(("output", "holds a NUL, expected a path"))
+        if not 0 <= self.seed < 2**32:
+            found.append(("seed", f"is {self.seed}, expected at least 0 and below 2**32"))
+        if self.training.mode == "post_hoc" and not get_method(self.method.name).has_posterior:
+            found.append(("training.mode", f"is post_hoc, and the method {self.method.name} has no posterior"))
+        return found
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe and check it.
+
+    Args:
+        source: the path of a YAML file, the name of a bundled recipe, a mapping with the same content, or a recipe.
+        overrides: pairs of dotted key and YAML text, as in ``("training.learning_rate", "1e-4")``.
+
+    Raises:
+        ConfigError: no such file or name, or with every problem of the recipe at once.
+    """
+    overrides = list(overrides)
+    if isinstance(source, Recipe):
+        if not overrides:
+            return source
+        source = dataclasses.asdict(source)
+    if isinstance(source, Mapping):
+        document = Document(from_python(source, "recipe"), "recipe")
+    else:
+        document = _named(load_yaml(_find(source)), Path(source).stem)
+    schema = _schema_for(get_method(_method_name(document, overrides)).options)
+    found = build(schema, document, overrides)
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(Recipe)}
+    return Recipe(**{**values, "method": found.method.resolved()})
+
+
+def _is_file_name(name: str) -> bool:
+    plain = Path(name).name == name and name not in ("", "..") and "\\" not in name
+    return plain and bool(name.strip()) and not re.search("[\x00-\x1f\x7f]", name) and len(name.encode()) <= 200
+
+
+def _find(source: str | Path) -> Path:
+    bundled = bundled_recipes()
+    is_file = os.path.isfile(source)  # Path.is_file raises for names that are too long
+    if is_file or str(source) not in bundled:
+        is_name = not Path(source).suffix and Path(source).name == str(source)
+        if is_name and not is_file:
+            near = nearest(str(source), bundled)
+            hint = f"Did you mean {near}?" if near else "Give a YAML file, or see `monteclora recipes`."
+            raise ConfigError(f"there is no bundled recipe {str(source)!r}", hint)
+        return Path(source)
+    return bundled[str(source)]
+
+
+def _named(document: Document, name: str) -> Document:
+    if "name" in document.root.value:
+        return document
+    root = Node({"name": Node(name, document.source), **document.root.value}, document.root.where)
+    return dataclasses.replace(document, root=root)
+
+
+def _method_name(document: Document, overrides: list[tuple[str, str]]) -> str:
+    """The name in the method section, which decides the section's fields."""
+    named = [text.strip() for key, text in overrides if key.replace("-", "_") == "method.name"]
+    if named:
+        return named[-1]
+    section = document.root.value.get("method")
+    if section is None or not isinstance(section.value, dict):
+        return "monteclora"
+    name = section.value.get("name")
+    if name is None:
+        return "monteclora"
+    if not isinstance(name.value, str):
+        raise ConfigError(f"{name.where}: there is no method like {name.describe()}", "See `monteclora list methods`.")
+    try:
+        return get_method(name.value).name
+    except ConfigError as error:
+        raise ConfigError(f"{name.where}: {error.message}", error.hint) from None
+
+
+def _schema_for(options: type[MethodOptions]) -> type[Recipe]:
+    return dataclasses.make_dataclass("Recipe", [("method", options)], bases=(Recipe,), frozen=True)
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """The checksum of what determines the result: two recipes that share it train the same adapter.
+
+    Fields at their defaults are left out, so that a field added later, whose default is what was done before, does not
+    make another recipe of an old one.
+    """
+    return hashlib.sha256(json.dumps(_changed(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def differences(first: Recipe, second: Recipe) -> list[str]:
+    """The dotted keys, of those that determine the result, in which two recipes differ."""
+    return list(changed_values(first, second))
+
+
+def changed_values(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Both values of the keys that :func:`differences` gives; None for a key that only the other's method has."""
+    one, other = (dict(_flat(_determining(recipe))) for recipe in (first, second))
+    missing = object()
+    keys = sorted(key for key in {*one, *other} if one.get(key, missing) != other.get(key, missing))
+    return {key: (one.get(key), other.get(key)) for key in keys}
+
+
+def _determining(instance: Any) -> Any:
+    if not dataclasses.is_dataclass(instance):
+        return instance
+    kept = (f for f in dataclasses.fields(instance) if f.metadata.get(_RESULT, True))
+    return {f.name: _determining(getattr(instance, f.name)) for f in kept}
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    """What :func:`_determining` gives, without the fields at their defaults and sections without any other."""
+    changed = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            value = _changed(value)
+        if f.metadata.get(_RESULT, True) and value not in ({}, _default(f)):
+            changed[f.name] = value
+    return changed
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _at_least(section: Any, bounds: Mapping[str, float]) -> list[tuple[str, str]]:
+    values = {name: getattr(section, name) for name in bounds}
+    return [
+        (name, f"is {value}, expected at least {bounds[name]}")
+        for name, value in values.items()
+        if value is not None and value < bounds[name]
+    ]
+
+
+def _above_zero(section: Any, *names: str) -> list[tuple[str, str]]:
+    values = {name: getattr(section, name) for name in names}
+    return [(n, f"is {v}, expected above 0") for n, v in values.items() if v is not None and v <= 0]

@@ -1,0 +1,83 @@
+"""What an evaluation leaves in its run folder: ``predictions.parquet`` and ``evaluation.json``.
+
+Both hold every split that was evaluated, the last time it was, for the adapter and for the base model apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from monteclora.errors import CheckpointError
+from monteclora.system.atomic import replacing, write_file
+
+__all__ = ["EVALUATION_FILE", "PREDICTIONS_FILE", "add_evaluation", "add_predictions"]
+
+EVALUATION_FILE = "evaluation.json"
+PREDICTIONS_FILE = "predictions.parquet"
+_FORMAT = 1
+
+
+def add_predictions(folder: Path, table: pa.Table) -> Path:
+    """Put rows into the run's predictions, in the place of earlier ones of the same split and model.
+
+    Args:
+        folder: of the run.
+        table: with the columns ``split`` and ``model``, each the same in every row.
+    """
+    path = folder / PREDICTIONS_FILE
+    kept = _other_rows(path, table)
+    with replacing(path) as temporary:
+        pq.write_table(pa.concat_tables([*kept, table], promote_options="default"), temporary)
+    return path
+
+
+def _other_rows(path: Path, table: pa.Table) -> list[pa.Table]:
+    if not path.is_file():
+        return []
+    try:
+        before = pq.read_table(path)
+        split, model = table["split"][0], table["model"][0]
+        same = pa.compute.and_(pa.compute.equal(before["split"], split), pa.compute.equal(before["model"], model))
+        kept = before.filter(pa.compute.invert(same))
+        pa.concat_tables([kept, table], promote_options="default")
+    except (pa.ArrowException, KeyError):
+        return []  # not ours any more: predictions can be made again, so nothing is lost by making them anew
+    return [kept]
+
+
+def add_evaluation(folder: Path, about: Mapping[str, Any], split: str, model: str, facts: Mapping[str, Any]) -> Path:
+    """Put one evaluation into the run's ``evaluation.json``.
+
+    Args:
+        folder: of the run.
+        about: what is the same for every evaluation of the run.
+        split: what was evaluated.
+        model: ``adapter`` or ``base``.
+        facts: how, and what came out.
+
+    Raises:
+        CheckpointError: the file is there and damaged, or of a later format.
+    """
+    path = folder / EVALUATION_FILE
+    splits: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            splits = {name: dict(models) for name, models in before["splits"].items()}
+            version = int(before["format"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__})", "Remove it.") from None
+        if version > _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
+    splits.setdefault(split, {})[model] = dict(facts)
+    document = {"format": _FORMAT, **about, "splits": splits}
+    write_file(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    return path

@@ -1,0 +1,46 @@
+"""What training returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from monteclora.runs.recipe import Recipe
+from monteclora.runs.run_folder import RunFolder
+
+__all__ = ["RunResult"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: where it is.
+        recipe: what it trained.
+        steps: optimiser steps of all phases.
+        kept_step: the step whose weights it ended with.
+        metrics: validation metrics of that step, by name; empty without validation rows.
+        seconds: of training.
+        peak_memory_bytes: of the GPU where there is one, else of the process.
+        tokens: seen in training, without padding.
+        trained_parameters: how many numbers were trained.
+        skipped_steps: how many were not finite and changed nothing (``training.non_finite: skip``).
+    """
+
+    folder: Path
+    recipe: Recipe
+    steps: int
+    kept_step: int
+    metrics: Mapping[str, float]
+    seconds: float
+    peak_memory_bytes: int
+    tokens: int
+    trained_parameters: int
+    skipped_steps: int = 0
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as ``save_pretrained`` writes it."""
+        return RunFolder(self.folder).adapter

@@ -1,0 +1,156 @@
+"""Going on with a run: with the same recipe and data, or with others that are accepted on purpose and written down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from monteclora.errors import CheckpointError
+from monteclora.runs.environment import changes
+from monteclora.runs.manifest import Checkpoint, newest_complete
+from monteclora.runs.recipe import Recipe, changed_values, differences, load_recipe, recipe_sha256
+from monteclora.runs.run_folder import RunFolder
+
+__all__ = ["claim", "note_environment", "overrides_of", "resume_point"]
+
+# what takes effect from the step it is changed at; all else is in the weights, their shapes or the noise already
+_ADJUSTABLE = ("data.", "training.", "method.kl_weight", "method.coop_weight", "method.lora_dropout")
+_FIXED = ("training.mode",)
+
+logger = logging.getLogger(__name__)
+
+
+def claim(run: RunFolder, recipe: Recipe, *, override: bool = False) -> None:
+    """Make this the folder of ``recipe``: a new one, one that was begun with the same, or one where nothing was.
+
+    A recipe that is accepted on purpose is not put down yet: :func:`note_environment` does it when training goes on.
+
+    Raises:
+        CheckpointError: it holds a run of another recipe; the message names the keys that differ.
+    """
+    if run.recipe_file.is_file():
+        before = load_recipe(run.recipe_file)
+        changed = differences(before, recipe)
+        if changed and run.begun:
+            _check_changes(run, changed, override)
+            return
+        if before == recipe:
+            return
+    run.write_recipe(recipe)
+
+
+def _check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
+    begun = f"{run.path} was begun with another recipe: {', '.join(changed)} changed"
+    fixed = [key for key in changed if key in _FIXED or not key.startswith(_ADJUSTABLE)]
+    if run.finished is not None or (override and fixed):
+        why = ", and is finished" if run.finished is not None else f"; {', '.join(fixed)} cannot change on the way"
+        raise CheckpointError(begun + why, "Choose another name or output.")
+    if not override:
+        hint = "Choose another name or output, or remove the folder."
+        if not fixed:
+            hint += " To go on with the changes, and have them written down, give --override."
+        raise CheckpointError(begun, hint)
+
+
+def resume_point(run: RunFolder, recipe: Recipe, *, override: bool = False) -> Checkpoint | None:
+    """The checkpoint to go on from; None where there is none.
+
+    Raises:
+        CheckpointError: it was written for another recipe, and that was never accepted.
+    """
+    found = newest_complete(run.checkpoints)
+    if found is None or override or found.recipe_sha256 == recipe_sha256(recipe):
+        return found
+    environment = run.environment
+    accepted = [entry["recipe_sha256"] for entry in _accepted(environment)]
+    if not differences(run.recipe, recipe):
+        accepted.append(environment["recipe_sha256"])  # an earlier version's checksum of the same recipe
+    if found.recipe_sha256 not in accepted:
+        raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {run.checkpoints}.")
+    return found
+
+
+def note_environment(
+    run: RunFolder, recipe: Recipe, facts: dict[str, Any], checkpoint: Checkpoint | None, *, override: bool = False
+) -> None:
+    """Write down what is trained on, on resuming also what is not as it was; and a recipe that was accepted.
+
+    Raises:
+        CheckpointError: the data are others than when the run began, and that was not accepted, or their labels are.
+    """
+    if checkpoint is None:
+        run.write_environment(facts)
+    else:
+        _note_resumption(run, recipe, facts, checkpoint, override)
+    if run.recipe != recipe:
+        run.write_recipe(recipe)
+
+
+def _note_resumption(
+    run: RunFolder, recipe: Recipe, facts: dict[str, Any], checkpoint: Checkpoint, override: bool
+) -> None:
+    before = run.environment
+    data = _changed_data(run, before["data"], facts["data"], override)
+    changed = changes(before, facts)
+    if changed:
+        logger.warning("resuming in another environment, the result may differ: %s", ", ".join(changed))
+    entry: dict[str, Any] = {"step": checkpoint.total_step, "changes": changed}
+    values = _changed_recipe(run, recipe, before, checkpoint)
+    if data or values:
+        entry["override"] = {"recipe_sha256": checkpoint.recipe_sha256, "recipe": values, "data": data}
+        before |= {key: facts[key] for key in ("recipe_sha256", "seeds", "data")}
+    run.write_environment({**before, "resumed": [*before.get("resumed", []), entry]})
+
+
+def _changed_data(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], override: bool) -> list[str]:
+    changed = [
+        f"the {split} rows of {source['origin']}"
+        for split, source in now["splits"].items()
+        if before["splits"].get(split, {}).get("sha256") != source["sha256"]
+    ]
+    if changed and not override:
+        raise CheckpointError(
+            f"{changed[0]} changed since {run.path} was begun",
+            "Restore them, choose another name or output, or give --override to go on with these.",
+        )
+    if (before["kind"], before["label_names"] or []) != (now["kind"], list(now["label_names"] or [])):
+        raise CheckpointError(f"{now['name']} has other labels than {run.path} was begun with", "Restore the data.")
+    return changed
+
+
+def _changed_recipe(
+    run: RunFolder, recipe: Recipe, environment: Mapping[str, Any], checkpoint: Checkpoint
+) -> dict[str, list[Any]]:
+    """What the checkpoint was trained with and what the run goes on with, by dotted key.
+
+    A checkpoint may be older than the latest override, so that the changes since then add up.
+    """
+    accepted = _accepted(environment)
+    since = [n for n, entry in enumerate(accepted) if entry["recipe_sha256"] == checkpoint.recipe_sha256]
+    history = [entry["recipe"] for entry in accepted[since[0] :]] if since else []
+    latest = {key: list(values) for key, values in changed_values(run.recipe, recipe).items()}
+    found: dict[str, list[Any]] = {}
+    for changed in (*history, latest):
+        for key, (old, new) in changed.items():
+            found[key] = [found.get(key, [old])[0], new]
+    return {key: values for key, values in found.items() if values[0] != values[1]}
+
+
+def _accepted(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [entry["override"] for entry in environment.get("resumed", []) if "override" in entry]
+
+
+def overrides_of(environment: Mapping[str, Any]) -> list[str]:
+    """What was changed on the way, a sentence for each time; for whoever reads the run's numbers.
+
+    Args:
+        environment: the content of ``environment.json``.
+    """
+    notes = []
+    for entry in environment.get("resumed", []):
+        if "override" in entry:
+            recipe = [f"{key} {old} -> {new}" for key, (old, new) in entry["override"]["recipe"].items()]
+            data = [f"other {rows.removeprefix('the ')}" for rows in entry["override"]["data"]]
+            notes.append(f"went on from step {entry['step']} with {', '.join([*recipe, *data])}")
+    return notes

@@ -1,0 +1,134 @@
+"""A run on disk: ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``adapter/`` and ``checkpoints/``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from monteclora.config import dump
+from monteclora.errors import CheckpointError
+from monteclora.runs.metrics_log import MetricsLog
+from monteclora.runs.recipe import Recipe, load_recipe
+from monteclora.system.atomic import write_file
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        path: its folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """A folder that holds a run.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        run = cls(Path(path))
+        if not run.recipe_file.is_file():
+            what = "has no recipe.yaml: it is not a run" if run.path.is_dir() else "does not exist"
+            raise CheckpointError(f"the folder {run.path} {what}", "Give a folder that `monteclora train` made.")
+        return run
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe with every default written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as ``save_pretrained`` writes it."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def divergence_file(self) -> Path:
+        """The rows of the batch that ended the run with a number that is not finite; absent where none did."""
+        return self.path / "diverged.json"
+
+    @cached_property
+    def metrics(self) -> MetricsLog:
+        """What was measured."""
+        return MetricsLog(self.path / "metrics.jsonl")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe as it was trained. Raises ConfigError where the file was changed into something else."""
+        return load_recipe(self.recipe_file)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What was trained on: versions, devices, data, labels.
+
+        Raises:
+            CheckpointError: the run has not come that far, or the file is damaged.
+        """
+        path = self.path / "environment.json"
+        try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is not a file")  # a pipe would never end
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read {path} ({error})", "Run `monteclora train` on its recipe again."
+            ) from None
+        return found
+
+    def write_environment(self, facts: Mapping[str, Any]) -> None:
+        """Put down what is trained on."""
+        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        write_file(self.path / "environment.json", text.encode())
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The last line of the metrics of a run that came to its end, else None."""
+        events = self.metrics.read()
+        done = bool(events) and events[-1]["event"] == "finished" and self.adapter.is_dir()
+        return events[-1] if done else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was measured or saved: else a recipe that could not be trained may be corrected."""
+        return bool(self.metrics.read()) or any(self.checkpoints.glob("*"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run at the same time.
+
+        Raises:
+            CheckpointError: another one does, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise CheckpointError(
+                f"another process is training {self.path}", "Wait for it, or choose another name or output."
+            ) from None
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise CheckpointError(
+                f"cannot make the folder {self.path}: {error.strerror}", "Choose another output."
+            ) from None
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Put down what is trained."""
+        write_file(self.recipe_file, dump(recipe).encode())

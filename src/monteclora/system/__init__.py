@@ -1,0 +1,1 @@
+"""What the operating system and the libraries give: atomic files, devices and ranks, random generators, quiet."""

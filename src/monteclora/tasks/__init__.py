@@ -1,0 +1,16 @@
+"""What a model learns: tasks by name, own files and data sets on the hub, one file a family."""
+
+from monteclora.tasks.loading import DataSpec, SplitSource, TaskData, load, load_inputs
+from monteclora.tasks.registry import Task, get_task, list_tasks, register
+
+__all__ = [
+    "DataSpec",
+    "SplitSource",
+    "Task",
+    "TaskData",
+    "get_task",
+    "list_tasks",
+    "load",
+    "load_inputs",
+    "register",
+]

@@ -1,0 +1,247 @@
+"""The one way to data: a :class:`DataSpec` from the recipe in, a :class:`TaskData` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from monteclora.data.columns import Columns, find_columns
+from monteclora.data.files import Table, open_table
+from monteclora.data.kinds import Kind
+from monteclora.data.labels import LabelSet
+from monteclora.data.rows import CheckedRows, read_rows
+from monteclora.data.sources import SPLITS, local_splits
+from monteclora.data.splitting import carve_validation, content_sha256, subset
+from monteclora.errors import ConfigError, DataError
+from monteclora.tasks.local import file_tables, hub_tables, is_hub_name, looks_like_file
+from monteclora.tasks.registry import Task, get_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["DataSpec", "SplitSource", "TaskData", "load", "load_inputs"]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The ``data`` section of a recipe.
+
+    Args:
+        task: the name of a task (``monteclora list tasks``), the path of a data file, or a data set on the
+            hub as ``owner/name`` or ``owner/name:config``.
+        folder: where task files are, ``<folder>/<task>/<split>.jsonl.gz``; by default ``MONTECLORA_DATA``.
+        train_file, validation_file, test_file: own files in place of a task.
+        text_columns, label_column: for classification; recognised by their names when left out.
+        prompt_column, completion_column: for causal language modelling; likewise.
+        label_names: the labels in the order of their ids; by default those that occur in the training data.
+        max_length: most tokens of a row.
+        train_rows, validation_rows: use only that many rows.
+        validation_fraction: the share of the training rows of each label set aside where there is no
+            validation split; 0 for none.
+        seed: chooses the rows of both.
+    """
+
+    task: str | None = None
+    folder: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    text_columns: list[str] = field(default_factory=list)
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    label_names: list[str] = field(default_factory=list)
+    max_length: int = 128
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    validation_fraction: float = 0.1
+    seed: int = 0
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values: pairs of field and message, see :mod:`monteclora.config`."""
+        found = []
+        files = (self.train_file, self.validation_file, self.test_file)
+        if self.task is None and not any(files):
+            found.append(("task", "is missing: name a task, a file or a data set on the hub"))
+        if self.task is not None and self.train_file is not None:
+            found.append(("train_file", "and task are both given: keep one"))
+        if len(self.text_columns) > 2:
+            found.append(("text_columns", "must name one or two columns"))
+        if self.label_column and (self.prompt_column or self.completion_column):
+            found.append(("label_column", "is for classification, prompt_column and completion_column are not"))
+        if len(self.label_names) == 1 or len(set(self.label_names)) < len(self.label_names):
+            found.append(("label_names", "must be two or more different names"))
+        if self.max_length < 2:
+            found.append(("max_length", "must be at least 2"))
+        for name in ("train_rows", "validation_rows"):
+            if (rows := getattr(self, name)) is not None and rows < 1:
+                found.append((name, "must be at least 1"))
+        if not 0 <= self.validation_fraction < 1:
+            found.append(("validation_fraction", "must be at least 0 and below 1"))
+        return found
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """Where the rows of a split came from (path or hub name), their number, the sha256 of their content."""
+
+    origin: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Loaded data.
+
+    ``splits`` holds datasets with the columns that :mod:`monteclora.data.rows` describes; ``notes`` says in
+    words what was set aside or left out.
+    """
+
+    name: str
+    kind: Kind
+    label_names: tuple[str, ...] | None
+    splits: Mapping[str, Dataset]
+    sources: Mapping[str, SplitSource]
+    description: str
+    notes: tuple[str, ...] = ()
+
+    def split(self, name: str) -> Dataset:
+        """The rows of one split. Raises DataError that names the splits there are."""
+        if name not in self.splits:
+            raise DataError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}", "Choose one.")
+        return self.splits[name]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be read."""
+
+    name: str
+    tables: dict[str, Table]
+    columns: Columns
+    label_names: tuple[str, ...]
+    description: str
+
+
+def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
+    """Load the data of a recipe.
+
+    Args:
+        spec: what to load.
+        splits: the splits that are needed; by default all there are.
+
+    Raises:
+        ConfigError: there is no such task.
+        DataError: files, columns, rows or labels are wrong or missing.
+        UnsafeCodeError: the data set is a program.
+    """
+    plan = _plan(spec, splits)
+    checked = {split: read_rows(table, plan.columns) for split, table in plan.tables.items()}
+    notes = [f"{split}: left out, its labels are hidden" for split in _hidden(checked)]
+    checked = {split: rows for split, rows in checked.items() if split not in _hidden(checked)}
+    labels = _label_set(plan, checked)
+    data = {split: rows.to_dataset(labels) for split, rows in checked.items()}
+    origins = {split: rows.table.name for split, rows in checked.items()}
+    _check_classes(data, labels, plan.name)
+    if "train" in data and "validation" not in data and _wanted("validation", splits) and spec.validation_fraction:
+        data["train"], data["validation"] = carve_validation(
+            data["train"], spec.validation_fraction, spec.seed, origins["train"]
+        )
+        origins["validation"] = origins["train"]
+        notes.append(
+            f"validation: {len(data['validation'])} rows ({spec.validation_fraction:.0%}, seed {spec.seed}) "
+            f"set aside from {origins['train']}"
+        )
+    for split, count in (("train", spec.train_rows), ("validation", spec.validation_rows)):
+        if split in data:
+            data[split] = subset(data[split], count, spec.seed)
+    ordered = {split: data[split] for split in SPLITS if split in data and _wanted(split, splits)}
+    return TaskData(
+        name=plan.name,
+        kind=plan.columns.kind,
+        label_names=labels.names if labels else None,
+        splits=ordered,
+        sources={s: SplitSource(origins[s], len(rows), content_sha256(rows)) for s, rows in ordered.items()},
+        description=plan.description,
+        notes=tuple(notes),
+    )
+
+
+def load_inputs(path: str | Path, spec: DataSpec, kind: Kind) -> Dataset:
+    """The rows of a file to be predicted: ``text`` and ``text_pair``, ``prompt`` or ``messages``, no labels.
+
+    Raises:
+        DataError: as :func:`load`.
+    """
+    table = open_table(path)
+    text, prompt = spec.text_columns, spec.prompt_column
+    columns = find_columns(table, text, prompt_column=prompt, kind=kind, with_target=False)
+    return read_rows(table, columns).to_dataset(None)
+
+
+def _wanted(split: str, splits: Sequence[str] | None) -> bool:
+    return splits is None or split in splits
+
+
+def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
+    if spec.task is not None and not looks_like_file(spec.task) and not is_hub_name(spec.task):
+        return _task_plan(get_task(spec.task), spec, splits)
+    if spec.task is None or looks_like_file(spec.task):
+        train = spec.task or spec.train_file
+        name = Path(train or spec.validation_file or spec.test_file or "").name
+        tables = file_tables(train, spec.validation_file, spec.test_file)
+        description = "own files"
+    else:
+        name, tables, description = spec.task, hub_tables(spec.task), "a data set on the hub"
+    if not tables:
+        raise ConfigError("no data is given", "Set data.task or data.train_file.")
+    first = next(iter(tables.values()))
+    columns = find_columns(first, spec.text_columns, spec.label_column, spec.prompt_column, spec.completion_column)
+    names = tuple(spec.label_names) or first.class_names.get(columns.target or "", ())
+    if splits is not None:
+        # Without names, and for a validation split that is not there, the training rows are needed as well.
+        helpers = () if names and "validation" in tables else ("train",)
+        tables = {split: table for split, table in tables.items() if split in (*splits, *helpers)}
+    return _Plan(name, tables, columns, names, description)
+
+
+def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
+    folder = Path(spec.folder) if spec.folder else None
+    available = local_splits(task.name, folder) or task.splits
+    wanted = list(available if splits is None else splits)
+    if "validation" in wanted and "validation" not in available:
+        wanted = [split for split in wanted if split != "validation"]
+        wanted += [] if "train" in wanted else ["train"]
+    tables = {split: task.loader(split, folder) for split in wanted}
+    if task.kind == "causal_lm":
+        columns = Columns("causal_lm", ("prompt",), "completion")
+    else:
+        texts = ("text", "text_pair")[: len(task.text_columns)]
+        columns = Columns("classification", texts, "label")
+    return _Plan(task.name, tables, columns, task.label_names or (), task.description)
+
+
+def _hidden(checked: Mapping[str, CheckedRows]) -> set[str]:
+    """Splits whose labels are all -1, the hub's mark for labels that are not public."""
+    return {split for split, rows in checked.items() if split != "train" and set(rows.label_keys) == {"-1"}}
+
+
+def _label_set(plan: _Plan, checked: Mapping[str, CheckedRows]) -> LabelSet | None:
+    if plan.columns.kind != "classification":
+        return None
+    if plan.label_names:
+        return LabelSet(plan.label_names)
+    if "train" not in checked:
+        raise DataError(f"{plan.name} has no training rows to take the label names from", "Set data.label_names.")
+    return LabelSet.from_labels(checked["train"].label_keys)
+
+
+def _check_classes(data: Mapping[str, Dataset], labels: LabelSet | None, name: str) -> None:
+    if labels is not None and "train" in data:
+        present = set(data["train"]["label"])
+        if len(present) < 2:
+            only = ", ".join(labels.names[i] for i in present)
+            raise DataError(f"all training rows of {name} have the label {only}", "Give rows of two labels or more.")

@@ -1,0 +1,1 @@
+from tests.training.conftest import assets, recipe  # noqa: F401
