@@ -12,8 +12,7 @@ from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
-from monteclora.evaluation.scoring import Sampling, classify
-from monteclora.prediction.inference import SplitPredictions
+from monteclora.prediction.predictions import Predictions
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Page, Row, Section, Table
@@ -23,6 +22,7 @@ from monteclora.runs.loading import load_run
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.tasks import helpdesk
+from monteclora.tasks.classification import classify
 
 __all__ = ["Contender", "contend", "demo_report"]
 
@@ -47,7 +47,7 @@ class Contender:
     name: str
     run: RunResult
     evaluation: EvaluationResult
-    groups: Mapping[str, SplitPredictions]
+    groups: Mapping[str, Predictions]
     texts: Mapping[str, Sequence[str]]
     label_names: Sequence[str]
 
@@ -85,16 +85,16 @@ def contend(name: str, run: RunResult) -> Contender:
     loaded = load_run(run.folder)
     evaluation = evaluate_loaded(loaded, "test")
     predictions = evaluation.scored.predictions
-    assert isinstance(predictions, SplitPredictions)
+    assert isinstance(predictions, Predictions)
     texts: dict[str, Sequence[str]] = {
         IN_SCOPE: list(evaluation.rows["text"]),
         AMBIGUOUS: [message.text for message in helpdesk.ambiguous()],
         OUT_OF_SCOPE: helpdesk.out_of_scope(),
     }
-    sampling = Sampling(loaded.draws(None), evaluation.seed, loaded.recipe.training.eval_batch_size)
+    predictor = loaded.predictor(loaded.draws(None), evaluation.seed)
     groups = {IN_SCOPE: predictions}
     for group in (AMBIGUOUS, OUT_OF_SCOPE):
-        groups[group], _ = classify(loaded, Dataset.from_dict({"text": texts[group]}), sampling)
+        (groups[group],), _ = classify(predictor, Dataset.from_dict({"text": texts[group]}), predictor.samplers[-1:])
     return Contender(name, run, evaluation, groups, texts, loaded.label_names or ())
 
 
@@ -122,7 +122,7 @@ def demo_report(contenders: Sequence[Contender], commands: Sequence[str]) -> Pag
 
 
 def _report(contender: Contender) -> RunReport:
-    labels = contender.evaluation.scored.labels
+    labels = contender.groups[IN_SCOPE].labels
     assert labels is not None
     return RunReport(
         name=contender.name,
@@ -153,7 +153,7 @@ def _curve(run: RunResult) -> TrainingCurve:
 def _most_uncertain(contender: Contender) -> list[UncertainExample]:
     """Of all groups; an ambiguous message has both its labels, one out of scope none."""
     names = contender.label_names
-    labels = contender.evaluation.scored.labels
+    labels = contender.groups[IN_SCOPE].labels
     assert labels is not None
     right = {
         IN_SCOPE: [names[label] for label in labels],

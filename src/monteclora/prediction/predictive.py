@@ -1,9 +1,4 @@
-"""Predictive distributions: sample the posterior, split what is uncertain.
-
-Under S draws with probabilities p_s, mean p: total uncertainty is the entropy H[p], the aleatoric part mean_s H[p_s]
-is what the data leave open under every draw, and the epistemic part is their difference, the mutual information
-between label and weights (Depeweg et al. 2018), zero when all draws agree.
-"""
+"""Predictive distributions of one batch: all draws of the posterior in few forward passes."""
 
 from __future__ import annotations
 
@@ -19,6 +14,7 @@ from torch import Tensor, nn
 
 from monteclora.adapters.model import posterior_sampling, sampled_posteriors
 from monteclora.errors import ConfigError
+from monteclora.prediction import uncertainty
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
 
@@ -44,29 +40,17 @@ class PredictiveDistribution:
     @property
     def total(self) -> Tensor:
         """H[mean_s p_s], shape (B,), float64, nats."""
-        return _entropy(self.probs.double().mean(0))
+        return uncertainty.total(self.probs)
 
     @property
     def aleatoric(self) -> Tensor:
         """mean_s H[p_s], shape (B,), float64, nats."""
-        entropies: Tensor = _entropy(self.probs.double())
-        return entropies.mean(0)
+        return uncertainty.aleatoric(self.probs)
 
     @property
     def epistemic(self) -> Tensor:
         """H[mean_s p_s] - mean_s H[p_s], shape (B,), float64, nats, never negative."""
-        probs = self.probs.double()
-        mean = probs.mean(0, keepdim=True)
-        # as a mean of divergences from the mean: each is non-negative, and equal draws give an exact zero
-        divergence = torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, mean)
-        same = (probs == probs[:1]).all(0)
-        information: Tensor = divergence.mean(0).masked_fill(same, 0.0).sum(-1)
-        return information.clamp_min(0.0)
-
-
-def _entropy(probs: Tensor) -> Tensor:
-    entropy: Tensor = -torch.special.xlogy(probs, probs).sum(-1)
-    return entropy
+        return uncertainty.epistemic(self.probs)
 
 
 @contextmanager

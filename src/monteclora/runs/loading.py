@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from monteclora.adapters.restore import load_adapter
+from monteclora.adapters.sampler import Posterior
 from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE, check_adapter, check_finite
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
@@ -26,8 +27,11 @@ from monteclora.runs.prepare import PreparedData, base_model, prepare_model
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import training_device
+from monteclora.system.progress import Progress
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import TaskData
+from monteclora.tasks.base import Predictor
+from monteclora.tasks.kinds import KINDS
 from monteclora.tasks.measures import measures_for
 
 if TYPE_CHECKING:
@@ -88,6 +92,30 @@ class LoadedRun:
             raise ConfigError(f"num_samples is {num_samples}, and {what} has no posterior", "Leave it out.")
         return num_samples
 
+    def predictor(
+        self, num_samples: int, seed: int = 0, batch_size: int | None = None, progress: Progress | None = None
+    ) -> Predictor:
+        """What a task needs to predict with this run.
+
+        Args:
+            num_samples: posterior draws, 0 for the mean alone; see :meth:`draws`.
+            seed: their stream.
+            batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
+            progress: told how many rows are done, by each sampler.
+        """
+        return Predictor(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            collate=self.collate,
+            max_length=self.recipe.data.max_length,
+            label_names=self.label_names or (),
+            precision=self.precision,
+            batch_size=batch_size or self.recipe.training.eval_batch_size,
+            bins=self.recipe.evaluation.bins,
+            posterior=Posterior(num_samples, seed) if num_samples else None,
+            progress=progress,
+        )
+
     def precision(self) -> AbstractContextManager[Any]:
         """Matmuls in the precision the run was trained with."""
         name = self.recipe.training.precision
@@ -118,7 +146,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
     adapter, unfinished = _adapter_of(run, allow_unfinished)
     name, kind, labels = _task_of(run)
-    if base and kind == "classification":
+    if base and not KINDS[kind].has_pretrained_head:
         raise ConfigError(
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
             "Ask for the base model of a causal LM run only.",
@@ -146,9 +174,8 @@ def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
         version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
         name, kind, labels = about["name"], about["kind"], about["label_names"]
         _ = [source["sha256"] for source in about["splits"].values()]
-        named = kind == "causal_lm" or (kind == "classification" and len(set(labels)) == len(labels) >= 2)
-        if not (named and isinstance(name, str) and all(isinstance(label, str) for label in labels or ())):
-            raise ValueError("neither a causal LM nor a classifier with its labels")
+        if kind not in KINDS or not KINDS[kind].accepts(labels) or not isinstance(name, str):
+            raise ValueError("it names no kind of task with its labels")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{run.path / 'environment.json'} is damaged ({reason})", _RESTORE) from None

@@ -37,7 +37,7 @@ class PreparedData:
         encoded: token ids of the train split and, where there is one, of the validation split.
         collate: makes a batch of rows.
         measures: what validation measures.
-        notes: what was set aside, shortened or left out, in words.
+        notes: what was set aside, truncated or left out, in words.
     """
 
     task: TaskData
@@ -94,7 +94,7 @@ def _cuts(encoded: dict[str, Encoded], max_length: int) -> list[str]:
     for split, found in encoded.items():
         rows = len(found.dataset) + found.dropped
         if found.shortened:
-            notes.append(f"{split}: {found.shortened} of {rows} rows were shortened to {max_length} tokens")
+            notes.append(f"{split}: {found.shortened} of {rows} rows were truncated to {max_length} tokens")
         if found.completions_cut:
             notes.append(f"{split}: {found.completions_cut} of these lost the end of what is to be learned")
         if found.dropped:
