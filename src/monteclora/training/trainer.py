@@ -52,6 +52,7 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_reference([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
+        _carry_posterior(self.accelerator.unwrap_model(self.model))
         per_example = any(posterior.settings.per_example for posterior in active_posteriors(self.model))
         if per_example and hasattr(self.args, "steps_per_generation"):
             raise ConfigError(
@@ -236,6 +237,22 @@ def _check_reference(arguments: Sequence[Any]) -> None:
                 "adapter has been trained already, so that they differ from the start",
                 "Leave it out: policy and reference then have the same draw in every batch.",
             )
+
+
+def _carry_posterior(model: Any) -> None:
+    """Give the frozen copy of the policy that trl makes, an adapter named ``ref``, the policy's posterior too.
+
+    trl copies adapter weights by name. An adapter of that name which is no copy keeps its posterior.
+    """
+    if not isinstance(model, MonteCLoRAModel):
+        return
+    policy, reference = (model.base_model.posterior(name) for name in ("default", "ref"))
+    if policy is None or reference is None:
+        return
+    weights = [(name, p) for name, p in model.named_parameters() if ".lora_" in name and ".default." in name]
+    if all(torch.equal(p, model.get_parameter(name.replace(".default.", ".ref."))) for name, p in weights):
+        reference.load_state_dict(policy.state_dict())
+        reference.seed = policy.seed
 
 
 def _separate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
