@@ -28,6 +28,7 @@ __all__ = [
     "active_posteriors",
     "from_pretrained",
     "get_peft_model",
+    "one_draw",
     "posterior_sampling",
     "regularisers",
     "sampled_posteriors",
@@ -268,6 +269,32 @@ def variational_loss(model: nn.Module) -> Tensor:
     if losses:
         return torch.stack(losses).sum()
     return torch.zeros((), device=posteriors[0].rho.device if posteriors else None)
+
+
+@contextmanager
+def one_draw(model: nn.Module, index: int | None = None) -> Iterator[int]:
+    """Inside the block every training forward pass of ``model`` makes the same draw, whichever adapter is active.
+
+    A policy and a frozen copy of it then have the same noise, so that their log-probabilities differ by what was
+    learned and by nothing else.
+
+    Args:
+        model: the wrapped model.
+        index: number of the draw; None is the next one.
+
+    Yields:
+        The number of the draw.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    scope, posteriors = _tuner(model).scope, active_posteriors(model)
+    held = max((posterior.draws for posterior in posteriors), default=0) if index is None else index
+    before, scope.held = scope.held, held
+    try:
+        yield held
+    finally:
+        scope.held = before
 
 
 @contextmanager

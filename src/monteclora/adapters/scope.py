@@ -119,6 +119,7 @@ class DrawScope:
     def __init__(self, source: DrawSource) -> None:
         self.source = source
         self.sampler: PosteriorSampler | None = None
+        self.held: int | None = None  # number of the draw that every training forward pass makes again
         self._running: int | None = None
         self._hooked: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
@@ -169,6 +170,8 @@ class DrawScope:
             self._bind_checkpoints()
             with _outside_checkpoints():
                 for posterior in posteriors:
+                    if self.held is not None:
+                        posterior.draws = self.held
                     posterior.draw(process_index(), _batch_size(args, kwargs), self.source.means(posterior))
         elif self.sampler is not None and self.sampler.resample:
             for posterior in posteriors:

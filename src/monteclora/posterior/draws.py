@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from monteclora.posterior import dirichlet
 from monteclora.posterior.layout import Layout
+from monteclora.posterior.reminder import Reminder
 
 __all__ = ["DifferentiableDraw", "Differentiation", "Draw", "LayerDraw", "LayerSlot", "RawDraw", "Repetitions"]
 
@@ -138,6 +139,7 @@ class Differentiation:
         versions: of the means.
         index: the draw's number.
         repetitions: of layers in the backward pass.
+        reminder: told when rho and eta get their gradient.
     """
 
     layout: Layout
@@ -148,6 +150,7 @@ class Differentiation:
     versions: list[int]
     index: int
     repetitions: Repetitions
+    reminder: Reminder
 
     def gradients(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """Those of rho (R,) and eta (L, N) from those of the layers' parts.
@@ -163,6 +166,7 @@ class Differentiation:
             )
         if self.log_norm_grad is None:
             return None, None
+        self.reminder.gradient()
         of_rows = self.layout.row_products(grads, self.cells, self.means)
         of_layers = torch.segment_reduce(of_rows, "sum", lengths=self.ranks)
         return of_rows, self.log_norm_grad * of_layers.unsqueeze(-1)

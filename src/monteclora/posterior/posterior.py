@@ -28,6 +28,7 @@ from monteclora.posterior.draws import (
 )
 from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
+from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
 
 __all__ = ["AdapterPosterior"]
@@ -78,6 +79,9 @@ class AdapterPosterior(nn.Module):
         self.enabled = True
         self.repeating = False
         self._repetitions = Repetitions()
+        self._reminder = Reminder()
+        if settings.kl_weight == settings.coop_weight == 0.0:
+            self._reminder.silence()
         self._layout = Layout(self.layers)
         self.slots = tuple(LayerSlot() for _ in self.layers)
         self.current = self.predictive = None
@@ -176,6 +180,7 @@ class AdapterPosterior(nn.Module):
         Raises:
             ConfigError: noise is per example and the batch size is unknown.
         """
+        self._reminder.before_draw(self.rho)
         signs = None
         if self.settings.per_example:
             if batch_size is None:
@@ -244,6 +249,7 @@ class AdapterPosterior(nn.Module):
             versions=[mean._version for mean in means or ()],
             index=self.draws,
             repetitions=self._repetitions,
+            reminder=self._reminder,
         )
         parts: tuple[Tensor, ...] = DifferentiableDraw.apply(known, raw.blocks, *inputs)
         return parts
@@ -352,6 +358,8 @@ class AdapterPosterior(nn.Module):
         Raises:
             ConfigError: ``"sampled"`` before the first training forward.
         """
+        if torch.is_grad_enabled():
+            self._reminder.silence()
         s, count = self.settings, len(self.layers)
         row_squared_norm, row_log_determinant = self._c, self._log_determinant
         if s.estimator == "sampled":
