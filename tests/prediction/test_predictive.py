@@ -338,14 +338,12 @@ def test_low_precision_models() -> None:
     torch.testing.assert_close(mixed.probs, exact.probs, rtol=0.1, atol=1e-2)
 
 
-def test_two_adapters_and_disabled_ones() -> None:
+def test_two_adapters() -> None:
     model, batch = wrapped(llama), inputs(llama)
     model.add_adapter("second", config_for(llama, r=2, target_modules=["q_proj"]))
     stir(model, seed=3)
     model.base_model.set_adapter(["default", "second"])
     assert predict(model, batch, num_samples=3).epistemic.gt(0).all()
-    with model.disable_adapter():
-        assert predict(model, batch, num_samples=3).epistemic.eq(0).all()
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

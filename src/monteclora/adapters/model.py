@@ -327,7 +327,7 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter, or none that is active.
+        ConfigError: the model has no MonteCLoRA adapter, none that is active, or all are merged or disabled.
     """
     tuner = _tuner(model)
     posteriors = tuner.active_posteriors()
@@ -335,6 +335,11 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
         raise ConfigError(
             f"active adapters are {tuner.active_adapters}, which have no posterior",
             "Choose a MonteCLoRA adapter with model.set_adapter(name).",
+        )
+    if not any(tuner.in_use(posterior) for posterior in posteriors):
+        raise ConfigError(
+            f"active adapters are {tuner.active_adapters}, which are merged or disabled: every draw would be the mean",
+            "Call model.unmerge_adapter(), or sample outside model.disable_adapter().",
         )
     return posteriors
 
