@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -394,3 +395,38 @@ def test_a_row_of_one_token_is_not_confused_with_its_padding() -> None:
     found = predict(wrapped(llama), batch, num_samples=2)
     alone = predict(wrapped(llama), {"input_ids": torch.tensor([[END]])}, num_samples=2)
     torch.testing.assert_close(found.probs[:, 1], alone.probs[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_threads_that_predict_with_one_model_do_not_meet() -> None:
+    """400 predictions with four seeds in eight threads, one of them at the mean beside them."""
+    model = wrapped(bert)
+    model.eval()
+    batch = padded(ROWS, "right")
+    expected = [predict(model, batch, num_samples=2, seed=seed).probs for seed in range(4)]
+    with torch.no_grad():
+        mean = model(**batch).logits
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def work(seed: int) -> None:
+        for _ in range(50):
+            if not torch.equal(predict(model, batch, num_samples=2, seed=seed).probs, expected[seed]):
+                wrong.append(seed)
+
+    def plain() -> None:
+        while not done.is_set():
+            with torch.no_grad():
+                if not torch.equal(model(**batch).logits, mean):
+                    wrong.append(-1)
+
+    beside = threading.Thread(target=plain)
+    threads = [threading.Thread(target=work, args=(number % 4,)) for number in range(8)]
+    for thread in (beside, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    beside.join()
+    assert wrong == []
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, mean)

@@ -75,14 +75,21 @@ class LayerSlot:
     """Where one layer finds its part of the posterior's draws.
 
     A layer that looked it up by its number would be compiled anew for every number.
+
+    Attributes:
+        index: the layer's number.
+        current: its part of the training draw.
+        predictive: of the latest prediction draw, for compiled code, which reads no context: compiled models predict
+            in one thread at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.current: LayerDraw | None = None
         self.predictive: LayerDraw | None = None
 
-    def __getstate__(self) -> dict[str, None]:
-        return {"current": None, "predictive": None}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "current": None, "predictive": None}
 
 
 class RawDraw(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import dirichlet, mixture, noise, wishart
+from monteclora.posterior import dirichlet, in_force, mixture, noise, wishart
 from monteclora.posterior.draws import (
     DifferentiableDraw,
     Differentiation,
@@ -55,7 +55,6 @@ class AdapterPosterior(nn.Module):
     scale: Tensor
     slots: tuple[LayerSlot, ...]
     _current: Draw | None
-    _predictive: Draw | None
     _nu: Tensor
     _c: Tensor
     _log_determinant: Tensor
@@ -83,8 +82,8 @@ class AdapterPosterior(nn.Module):
         if settings.kl_weight == settings.coop_weight == 0.0:
             self._reminder.silence()
         self._layout = Layout(self.layers)
-        self.slots = tuple(LayerSlot() for _ in self.layers)
-        self.current = self.predictive = None
+        self.slots = tuple(LayerSlot(index) for index in range(len(self.layers)))
+        self.current = None
         rows = sum(layer.rank for layer in self.layers)
         # float32 by name: the default dtype may be a lower one while a model is being built
         factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -129,7 +128,9 @@ class AdapterPosterior(nn.Module):
             low = moved.dtype in (torch.float16, torch.bfloat16)
             return tensor.to(moved.device) if low and tensor.dtype != moved.dtype else moved
 
-        self.current = self.predictive = None
+        self.current = None
+        for slot in self.slots:
+            slot.predictive = None
         super()._apply(keep_precision, recurse)
         # no state dict holds the constants: made again, they are right after to_empty and exact after double
         self._set_constants()
@@ -137,7 +138,7 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "_current": None, "_predictive": None}
+        return {**self.__dict__, "_current": None}
 
     @property
     def cells(self) -> int:
@@ -159,12 +160,16 @@ class AdapterPosterior(nn.Module):
 
     @property
     def predictive(self) -> Draw | None:
-        """The draw of the evaluation forward pass while the posterior is sampled; likewise."""
-        return self._predictive
+        """The draw that evaluation forward passes of the calling context see; None for the mean."""
+        return in_force.draw_of(self)
 
-    @predictive.setter
-    def predictive(self, draw: Draw | None) -> None:
-        self._predictive = draw
+    def predict_with(self, draw: Draw | None) -> None:
+        """Let evaluation forward passes of this context see ``draw``, see :mod:`~monteclora.posterior.in_force`."""
+        in_force.put(self, draw)
+        self.mirror(draw)
+
+    def mirror(self, draw: Draw | None) -> None:
+        """Hand every slot its part of a prediction draw, for compiled code."""
         for index, slot in enumerate(self.slots):
             slot.predictive = None if draw is None else draw.layers[index]
 

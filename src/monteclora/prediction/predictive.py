@@ -55,9 +55,15 @@ class PredictiveDistribution:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's mode is restored after it."""
+    """Evaluation mode without gradients inside the block; every module's mode is restored after it.
+
+    A model that is in evaluation mode already is not touched: several threads may predict with it.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in modes):
+        model.eval()
+    else:
+        modes = []
     try:
         with torch.no_grad():
             yield
