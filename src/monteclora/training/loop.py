@@ -180,7 +180,7 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # else fp16 passed over this step to find its scale
-            if finite:
+            if finite and type(self.method).after_step is not Method.after_step:
                 self.method.after_step(self.accelerator.unwrap_model(self.model), self.state.step + 1, self.steps)
             self.state.learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()

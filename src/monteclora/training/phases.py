@@ -159,7 +159,8 @@ def train_phase(
             loop.run()
     finally:
         reporting.close()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training() would also part the processes, whose run goes on
+            tracker.finish()
     if loop.interrupted:
         total = first_step + loop.state.step
         raise TrainingInterrupted(f"{run.path} is saved at step {total}: the same command resumes it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class Validation:
     process: int
     processes: int
 
+    @property
+    def _passes(self) -> int:
+        """Forward passes over all processes, the same number on each."""
+        return math.ceil(len(self.dataset) / self.batch_size / self.processes) * self.processes
+
     def __call__(
         self, model: nn.Module, device: torch.device, precision: AbstractContextManager[Any], stop: Callable[[], bool]
     ) -> dict[str, float]:
@@ -62,19 +68,23 @@ class Validation:
         """
         rows = self.dataset.select_columns(self.columns)
         starts = range(0, len(rows), self.batch_size)
+        # sharded models compute together: a process without a batch of its own repeats the first one
+        rounds = [starts[i] if i < len(starts) else None for i in range(self.process, self._passes, self.processes)]
         found: list[tuple[int, Any, Any]] = []
         model.eval()
         with preserved_generators(), torch.no_grad():
-            for start in starts[self.process :: self.processes]:
+            for own in rounds:
                 if self.processes == 1 and stop():
                     raise Interrupted
+                start = own or 0
                 batch = self.collate([rows[i] for i in range(start, min(start + self.batch_size, len(rows)))])
                 labels = batch["labels"].to(device)
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 with precision:
                     logits = model(**inputs).logits
                 kept = self.measures.reduce(logits.float(), labels)
-                found.append((start, kept.double().cpu().numpy(), labels.cpu().numpy()))
+                if own is not None:
+                    found.append((start, kept.double().cpu().numpy(), labels.cpu().numpy()))
             if self.processes > 1:
                 found = gather_object(found)
         found.sort(key=lambda part: part[0])
