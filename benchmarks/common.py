@@ -40,7 +40,7 @@ class Setting:
     model: str
     size: str
     r: int = 8
-    num_samples: int = 4
+    num_components: int = 4
     targets: str = "all-linear"
     dtype: str = "fp32"
     checkpointing: bool = False
@@ -50,7 +50,7 @@ class Setting:
         """The model, the size, and whatever differs from the usual setting."""
         parts = [self.model, self.size]
         parts += [f"r{self.r}"] if self.r != 8 else []
-        parts += [f"N{self.num_samples}"] if self.num_samples != 4 else []
+        parts += [f"N{self.num_components}"] if self.num_components != 4 else []
         parts += [part for part in (self.targets, self.dtype) if part not in ("all-linear", "fp32")]
         parts += ["checkpointing"] if self.checkpointing else []
         return "-".join(parts)
@@ -110,9 +110,9 @@ def adapter_config(kind: str, model: PreTrainedModel, setting: Setting, **option
     """The configuration of a kind's adapter; ``options`` are further fields of ours."""
     shared = lora_options(model, setting)
     if kind in OURS:
-        return monteclora.MonteCLoRAConfig(num_samples=setting.num_samples, noise=kind, **shared, **options)
+        return monteclora.MonteCLoRAConfig(num_components=setting.num_components, noise=kind, **shared, **options)
     if kind == "peft_monteclora":
-        noise = peft.MontecloraConfig(num_samples=setting.num_samples)
+        noise = peft.MontecloraConfig(num_samples=setting.num_components)
         return peft.LoraConfig(monteclora_config=noise, **shared)
     return peft.LoraConfig(**shared)
 
@@ -144,7 +144,7 @@ def adapter_cells(base: PreTrainedModel, setting: Setting) -> int:
 def peft_noise_bytes(base: PreTrainedModel, setting: Setting) -> int:
     """What peft's MonteCLoRA draws in advance: buffer_size x N numbers for every entry of A, in float32."""
     buffer = peft.MontecloraConfig().buffer_size
-    return 4 * buffer * setting.num_samples * adapter_cells(base, setting)
+    return 4 * buffer * setting.num_components * adapter_cells(base, setting)
 
 
 def refusal(kind: str, base: PreTrainedModel, setting: Setting, available: float) -> str | None:

@@ -27,7 +27,7 @@ from results import arguments, available_memory, run_cases
 from transformers import PreTrainedModel
 
 _SIZES = (Setting("smollm2", "1x16"), Setting("smollm2", "4x128"), Setting("minilm", "32x128"))
-SETTINGS = [replace(s, r=r, num_samples=n) for s in _SIZES for r, n in ((8, 4), (8, 256), (64, 4))]
+SETTINGS = [replace(s, r=r, num_components=n) for s in _SIZES for r, n in ((8, 4), (8, 256), (64, 4))]
 
 
 class HighWaterMark:

@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, int]] = {
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # r and targets: the published setting, and every linear layer
 ADAPTERS = {"q, k, v, r = 32": (32, _PROJECTIONS[:3]), "all linear, r = 16": (16, _PROJECTIONS)}
-NUM_SAMPLES = 4
+NUM_COMPONENTS = 4
 # micro batch 4 of 256 tokens, as published
 _ROWS, _LENGTH = 4, 256
 
@@ -60,7 +60,7 @@ class Plan:
     shape: str
     r: int
     targets: tuple[str, ...]
-    num_samples: int = NUM_SAMPLES
+    num_components: int = NUM_COMPONENTS
 
     @property
     def config(self) -> LlamaConfig:
@@ -85,7 +85,7 @@ class Plan:
             if kind == "lora":
                 return peft.get_peft_model(model, peft.LoraConfig(**shared, task_type="CAUSAL_LM")).train()
             if kind == "shared":
-                noise = {"num_samples": self.num_samples, "sample_scale": 5e-3}
+                noise = {"num_components": self.num_components, "sample_scale": 5e-3}
                 config = monteclora.MonteCLoRAConfig(**shared, **noise, task_type="CAUSAL_LM")
                 return monteclora.get_peft_model(model, config).train()
         return model
@@ -101,14 +101,14 @@ def derive(plan: Plan, tokens: int) -> Counts:
     norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
     cells = r * sum(n for n, _ in adapted)
     lora = r * sum(n + m for n, m in adapted)
-    extra = len(adapted) * (r + plan.num_samples)
+    extra = len(adapted) * (r + plan.num_components)
     return {
         "base parameters": linear + 2 * head + norms,
         "LoRA parameters": lora,
         "extra parameters": extra,
         "extra training state, bytes": 16 * extra,
         "drawn A, bytes": 4 * cells,
-        "peft's noise, bytes": 4 * peft.MontecloraConfig().buffer_size * plan.num_samples * cells,
+        "peft's noise, bytes": 4 * peft.MontecloraConfig().buffer_size * plan.num_components * cells,
         "base FLOPs a token": 4 * (linear + head),
         "LoRA FLOPs a token": 6 * lora,
         "extra FLOPs a step": 5 * cells,
@@ -209,7 +209,7 @@ def report(tokens: int, counted: Callable[[Plan], Counts] = count) -> str:
     for name, pair in check_small(Plan("small", 4, _PROJECTIONS)).items():
         checks.append([f"small model: {name}", _number(pair["derived"]), _number(pair["counted"])])
     parts = [
-        f"N = {NUM_SAMPLES}, {tokens:,} tokens a step on each device.",
+        f"N = {NUM_COMPONENTS}, {tokens:,} tokens a step on each device.",
         table(["", *found], main_rows),
         "Derived against counted:",
         table(["", "derived", "counted"], checks),

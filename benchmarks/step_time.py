@@ -126,7 +126,7 @@ def sweep(kinds: Sequence[str]) -> Methods:
     """LoRA beside every N, in one process."""
     found: dict[str, tuple[str, Setting]] = {"lora": ("lora", _PROBE)}
     for kind in (kind for kind in kinds if kind not in ("lora", "base")):
-        found |= {f"{kind} N={n}": (kind, replace(_PROBE, num_samples=n)) for n in _SWEEP}
+        found |= {f"{kind} N={n}": (kind, replace(_PROBE, num_components=n)) for n in _SWEEP}
     return found
 
 

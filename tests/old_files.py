@@ -93,7 +93,7 @@ def metrics_of(run: str, **options: Any) -> dict[str, Any]:
 
 
 def write_adapter(target: Path, name: str) -> None:
-    model = wrapped(BASES[name], r=2, target_modules=TARGETS[name], num_samples=3)
+    model = wrapped(BASES[name], r=2, target_modules=TARGETS[name], num_components=3)
     model.save_pretrained(str(target))
     (target / "README.md").unlink()
     fresh = monteclora.from_pretrained(base_model(name), str(target))

@@ -103,7 +103,7 @@ def test_gradients_are_those_without_checkpointing(build: Callable[..., nn.Modul
         {"noise": "per_example"},
         {"covariance": "full"},
         {"dirichlet": "laplace", "regulariser": "sampled"},
-        {"num_samples": 1, "r": 1},
+        {"num_components": 1, "r": 1},
     ],
     ids=str,
 )

@@ -19,9 +19,9 @@ from monteclora.errors import ConfigError
 from tests.models import TARGETS, batch_for, config_for, llama, posterior_of, wrapped
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("num_samples", 0, "at least 1"),
-    ("num_samples", 2.5, "whole number"),
-    ("num_samples", True, "whole number"),
+    ("num_components", 0, "at least 1"),
+    ("num_components", 2.5, "whole number"),
+    ("num_components", True, "whole number"),
     ("sample_scale", -1.0, "at least 0"),
     ("sample_scale", float("nan"), "at least 0"),
     ("sample_scale", float("inf"), "at least 0"),
@@ -129,7 +129,7 @@ def test_saved_configuration_equals_that_of_plain_lora(tmp_path: Path) -> None:
 
 def test_round_trip_through_a_saved_adapter(tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "num_samples": 3,
+        "num_components": 3,
         "sample_scale": 0.02,
         "kl_weight": 2e-3,
         "coop_weight": 0.0,
@@ -155,7 +155,7 @@ def test_round_trip_through_a_saved_adapter(tmp_path: Path) -> None:
 
 
 def test_copies() -> None:
-    config = config_for(llama, num_samples=3)
+    config = config_for(llama, num_components=3)
     for copied in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
         assert copied.posterior_settings() == config.posterior_settings()

@@ -32,7 +32,9 @@ class Problem(NamedTuple):
 
 
 def problem(*, per_example: bool = False, covariance: str = "diagonal", law: str = "exact") -> Problem:
-    settings = PosteriorSettings(num_samples=COMPONENTS, covariance=covariance, dirichlet=law, per_example=per_example)
+    settings = PosteriorSettings(
+        num_components=COMPONENTS, covariance=covariance, dirichlet=law, per_example=per_example
+    )
     posterior = AdapterPosterior(SHAPES, SCALES, settings, seed=5).double()
     generator = torch.Generator().manual_seed(0)
 

@@ -82,7 +82,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "posterior without format": (documented(lambda document, _: document.pop("format")), "not a posterior"),
     "layers of another kind": (documented(lambda document, _: document.update(layers=[1])), "not a posterior"),
     "components that are a word": (
-        documented(lambda document, _: document["config"].update(num_samples="x")),
+        documented(lambda document, _: document["config"].update(num_components="x")),
         "posterior",
     ),
     "seed that is a word": (documented(lambda document, _: document.update(seed="x")), "not a posterior"),

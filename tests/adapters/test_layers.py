@@ -255,7 +255,7 @@ def test_lora_options(dropout: float, bias: bool, rslora: bool) -> None:
 @pytest.mark.parametrize("law", ["exact", "laplace"])
 def test_any_number_of_components_and_rank_trains(components: int, rank: int, law: str) -> None:
     """peft: NaN parameters after one step at N = 24, a Cholesky error at N = 64."""
-    model = wrapped(llama, num_samples=components, r=rank, dirichlet=law)
+    model = wrapped(llama, num_components=components, r=rank, dirichlet=law)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for number in range(3):
         optimizer.zero_grad()
@@ -268,7 +268,7 @@ def test_any_number_of_components_and_rank_trains(components: int, rank: int, la
 
 def test_the_posterior_adds_rank_plus_components_numbers_a_layer_and_no_buffer_of_the_size_of_a() -> None:
     """peft: buffer_size x N x n x r floats a layer, even for inference."""
-    small, large = wrapped(llama, num_samples=2), wrapped(llama, num_samples=256)
+    small, large = wrapped(llama, num_components=2), wrapped(llama, num_components=256)
     for model, components in ((small, 2), (large, 256)):
         posterior = posterior_of(model)
         assert sum(p.numel() for p in posterior.parameters()) == 6 * (4 + components)

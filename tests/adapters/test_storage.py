@@ -140,7 +140,7 @@ def test_the_model_card_says_nothing_of_the_stage(tmp_path: Path) -> None:
         {},
         {"covariance": "full", "dirichlet": "laplace"},
         {"noise": "per_example", "regulariser": "sampled", "fidelity": "paper"},
-        {"num_samples": 1, "r": 1, "noise_seed": 2**40},
+        {"num_components": 1, "r": 1, "noise_seed": 2**40},
     ],
     ids=str,
 )
@@ -349,8 +349,8 @@ def test_the_two_entries_of_older_files_are_read(tmp_path: Path) -> None:
 
 def test_a_later_format_asks_for_an_upgrade(tmp_path: Path) -> None:
     trained().save_pretrained(tmp_path)
-    rewrite(tmp_path / POSTERIOR_FILE, lambda document, tensors: document.update(format=2, novelty=True))
-    assert "Upgrade" in refused(tmp_path, "has format 2, this version reads format 1").hint
+    rewrite(tmp_path / POSTERIOR_FILE, lambda document, tensors: document.update(format=3, novelty=True))
+    assert "Upgrade" in refused(tmp_path, "has format 3, this version reads formats 1 to 2").hint
 
 
 def test_fields_of_another_version(tmp_path: Path) -> None:
@@ -387,10 +387,10 @@ def test_the_posterior_of_another_adapter(tmp_path: Path, other: dict[str, Any])
 
 
 def test_another_number_of_components(tmp_path: Path) -> None:
-    trained(num_samples=3).save_pretrained(tmp_path)
+    trained(num_components=3).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"eta has shape \(6, 3\), expected \(6, 4\)") as caught:
         trained().load_adapter(tmp_path, "default")
-    assert "num_samples" in caught.value.hint
+    assert "num_components" in caught.value.hint
 
 
 def test_a_damaged_posterior_is_noticed_before_the_weights_are_loaded(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_clones_share_the_weights_and_take_different_adapters(base):
 
 def test_noise_that_does_not_fit_is_refused_with_its_size(base):
     cells = sum(p.numel() for n, p in common.build("lora", base, SETTING).named_parameters() if "lora_A" in n)
-    needed = 4 * 150 * SETTING.num_samples * cells
+    needed = 4 * 150 * SETTING.num_components * cells
     assert common.peft_noise_bytes(base, SETTING) == needed
     assert common.refusal("peft_monteclora", base, SETTING, 2.0 * needed) is None
     assert "pre-drawn noise" in common.refusal("peft_monteclora", base, SETTING, 2.0 * needed - 2)
@@ -94,7 +94,7 @@ def test_step_time(base, change):
 def test_the_sweep_has_every_n_beside_one_lora():
     methods = step_time.sweep(["lora", "shared"])
     assert list(methods) == ["lora", *(f"shared N={n}" for n in (1, 4, 16, 64, 256))]
-    assert methods["shared N=256"][1].num_samples == 256
+    assert methods["shared N=256"][1].num_components == 256
 
 
 def test_a_failure_of_the_compared_variant_is_a_result_and_one_of_ours_is_not():

@@ -29,7 +29,7 @@ def test_options_are_those_of_the_configuration() -> None:
 
 def test_options_reach_the_configuration() -> None:
     values = {
-        "num_samples": 7,
+        "num_components": 7,
         "sample_scale": "relative:0.1",
         "kl_weight": 0.5,
         "coop_weight": 0.25,
@@ -55,7 +55,7 @@ def test_the_defaults_that_fidelity_decides_are_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"num_samples": 0}, {"sample_scale": "relative:x"}, {"kl_weight": -1}, {"alpha_prior": 0}]
+    "values", [{"num_components": 0}, {"sample_scale": "relative:x"}, {"kl_weight": -1}, {"alpha_prior": 0}]
 )
 def test_what_the_configuration_refuses(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"recipe: {next(iter(values))} is"):

@@ -61,7 +61,7 @@ def posterior_of(laws: Sequence[Law], *, seed: int = 0, **settings: Any) -> Adap
         [LayerShape(f"layer{i}", len(law.rho), law.columns) for i, law in enumerate(laws)],
         [law.scale for law in laws],
         PosteriorSettings(
-            num_samples=len(first.alpha),
+            num_components=len(first.alpha),
             covariance="full" if first.full else "diagonal",
             dirichlet="laplace" if first.laplace else "exact",
             normalised=first.normalised,

@@ -297,7 +297,7 @@ def test_fewer_degrees_of_freedom_than_a_rank_are_refused_by_name():
 
 
 def test_a_new_posterior_is_at_the_prior():
-    posterior = AdapterPosterior([LayerShape("a", 2, 3)], [0.1], PosteriorSettings(num_samples=5, alpha_prior=2.0))
+    posterior = AdapterPosterior([LayerShape("a", 2, 3)], [0.1], PosteriorSettings(num_components=5, alpha_prior=2.0))
     assert torch.equal(posterior.rho, torch.zeros(2))
     torch.testing.assert_close(posterior.eta.exp(), torch.full((1, 5), 2.0))
     assert sorted(posterior.state_dict()) == ["eta", "rho", "scale"]

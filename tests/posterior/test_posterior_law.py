@@ -75,7 +75,7 @@ def test_full_covariance_is_composed_of_its_three_streams(normalised):
     shapes = ((2, 5), (3, 4), (2, 7))
     posterior = random_posterior(3, shapes=shapes, covariance="full", normalised=normalised)
     posterior.draws = 11
-    draw = posterior.draw(rank=2)
+    draw = posterior.draw(process=2)
 
     def generator(kind: noise.Kind) -> torch.Generator:
         return noise.generator(3, 2, 11, kind, CPU)

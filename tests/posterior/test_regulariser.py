@@ -51,7 +51,7 @@ def parameters(posterior: AdapterPosterior) -> tuple[Tensor, Tensor]:
 def test_the_parts_are_means_over_layers_of_the_documented_formulas(covariance, normalised):
     shapes = ((2, 5), (3, 4), (1, 7))
     posterior = random_posterior(
-        shapes=shapes, covariance=covariance, normalised=normalised, num_samples=3, alpha_prior=0.7
+        shapes=shapes, covariance=covariance, normalised=normalised, num_components=3, alpha_prior=0.7
     ).double()
     parts = posterior.regulariser()
     rows = posterior.rho.split([rank for rank, _ in shapes])
@@ -104,7 +104,7 @@ def test_the_sampled_parts_and_gradients_have_the_mean_of_the_expected_ones(cova
 @pytest.mark.parametrize("law", LAWS)
 def test_the_sampled_divergence_describes_the_very_draw(covariance, law):
     """KL_z of the covariances that A was drawn with, and the squared norm of its weights."""
-    posterior = random_posterior(covariance=covariance, dirichlet=law, estimator="sampled", num_samples=3).double()
+    posterior = random_posterior(covariance=covariance, dirichlet=law, estimator="sampled", num_components=3).double()
     draw = posterior.draw()
     parts = posterior.regulariser()
     torch.testing.assert_close(parts.coop, draw.squared_norm.mean())
@@ -266,7 +266,7 @@ def test_everything_is_finite_and_no_divergence_negative(
         random_posterior(
             seed,
             shapes=shapes,
-            num_samples=size,
+            num_components=size,
             covariance=covariance,
             dirichlet=law,
             normalised=normalised,
@@ -300,7 +300,7 @@ def test_everything_is_finite_and_no_divergence_negative(
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_one_component_and_rank_one(covariance, estimator, law):
     posterior = random_posterior(
-        shapes=((1, 1), (1, 3)), num_samples=1, covariance=covariance, dirichlet=law, estimator=estimator
+        shapes=((1, 1), (1, 3)), num_components=1, covariance=covariance, dirichlet=law, estimator=estimator
     )
     draw = posterior.draw()
     assert torch.equal(draw.squared_norm, torch.ones(2))

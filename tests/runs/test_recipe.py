@@ -24,9 +24,9 @@ def small(**sections: Any) -> dict[str, Any]:
 
 def test_the_method_decides_its_fields() -> None:
     assert isinstance(load_recipe(SMALL).method, LoRAOptions)
-    found = load_recipe(small(method={"name": "monteclora", "num_samples": 2})).method
+    found = load_recipe(small(method={"name": "monteclora", "num_components": 2})).method
     assert isinstance(found, MonteCLoRAOptions)
-    assert found.num_samples == 2
+    assert found.num_components == 2
     assert isinstance(load_recipe(SMALL, [("method.name", "monteclora")]).method, MonteCLoRAOptions)
 
 
@@ -153,7 +153,7 @@ def test_what_determines_the_result(override: tuple[str, str]) -> None:
 def test_differences_between_methods_name_their_fields() -> None:
     one, other = load_recipe(SMALL), load_recipe(small(method={"name": "monteclora"}))
     found = differences(one, other)
-    assert {"method.name", "method.kl_weight", "method.num_samples"} <= set(found)
+    assert {"method.name", "method.kl_weight", "method.num_components"} <= set(found)
 
 
 # -- the bundled ones ------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_the_first_phase_of_post_hoc_is_plain_lora(recipe: MakeRecipe, tmp_path:
 def test_accumulation_changes_rounding_only(recipe: MakeRecipe, tmp_path: Path) -> None:
     weights = []
     for micro in (8, 2):
-        options = {"lora_dropout": 0.0, "num_samples": 2, "sample_scale": 0.0}
+        options = {"lora_dropout": 0.0, "num_components": 2, "sample_scale": 0.0}
         made = recipe(kind="causal_lm", name=f"micro{micro}", micro_batch_size=micro, method_options=options)
         quietly(made)
         weights.append(load_file(tmp_path / f"micro{micro}/adapter/adapter_model.safetensors"))

@@ -42,7 +42,7 @@ class MonteCLoRAConfig(LoraConfig):
     """Configure a MonteCLoRA adapter; every field of ``peft.LoraConfig`` works as it does there.
 
     Attributes:
-        num_samples: N, the number of mixture components; it costs neither time nor memory.
+        num_components: N, the number of mixture components; it costs neither time nor memory.
         sample_scale: eps. A number is absolute; ``"relative:c"`` is c times the root mean square of each layer's
             initial A, which transfers between ranks and widths. None is ``"relative:0.3"``, or the authors' recommended
             5e-3 with ``fidelity="paper"``.
@@ -63,7 +63,7 @@ class MonteCLoRAConfig(LoraConfig):
         ConfigError: a field out of its range, or combined with a LoRA variant that replaces the forward pass.
     """
 
-    num_samples: int = 4
+    num_components: int = 4
     sample_scale: float | str | None = None
     kl_weight: float = 1e-5
     coop_weight: float = 1.0
@@ -99,8 +99,8 @@ class MonteCLoRAConfig(LoraConfig):
         _one_of("dirichlet", self.dirichlet, Approximation)
         _one_of("regulariser", self.regulariser, Estimator)
         _one_of("noise", self.noise, Noise)
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise _wrong("num_samples", self.num_samples, "a whole number of at least 1")
+        if isinstance(self.num_components, bool) or not isinstance(self.num_components, int) or self.num_components < 1:
+            raise _wrong("num_components", self.num_components, "a whole number of at least 1")
         if isinstance(self.noise_seed, bool) or not isinstance(self.noise_seed, int):
             raise _wrong("noise_seed", self.noise_seed, "a whole number")
         for name in ("kl_weight", "coop_weight"):
@@ -165,7 +165,7 @@ class MonteCLoRAConfig(LoraConfig):
     def posterior_settings(self) -> PosteriorSettings:
         """The posterior's share of this configuration."""
         return PosteriorSettings(
-            num_samples=self.num_samples,
+            num_components=self.num_components,
             covariance=self.covariance,
             dirichlet=self.dirichlet,
             normalised=bool(self.normalised),

@@ -45,7 +45,7 @@ __all__ = [
 
 POSTERIOR_FILE = "posterior.safetensors"
 WEIGHTS_FILE, CONFIG_FILE, _PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
 _RESTORE = "Take the folder from a backup or an earlier checkpoint."
@@ -215,7 +215,7 @@ class StoredPosterior:
             if expected != found:
                 raise CheckpointError(
                     f"{self.path}: {name} has shape {tuple(found)}, expected {tuple(expected)}",
-                    "Load it with the num_samples it was trained with.",
+                    "Load it with the num_components it was trained with.",
                 )
 
     @torch.no_grad()
@@ -251,15 +251,16 @@ def load_posterior(path: Path) -> StoredPosterior:
     # a checksum finds damage, and says nothing of who wrote the document
     try:
         fields = json.loads(document)
-        if fields["format"] != _FORMAT:
+        if fields["format"] not in (1, _FORMAT):
             raise CheckpointError(
-                f"{path} has format {fields['format']}, this version reads format {_FORMAT}", "Upgrade monteclora."
+                f"{path} has format {fields['format']}, this version reads formats 1 to {_FORMAT}",
+                "Upgrade monteclora.",
             )
         stored = StoredPosterior(
             path=path,
             tensors=tensors,
             layers=[LayerShape(str(name), int(rank), int(inputs)) for name, rank, inputs in fields["layers"]],
-            fields=dict(fields["config"]),
+            fields=_current_names(fields["config"]),
             seed=int(fields["seed"]),
             draws=int(fields["draws"]),
             enabled=bool(fields["enabled"]),
@@ -278,8 +279,16 @@ def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:
     return envelope["document"], envelope["sha256"]
 
 
+def _current_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored fields of the configuration: format 1 calls the number of components ``num_samples``."""
+    fields = dict(config)
+    if "num_samples" in fields:
+        fields["num_components"] = fields.pop("num_samples")
+    return fields
+
+
 def _check_shapes(stored: StoredPosterior) -> None:
-    count, num = len(stored.layers), int(stored.fields["num_samples"])
+    count, num = len(stored.layers), int(stored.fields["num_components"])
     expected = {"rho": (sum(layer.rank for layer in stored.layers),), "eta": (count, num), "scale": (count,)}
     for name, shape in expected.items():
         tensor = stored.tensors[name]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from monteclora.errors import ConfigError
 
@@ -27,7 +27,12 @@ _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The ``method`` section of a recipe; every method has its own subclass, with its own fields."""
+    """The ``method`` section of a recipe; every method has its own subclass, with its own fields.
+
+    ``renamed`` gives the present name of each field that earlier versions called otherwise.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     name: str
 

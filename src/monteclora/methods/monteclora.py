@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods.adapters import RESTORE, AdapterMethod
@@ -23,7 +24,7 @@ class MonteCLoRAOptions(LoRAFields):
     """LoRA's options and the method's own, with the meaning they have in ``monteclora.MonteCLoRAConfig``.
 
     Args:
-        num_samples: N, the number of mixture components.
+        num_components: N, the number of mixture components.
         sample_scale: eps: an absolute number, or ``relative:c`` for c times the size of each layer's initial A.
         kl_weight: weight of the KL terms.
         coop_weight: weight of the cooperative loss.
@@ -37,8 +38,10 @@ class MonteCLoRAOptions(LoRAFields):
         fidelity: ``paper`` takes the published defaults.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"num_samples": "num_components"}
+
     name: Literal["monteclora"] = "monteclora"
-    num_samples: int = 4
+    num_components: int = 4
     sample_scale: float | str | None = None
     kl_weight: float = 1e-5
     coop_weight: float = 1.0

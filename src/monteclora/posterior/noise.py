@@ -1,4 +1,4 @@
-"""The counter-based noise stream: (seed, rank, draw) names a generator, a layer is a fixed place in what it draws.
+"""The counter-based noise stream: (seed, process, draw) names a generator, a layer is a fixed place in what it draws.
 
 There is no state to advance but the counter of draws, so a draw can be made again at any time, on its own: a resumed
 run is the uninterrupted run, and nothing outside (dropout, data order, initial weights) shares these numbers
@@ -42,14 +42,14 @@ def _mix(value: int) -> int:
 
 
 def generator(
-    seed: int, rank: int, draw: int, kind: Kind, device: torch.device, *, posterior_sample: bool = False
+    seed: int, process: int, draw: int, kind: Kind, device: torch.device, *, posterior_sample: bool = False
 ) -> torch.Generator:
     """The generator of one draw.
 
     Args:
         seed: the stream.
-        rank: the process; every one draws its own noise.
-        draw: counts the training forwards, from 0. Within 2**29 draws no two generators of one (seed, rank) share a
+        process: the number of the training process; every one draws its own noise.
+        draw: counts the training forwards, from 0. Within 2**29 draws no two generators of one (seed, process) share a
             seed, whatever their kinds and uses.
         kind: what is drawn.
         device: where.
@@ -58,7 +58,7 @@ def generator(
     Returns:
         A fresh ``torch.Generator``; the global generators are neither read nor changed.
     """
-    low, high = _key(seed, rank)
+    low, high = _key(seed, process)
     # torch's CPU generator takes the lower 32 bits only: a bijection of all that tells the generators of a stream apart
     # keeps them apart there, where a hash would repeat one within some ten thousand steps
     counter = draw << 3 | kind << 1 | posterior_sample

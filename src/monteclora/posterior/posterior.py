@@ -87,7 +87,7 @@ class AdapterPosterior(nn.Module):
         rows = sum(layer.rank for layer in self.layers)
         # float32 by name: the default dtype may be a lower one while a model is being built
         factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        shape = (len(self.layers), settings.num_samples)
+        shape = (len(self.layers), settings.num_components)
         self.rho = nn.Parameter(torch.zeros(rows, **factory))
         self.eta = nn.Parameter(torch.full(shape, math.log(settings.alpha_prior), **factory))
         self.register_buffer("scale", torch.tensor(list(scale), **factory))
@@ -173,11 +173,11 @@ class AdapterPosterior(nn.Module):
         for index, slot in enumerate(self.slots):
             slot.predictive = None if draw is None else draw.layers[index]
 
-    def draw(self, rank: int = 0, batch_size: int | None = None, means: Sequence[Tensor] | None = None) -> Draw:
+    def draw(self, process: int = 0, batch_size: int | None = None, means: Sequence[Tensor] | None = None) -> Draw:
         """The next training draw: made from the counter, which it advances, and kept as ``current``.
 
         Args:
-            rank: the process.
+            process: the number of the training process.
             batch_size: examples in the batch; used where noise is per example.
             means: mu of every layer, shape (r, n), on this device: layers are then given A. It takes the place of the
                 noise, and the gradient of mu is that of A. Not used where every example has an A of its own.
@@ -195,11 +195,11 @@ class AdapterPosterior(nn.Module):
                 )
             # of a single example they would turn the draw into another one of the same law
             if batch_size != 1:
-                signs, means = self._signs(rank, batch_size), None
+                signs, means = self._signs(process, batch_size), None
         # two draws at once would take twice the memory; graphs that still need the last one hold it themselves
         self.current = None
         trainable = torch.is_grad_enabled() and (self.rho.requires_grad or self.eta.requires_grad)
-        raw = self._raw(self.seed, rank, self.draws, means=means, differentiable=trainable)
+        raw = self._raw(self.seed, process, self.draws, means=means, differentiable=trainable)
         blocks = self._differentiable(raw, means)
         parts = zip(*signs, strict=True) if signs else [(None, None)] * len(self.layers)
         layers = tuple(LayerDraw(block, means is not None, *part) for block, part in zip(blocks, parts, strict=True))
@@ -263,7 +263,7 @@ class AdapterPosterior(nn.Module):
     def _raw(
         self,
         seed: int,
-        rank: int,
+        process: int,
         index: int,
         *,
         means: Sequence[Tensor] | None = None,
@@ -273,7 +273,7 @@ class AdapterPosterior(nn.Module):
         rho, eta, s = self.rho, self.eta, self.settings
 
         def generator(kind: noise.Kind) -> torch.Generator:
-            return noise.generator(seed, rank, index, kind, rho.device, posterior_sample=posterior_sample)
+            return noise.generator(seed, process, index, kind, rho.device, posterior_sample=posterior_sample)
 
         factors: list[Tensor] | None = None
         ratio = self._c / self._nu
@@ -338,14 +338,14 @@ class AdapterPosterior(nn.Module):
             found += blocks
         return cells, found
 
-    def _signs(self, rank: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _signs(self, process: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
         into = [layer.in_features for layer in self.layers]
         out = [layer.rank for layer in self.layers]
         width = sum(into) + sum(out)
         count = batch_size * width
         octets = torch.empty(-(-count // 8), dtype=torch.uint8, device=self.rho.device)
-        octets.random_(generator=noise.generator(self.seed, rank, self.draws, noise.Kind.SIGN, self.rho.device))
+        octets.random_(generator=noise.generator(self.seed, process, self.draws, noise.Kind.SIGN, self.rho.device))
         bits = octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
         signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1).view(batch_size, width)
         columns, rows = signs.split([sum(into), sum(out)], -1)
@@ -377,7 +377,7 @@ class AdapterPosterior(nn.Module):
             coop = (2.0 * dirichlet.log_norm(self.eta, self.current.weights)).exp()
         else:
             coop = dirichlet.moments(self.eta).squared_norm
-        kl_sigma, kl_z = row_divergences(self.rho, self._nu, row_squared_norm, row_log_determinant, s.num_samples)
+        kl_sigma, kl_z = row_divergences(self.rho, self._nu, row_squared_norm, row_log_determinant, s.num_components)
         return Regulariser(
             kl_pi=dirichlet.kl_divergence(self.eta, s.alpha_prior).mean(),
             kl_sigma=kl_sigma / count,
@@ -400,4 +400,4 @@ class AdapterPosterior(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"layers={len(self.layers)}, rows={self.rho.numel()}, num_samples={self.settings.num_samples}"
+        return f"layers={len(self.layers)}, rows={self.rho.numel()}, num_components={self.settings.num_components}"

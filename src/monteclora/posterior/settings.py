@@ -17,7 +17,7 @@ class PosteriorSettings:
     """What is fixed about a posterior, apart from each layer's shape and scale.
 
     Attributes:
-        num_samples: N, the number of mixture components.
+        num_components: N, the number of mixture components.
         covariance: ``diagonal`` or ``full`` Sigma.
         dirichlet: ``exact`` or ``laplace`` law of pi.
         normalised: whether ``E[Sigma] = V`` whatever the rank.
@@ -29,7 +29,7 @@ class PosteriorSettings:
         coop_weight: weight of the cooperative loss.
     """
 
-    num_samples: int = 4
+    num_components: int = 4
     covariance: wishart.Covariance = "diagonal"
     dirichlet: dirichlet.Approximation = "exact"
     normalised: bool = True

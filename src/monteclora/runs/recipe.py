@@ -18,6 +18,7 @@ from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
 from monteclora.metrics.registry import METRICS
 from monteclora.runs.bundled import bundled_recipes
+from monteclora.runs.method_section import method_name, with_current_names
 from monteclora.tasks import DataSpec
 
 __all__ = [
@@ -239,8 +240,9 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
         document = Document(from_python(source, "recipe"), "recipe")
     else:
         document = _named(load_yaml(_find(source)), Path(source).stem)
-    schema = _schema_for(get_method(_method_name(document, overrides)).options)
-    found = build(schema, document, overrides)
+    options = get_method(method_name(document, overrides)).options
+    document, overrides = with_current_names(document, overrides, options.renamed)
+    found = build(_schema_for(options), document, overrides)
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(Recipe)}
     return Recipe(**{**values, "method": found.method.resolved()})
 
@@ -268,25 +270,6 @@ def _named(document: Document, name: str) -> Document:
         return document
     root = Node({"name": Node(name, document.source), **document.root.value}, document.root.where)
     return dataclasses.replace(document, root=root)
-
-
-def _method_name(document: Document, overrides: list[tuple[str, str]]) -> str:
-    """The name in the method section, which decides the section's fields."""
-    named = [text.strip() for key, text in overrides if key.replace("-", "_") == "method.name"]
-    if named:
-        return named[-1]
-    section = document.root.value.get("method")
-    if section is None or not isinstance(section.value, dict):
-        return "monteclora"
-    name = section.value.get("name")
-    if name is None:
-        return "monteclora"
-    if not isinstance(name.value, str):
-        raise ConfigError(f"{name.where}: there is no method like {name.describe()}", "See `monteclora list methods`.")
-    try:
-        return get_method(name.value).name
-    except ConfigError as error:
-        raise ConfigError(f"{name.where}: {error.message}", error.hint) from None
 
 
 def _schema_for(options: type[MethodOptions]) -> type[Recipe]:
