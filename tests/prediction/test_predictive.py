@@ -430,3 +430,20 @@ def test_threads_that_predict_with_one_model_do_not_meet() -> None:
     assert wrong == []
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, mean)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("a text", "given a str, expected the model's inputs by name"),
+        (["a text"], "given a list, expected"),
+        (torch.tensor([[5, 6]]), "given a Tensor, expected"),
+        ({"input_ids": torch.tensor([5, 6])}, r"input_ids has the shape \(2,\), expected \(rows, tokens\)"),
+    ],
+    ids=["text", "list", "tensor", "one row"],
+)
+def test_what_is_no_batch_is_refused_in_one_line(batch: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        predict(wrapped(llama), batch)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)

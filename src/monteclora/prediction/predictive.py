@@ -161,12 +161,13 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
 
     Raises:
         ConfigError: the model has no active MonteCLoRA adapter or a head of another kind, ``num_samples`` is below 1,
-            or there is no tensor in the batch.
+            or the batch has no tensor, is no mapping, or its ``input_ids`` are not of shape (B, T).
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ConfigError(
             f"num_samples is {num_samples}, expected a whole number of at least 1", "Ask for one draw or more."
         )
+    _check_batch(batch)
     device = sampled_posteriors(model)[0].rho.device
     inputs = {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -188,6 +189,21 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
                 logits = class_logits(model, repeated)
             chunks.append(logits.softmax(-1).view(count, rows, -1))
     return PredictiveDistribution(torch.cat(chunks))
+
+
+def _check_batch(batch: Any) -> None:
+    """Refuse what is no batch of tokens: texts, lists, a tensor by itself, a row without a batch around it."""
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"predict was given a {type(batch).__name__}, expected the model's inputs by name",
+            'Give what the tokenizer returns: tokenizer(texts, padding=True, return_tensors="pt").',
+        )
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() != 2:
+        raise ConfigError(
+            f"input_ids has the shape {tuple(ids.shape)}, expected (rows, tokens)",
+            "Put a single row into a batch of one: input_ids.unsqueeze(0).",
+        )
 
 
 def _repeated(value: Any, rows: int, count: int) -> Any:
