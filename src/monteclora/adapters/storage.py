@@ -282,6 +282,8 @@ def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:
 def _current_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored fields of the configuration: format 1 calls the number of components ``num_samples``."""
     fields = dict(config)
+    if {"num_samples", "num_components"} <= fields.keys():
+        raise ValueError("it has two numbers of components")
     if "num_samples" in fields:
         fields["num_components"] = fields.pop("num_samples")
     return fields
