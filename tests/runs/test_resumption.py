@@ -14,7 +14,7 @@ import pytest
 from monteclora.errors import CheckpointError
 from monteclora.runs.recipe import load_recipe, recipe_sha256
 from monteclora.runs.result import RunResult
-from monteclora.runs.resumption import overrides_of
+from monteclora.runs.resumption import claim, overrides_of
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.tree import load_tree
 from monteclora.training.run import train

@@ -28,6 +28,7 @@ __all__ = [
     "active_posteriors",
     "from_pretrained",
     "get_peft_model",
+    "one_draw",
     "posterior_sampling",
     "regularisers",
     "sampled_posteriors",
@@ -271,6 +272,32 @@ def variational_loss(model: nn.Module) -> Tensor:
 
 
 @contextmanager
+def one_draw(model: nn.Module, index: int | None = None) -> Iterator[int]:
+    """Inside the block every training forward pass of ``model`` makes the same draw, whichever adapter is active.
+
+    A policy and a frozen copy of it then have the same noise, so that their log-probabilities differ by what was
+    learned and by nothing else.
+
+    Args:
+        model: the wrapped model.
+        index: number of the draw; None is the next one.
+
+    Yields:
+        The number of the draw.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    scope, posteriors = _tuner(model).scope, active_posteriors(model)
+    held = max((posterior.draws for posterior in posteriors), default=0) if index is None else index
+    before, scope.held = scope.held, held
+    try:
+        yield held
+    finally:
+        scope.held = before
+
+
+@contextmanager
 def posterior_sampling(
     model: nn.Module, seed: int = 0, *, num_samples: int = 1, resample: bool = True, first: int = 0
 ) -> Iterator[None]:
@@ -300,7 +327,7 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter, or none that is active.
+        ConfigError: the model has no MonteCLoRA adapter, none that is active, or all are merged or disabled.
     """
     tuner = _tuner(model)
     posteriors = tuner.active_posteriors()
@@ -308,6 +335,11 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
         raise ConfigError(
             f"active adapters are {tuner.active_adapters}, which have no posterior",
             "Choose a MonteCLoRA adapter with model.set_adapter(name).",
+        )
+    if not any(tuner.in_use(posterior) for posterior in posteriors):
+        raise ConfigError(
+            f"active adapters are {tuner.active_adapters}, which are merged or disabled: every draw would be the mean",
+            "Call model.unmerge_adapter(), or sample outside model.disable_adapter().",
         )
     return posteriors
 

@@ -88,12 +88,12 @@ class MonteCLoRATuner(LoraModel):
 
     def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
         """Those of :meth:`active_posteriors` whose layers are neither disabled nor merged nor switched off."""
-        drawn = []
-        for posterior in self.active_posteriors():
-            first = cast(LoraLayer, self.model.get_submodule(posterior.layers[0].name))
-            if posterior.enabled and not first.disable_adapters and not first.merged:
-                drawn.append(posterior)
-        return drawn
+        return [posterior for posterior in self.active_posteriors() if posterior.enabled and self.in_use(posterior)]
+
+    def in_use(self, posterior: AdapterPosterior) -> bool:
+        """Whether an active adapter's layers compute it: any of them is neither disabled nor merged."""
+        layers = (cast(LoraLayer, self.model.get_submodule(layer.name)) for layer in posterior.layers)
+        return any(not layer.disable_adapters and not layer.merged for layer in layers)
 
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.

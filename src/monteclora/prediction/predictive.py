@@ -55,9 +55,15 @@ class PredictiveDistribution:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's mode is restored after it."""
+    """Evaluation mode without gradients inside the block; every module's mode is restored after it.
+
+    A model that is in evaluation mode already is not touched: several threads may predict with it.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in modes):
+        model.eval()
+    else:
+        modes = []
     try:
         with torch.no_grad():
             yield
@@ -86,9 +92,14 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     parameters = inspect.signature(base.forward).parameters
     two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     mask = inputs.get("decoder_attention_mask" if two_stacks else "attention_mask")
-    if mask is not None and not two_stacks and {"past_key_values", "position_ids"} <= parameters.keys():
+    counts_positions = not two_stacks and "position_ids" in parameters and inputs.get("position_ids") is None
+    if counts_positions and mask is not None and mask.dim() == 2:
         # absolute positions must not count padding on the left
-        inputs.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp_min(0))
+        if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        elif inputs.get("input_ids") is not None:
+            inputs = _padded_on_the_right(inputs, mask)
+            mask = inputs["attention_mask"]
     if "logits_to_keep" in parameters:
         # over a large vocabulary, the logits of all positions would take more memory than the model
         sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -100,6 +111,22 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             return logits.float()
         column = _last_positions(mask, logits)
     return logits[torch.arange(logits.shape[0], device=logits.device), column.to(logits.device)].float()
+
+
+def _padded_on_the_right(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+    """The same rows with their padding, shape (B, T), behind them."""
+    first = mask.long().argmax(-1)
+    if not first.any():
+        return inputs
+    length = mask.shape[1]
+    columns = (torch.arange(length, device=mask.device) + first[:, None]) % length
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    return {
+        name: value[rows.to(value.device), columns.to(value.device)]
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 
-from monteclora.adapters.restore import load_adapter
 from monteclora.adapters.sampler import Posterior
-from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE, check_adapter, check_finite
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
 from monteclora.data.models import load_tokenizer, resolve_model
@@ -32,10 +26,10 @@ from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import TaskData
 from monteclora.tasks.base import Predictor
 from monteclora.tasks.kinds import KINDS
-from monteclora.tasks.measures import measures_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["LoadedRun", "load_run"]
 
@@ -62,7 +56,7 @@ class LoadedRun:
     recipe: Recipe
     kind: Kind
     label_names: tuple[str, ...] | None
-    model: PeftModel | PreTrainedModel
+    model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     unfinished: str | None = None
     is_base: bool = False
@@ -157,10 +151,10 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         tokenizer=tokenizer,
         encoded={},
         collate=collator(kind, tokenizer),
-        measures=measures_for(kind),
+        measures=KINDS[kind].measures(),
         notes=(),
     )
-    model = base_model(recipe, prepared) if base else _adapted(recipe, prepared, adapter)
+    model = base_model(recipe, prepared) if base else _trained(recipe, prepared, adapter)
     if recipe.model.quantization == "none":
         model.to(training_device())
     model.requires_grad_(False).eval()
@@ -206,34 +200,8 @@ def _is_finished(run: RunFolder) -> bool:
         raise CheckpointError(f"{run.metrics.path} is damaged ({type(error).__name__})", _RESTORE) from None
 
 
-def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
-    """The model as training had it, which draws anew what neither the model's files nor the adapter's hold."""
-    check_adapter(folder)
-    if get_method(recipe.method.name).has_posterior and not (folder / POSTERIOR_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {POSTERIOR_FILE}", _RESTORE)
+def _trained(recipe: Recipe, prepared: PreparedData, folder: Path) -> nn.Module:
+    """The model as training had it, which draws anew what neither the model's files nor the saved ones hold."""
     model = prepare_model(recipe, prepared)
-    try:
-        weights = get_peft_model_state_dict(
-            model, adapter_name=cast(str, model.active_adapter), save_embedding_layers=False
-        )
-        _check_names(folder, list(weights))
-        load_adapter(model, folder)
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} cannot be loaded into {recipe.model.name}: {reason[:200]}", _RESTORE
-        ) from error
-    check_finite(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
+    get_method(recipe.method.name).load(model, folder)
     return model
-
-
-def _check_names(folder: Path, expected: Sequence[str]) -> None:
-    """peft passes over names that one side lacks with a warning."""
-    with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        differing = sorted(set(file.keys()) ^ set(expected))
-    if differing:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} does not fit the recipe: {len(differing)} weights are on one side only, "
-            f"as {differing[0]}",
-            _RESTORE,
-        )

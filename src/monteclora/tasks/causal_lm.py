@@ -19,7 +19,7 @@ from monteclora.prediction.generation import complete, encode_prompts
 from monteclora.prediction.options import predict_options
 from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
 from monteclora.tasks.commonsense import option_completions
-from monteclora.tasks.measures import Measures, measures_for
+from monteclora.tasks.measures import Measures, TokenMeasures
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ class CausalLM:
 
     def measures(self) -> Measures:
         """The metrics of the tokens to be learned."""
-        return measures_for(self.name)
+        return TokenMeasures()
 
     def accepts(self, label_names: Any) -> bool:
         """None."""

@@ -13,7 +13,7 @@ from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import Sampler
 from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
-from monteclora.tasks.measures import Measures, measures_for
+from monteclora.tasks.measures import ClassMeasures, Measures
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +33,7 @@ class Classification:
 
     def measures(self) -> Measures:
         """The metrics of classes."""
-        return measures_for(self.name)
+        return ClassMeasures()
 
     def accepts(self, label_names: Any) -> bool:
         """Two different names or more."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -26,7 +26,7 @@ from monteclora.training.estimate import Memory, Sizes, operations, required_mem
 from monteclora.training.phases import Phase, batches, phases_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
 
 __all__ = ["CheckReport", "MeasuredStep", "check"]
 
@@ -158,7 +158,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         )
 
 
-def _empty_model(recipe: Recipe, data: PreparedData) -> PeftModel:
+def _empty_model(recipe: Recipe, data: PreparedData) -> nn.Module:
     """The model with its adapter, without weights."""
     import transformers
 
@@ -178,7 +178,7 @@ def _empty_model(recipe: Recipe, data: PreparedData) -> PeftModel:
     return get_method(recipe.method.name).wrap(model, recipe.method, data.task.kind, recipe.seed)
 
 
-def _trained_names(model: PeftModel) -> dict[str, int]:
+def _trained_names(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -198,13 +198,13 @@ def _weights_at_hand(source: ModelSource) -> bool:
     return any(isinstance(try_to_load_from_cache(source.path, name), str) for name in files)
 
 
-def _measure(model: PeftModel, recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
+def _measure(model: nn.Module, recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
     """The faster of two passes over the first rows, after one that warms up."""
     device = training_device()
     if recipe.model.quantization == "none":
         model.to(device)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.precision)
     batch = data.collate([dict(row) for row in data.train.select(range(rows))]).to(device)
     memory = PeakMemory(device)
