@@ -167,3 +167,9 @@ def test_what_was_found_out_about_a_file_is_told(tmp_path):
     (tmp_path / "a.csv").write_text("text;label\none;a\ntwo;b\n")
     notes = load(DataSpec(task=str(tmp_path / "a.csv"), validation_fraction=0.0)).notes
     assert notes == (f"{tmp_path / 'a.csv'}: fields are separated by semicolons",)
+
+
+def test_a_validation_file_of_hidden_labels_leaves_validation_to_be_carved(tmp_path):
+    hidden = jsonl(tmp_path / "dev.jsonl", [{"text": "a", "label": -1}, {"text": "b", "label": -1}])
+    data = load(DataSpec(train_file=jsonl(tmp_path / "mail.jsonl", messages()), validation_file=hidden))
+    assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 54, "validation": 6}

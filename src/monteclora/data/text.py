@@ -12,24 +12,14 @@ from itertools import count
 from pathlib import Path
 from typing import IO, cast
 
-from monteclora.errors import ConfigError, DataError
+from monteclora.errors import DataError
 
-__all__ = ["COMPRESSIONS", "codec", "encoding_of", "text_lines"]
+__all__ = ["COMPRESSIONS", "encoding_of", "text_lines"]
 
 COMPRESSIONS = (".gz", ".zst")
 _LONGEST_LINE = 2**26  # bytes, of which a small gzip file can hold thousands of millions
 _CHUNK = 2**20
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def codec(name: str) -> str:
-    """The canonical name of a text encoding. Raises ConfigError when Python has none of that name."""
-    try:
-        found = codecs.lookup(name)
-        b"".decode(name)  # refuses codecs that are not of text
-    except (LookupError, ValueError):
-        raise ConfigError(f"data.encoding is {name!r}, and there is no such encoding", "Try cp1252.") from None
-    return found.name
 
 
 def encoding_of(path: Path, guess: bool) -> str:

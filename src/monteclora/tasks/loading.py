@@ -142,13 +142,15 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
     plan = _plan(spec, splits)
     checked = {split: read_rows(table, plan.columns) for split, table in plan.tables.items()}
     notes = [note for table in plan.tables.values() for note in table.notes]
-    notes += [f"{split}: left out, its labels are hidden" for split in _hidden(checked)]
-    checked = {split: rows for split, rows in checked.items() if split not in _hidden(checked)}
+    hidden = _hidden(checked)
+    notes += [f"{split}: left out, its labels are hidden" for split in hidden]
+    checked = {split: rows for split, rows in checked.items() if split not in hidden}
     labels = _label_set(plan, checked)
     data = {split: rows.to_dataset(labels) for split, rows in checked.items()}
     origins = {split: rows.table.name for split, rows in checked.items()}
     _check_classes(data, labels, plan.name)
-    if "train" in data and not plan.has_validation and spec.validation_fraction:
+    has_validation = plan.has_validation and "validation" not in hidden
+    if "train" in data and not has_validation and spec.validation_fraction:
         data["train"], data["validation"] = carve_validation(
             data["train"], spec.validation_fraction, spec.seed, origins["train"]
         )
