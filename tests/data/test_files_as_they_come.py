@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from monteclora.data.files import open_table
-from monteclora.errors import ConfigError
+from monteclora.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [{"text": "caf\u00e9, one", "label": "a"}, {"text": "two", "label": "b"}]
 CSV = 'text,label\n"caf\u00e9, one",a\ntwo,b\n'
@@ -67,6 +68,31 @@ def test_stray_quotes_of_a_raw_tsv_merge_no_lines(tmp_path: Path) -> None:
 def test_columns_of_jsonl_are_those_of_all_rows(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"instruction": "i", "output": "o"}\n{"instruction": "i", "input": "n"}\n')
     assert open_table(tmp_path / "x.jsonl").columns == ("instruction", "output", "input")
+
+
+def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    sheet = book.active
+    for row in ([None, None], ["text", "label", None], [ROWS[0]["text"], ROWS[0]["label"]], [], list(ROWS[1].values())):
+        sheet.append(row)
+    book.create_sheet("notes").append(["not read"])
+    book.save(tmp_path / "x.xlsx")
+    table = open_table(tmp_path / "x.xlsx")
+    assert table.columns == ("text", "label")
+    assert list(table.rows()) == [(3, ROWS[0]), (5, ROWS[1])]
+    sheet.append(["t", "l", "beyond"])
+    book.save(tmp_path / "x.xlsx")
+    with pytest.raises(DataError, match="row 6 has a value beyond the header"):
+        list(open_table(tmp_path / "x.xlsx").rows())
+    (tmp_path / "x.xlsx").write_bytes(b"PK no workbook")
+    with pytest.raises(DataError, match="is not a whole workbook"):
+        open_table(tmp_path / "x.xlsx")
+
+
+def test_a_damaged_zst_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.csv.zst").write_bytes(b"no frame at all")
+    with pytest.raises(DataError, match="damaged"):
+        open_table(tmp_path / "x.csv.zst")
 
 
 def test_a_workbook_without_its_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""csv and tsv files: delimiter, quoting and encoding are found where they are not given."""
+"""csv and tsv files: delimiter, quoting and encoding are found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from monteclora.data.table import OnBad, Row, Table, check_columns, stop, with_rows
+from monteclora.data.table import Row, Table, check_columns, with_rows
 from monteclora.data.text import encoding_of, text_lines
 from monteclora.errors import DataError
 
@@ -30,17 +30,16 @@ class _Dialect:
     skip: int
 
 
-def open_delimited(path: Path, suffix: str, delimiter: str | None, encoding: str | None) -> Table:
+def open_delimited(path: Path, suffix: str) -> Table:
     """Open a file with a header.
 
     Args:
         path: of the file.
         suffix: ``.csv`` or ``.tsv``, which decides between delimiters that fit equally well.
-        delimiter, encoding: None for finding them.
     """
     csv.field_size_limit(_LONGEST_FIELD)
     usual = "\t" if suffix == ".tsv" else ","
-    dialect = _dialect(path, usual, delimiter, encoding)
+    dialect = _dialect(path, usual)
     header = next(_records(path, dialect), None)
     if header is None:
         raise DataError(f"{path} is empty", "Give a file with rows.")
@@ -49,20 +48,18 @@ def open_delimited(path: Path, suffix: str, delimiter: str | None, encoding: str
         names.pop()
     columns = check_columns(str(path), names)
 
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
+    def rows() -> Iterator[Row]:
         records = _records(path, dialect)
         next(records)
         for number, values in records:
             if len(values) > len(columns) and not any(values[len(columns) :]):
                 del values[len(columns) :]  # columns without a name and without content
-            if len(values) == len(columns):
-                yield number, dict(zip(columns, values, strict=True))
-                continue
-            error = DataError(
-                f"{path}, line {number} has {len(values)} fields where the header has {len(columns)}",
-                "Put fields that hold the separator in double quotes.",
-            )
-            on_bad(number, error)
+            if len(values) != len(columns):
+                raise DataError(
+                    f"{path}, line {number} has {len(values)} fields where the header has {len(columns)}",
+                    "Put fields that hold the separator in double quotes.",
+                )
+            yield number, dict(zip(columns, values, strict=True))
 
     table = Table(str(path), columns, rows, notes=_notes(path, dialect, usual))
     return with_rows(table, "has a header and no rows")
@@ -79,14 +76,13 @@ def _notes(path: Path, dialect: _Dialect, usual: str) -> tuple[str, ...]:
     return (f"{path}: {', '.join(parts)}",) if parts else ()
 
 
-def _dialect(path: Path, usual: str, delimiter: str | None, encoding: str | None) -> _Dialect:
-    encoding = encoding or encoding_of(path, guess=True)
+def _dialect(path: Path, usual: str) -> _Dialect:
+    encoding = encoding_of(path, guess=True)
     first = next((line for _, line in text_lines(path, encoding)), "")
-    skip = 0
+    delimiter, skip = "", 0
     if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:  # spreadsheets write it for each other
-        delimiter, skip = delimiter or first[4], 1
-    if delimiter is None:
-        delimiter = _delimiter(path, encoding, usual)
+        delimiter, skip = first[4], 1
+    delimiter = delimiter or _delimiter(path, encoding, usual)
     quoted = delimiter != "\t" or _quotes_delimit(path, encoding, skip)
     return _Dialect(encoding, delimiter, quoted, skip)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from monteclora.data.table import OnBad, Row, Table, check_columns, stop, with_rows
+from monteclora.data.table import Row, Table, check_columns, with_rows
 from monteclora.errors import ConfigError, DataError
 
 __all__ = ["open_excel"]
@@ -45,13 +45,12 @@ def open_excel(path: Path) -> Table:
         names.pop()
     columns = check_columns(str(path), names)
 
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
+    def rows() -> Iterator[Row]:
         read = cells()
         next(read)
         for number, values in read:
             if any(value is not None for value in values[len(columns) :]):
-                on_bad(number, DataError(f"{path}, row {number} has a value beyond the header", "Name its column."))
-                continue
+                raise DataError(f"{path}, row {number} has a value beyond the header", "Name its column.")
             filled = (*values, *[None] * len(columns))[: len(columns)]
             yield number, dict(zip(columns, filled, strict=True))
 

@@ -54,10 +54,10 @@ def open_table(path: str | Path) -> Table:
         case ".xlsx":
             return open_excel(path)
         case ".csv" | ".tsv":
-            return open_delimited(path, suffix, None, None)
+            return open_delimited(path, suffix)
         case ".json":
-            return open_json(path, None)
-    return open_jsonl(path, None)
+            return open_json(path)
+    return open_jsonl(path)
 
 
 def _size(path: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monteclora.config import brief
-from monteclora.data.table import OnBad, Row, Table, stop, with_rows
+from monteclora.data.table import Row, Table, with_rows
 from monteclora.data.text import encoding_of, text_lines
 from monteclora.errors import DataError
 
@@ -17,20 +17,14 @@ __all__ = ["open_json", "open_jsonl"]
 _HINT = 'Write rows as {"text": ..., "label": ...}.'
 
 
-def open_jsonl(path: Path, encoding: str | None) -> Table:
+def open_jsonl(path: Path) -> Table:
     """Open a file of one JSON object a line. Its columns are the keys of all rows, in the order of their first use."""
-    encoding = encoding or encoding_of(path, guess=False)
+    encoding = encoding_of(path, guess=False)
 
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
+    def rows() -> Iterator[Row]:
         for number, line in text_lines(path, encoding):
-            if not line.strip():
-                continue
-            try:
-                row = _json_object(path, number, line)
-            except DataError as error:
-                on_bad(number, error)
-                continue
-            yield number, row
+            if line.strip():
+                yield number, _json_object(path, number, line)
 
     columns = _keys(path, encoding)
     if columns is None:
@@ -83,19 +77,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def open_json(path: Path, encoding: str | None) -> Table:
+def open_json(path: Path) -> Table:
     """Open a JSON document: a list of rows, or an object whose one list is the rows, such as ``{"data": [...]}``.
 
     A file of that ending that holds JSON lines is read as such. The document is held in memory.
     """
-    encoding = encoding or encoding_of(path, guess=False)
+    encoding = encoding_of(path, guess=False)
     first = next((line.lstrip() for _, line in text_lines(path, encoding) if line.strip()), "")
     if not first:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     if first.startswith("{") and _is_object(first):
         row = json.loads(first)
         if row and not _only_list(row):
-            return open_jsonl(path, encoding)
+            return open_jsonl(path)
     text = "".join(line for _, line in text_lines(path, encoding))
     try:
         found = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -132,12 +126,11 @@ _MESSAGE_KEYS = {"role", "from"}  # a list of these is a conversation, and the o
 
 
 def _list_table(path: Path, listed: list[Any]) -> Table:
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
+    def rows() -> Iterator[Row]:
         for number, row in enumerate(listed, start=1):
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                on_bad(number, DataError(f"{path}, row {number} is not a JSON object", _HINT))
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, row {number} is not a JSON object", _HINT)
+            yield number, row
 
     columns = dict.fromkeys(key for row in listed if isinstance(row, dict) for key in row)
     return Table(str(path), tuple(columns), rows, unit="row")

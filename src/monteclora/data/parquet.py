@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from monteclora.data.table import OnBad, Row, Table, check_columns, stop, with_rows
+from monteclora.data.table import Row, Table, check_columns, with_rows
 from monteclora.errors import DataError
 
 __all__ = ["open_parquet"]
@@ -19,7 +19,7 @@ def open_parquet(path: Path) -> Table:
     def damaged(error: Exception) -> DataError:
         return DataError(f"{path} is not a whole Parquet file: {_first_line(error)}", "Get the file again.")
 
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
+    def rows() -> Iterator[Row]:
         number = 0
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monteclora.data.files import Row, Table, open_table
-from monteclora.data.table import OnBad, stop
 from monteclora.errors import DataError, UnsafeCodeError
 
 if TYPE_CHECKING:
@@ -73,8 +72,8 @@ def _split_file(root: Path, task: str, split: str) -> Path:
 def convert(table: Table, columns: tuple[str, ...], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Table:
     """``table`` with ``function`` applied to each row; DataError for a row that lacks a column or that it refuses."""
 
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
-        for number, row in table.rows(on_bad):
+    def rows() -> Iterator[Row]:
+        for number, row in table.rows():
             try:
                 yield number, function(row)
             except KeyError as error:
@@ -101,7 +100,7 @@ def hub_table(source: str, split: str, dataset: Dataset) -> Table:
     return Table(
         name=f"{source} ({split})",
         columns=tuple(dataset.column_names),
-        rows=lambda on_bad=stop: enumerate(iter(dataset), start=1),
+        rows=lambda: enumerate(iter(dataset), start=1),
         unit="row",
         class_names=names,
     )

@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from monteclora.config import brief
 from monteclora.errors import DataError
 
-__all__ = ["OnBad", "Row", "Rows", "Table", "check_columns", "stop", "with_rows"]
+__all__ = ["Row", "Table", "check_columns", "with_rows"]
 
 Row = tuple[int, dict[str, Any]]
-OnBad = Callable[[int, DataError], None]
-"""Told the number of a row that cannot be read, and why; it may raise."""
-
-
-def stop(number: int, error: DataError) -> None:
-    """Raise the error of the first bad row."""
-    raise error
-
-
-class Rows(Protocol):
-    """Reads the rows of a table from its first one."""
-
-    def __call__(self, on_bad: OnBad = stop) -> Iterator[Row]:
-        """The rows one after the other, without those that ``on_bad`` was told of."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -36,20 +21,19 @@ class Table:
 
     ``unit`` is what the row numbers count: lines of a text file from 1 (a csv header is line 1), or rows from
     1. ``class_names`` holds the label names that come with the data, by column. ``notes`` says in words what was found
-    out about the file. ``places`` names a row where the table has several parts.
+    out about the file.
     """
 
     name: str
     columns: tuple[str, ...]
-    rows: Rows
+    rows: Callable[[], Iterator[Row]]
     unit: Literal["line", "row"] = "line"
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    places: Callable[[int], str] | None = None
 
     def place(self, number: int) -> str:
         """How messages name a row: ``reviews.csv, line 12``."""
-        return f"{self.name}, {self.unit} {number}" if self.places is None else self.places(number)
+        return f"{self.name}, {self.unit} {number}"
 
 
 def check_columns(name: str, columns: list[str]) -> tuple[str, ...]:
@@ -63,7 +47,6 @@ def check_columns(name: str, columns: list[str]) -> tuple[str, ...]:
 
 def with_rows(table: Table, message: str) -> Table:
     """``table``, or DataError when it has no row."""
-    told: list[DataError] = []
-    if next(table.rows(lambda _, error: told.append(error)), None) is None:
-        raise told[0] if told else DataError(f"{table.name} {message}", "Give a file with rows.")
+    if next(table.rows(), None) is None:
+        raise DataError(f"{table.name} {message}", "Give a file with rows.")
     return table

@@ -72,7 +72,7 @@ def _utf8_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: byte {offset + error.start} is not UTF-8",
-                "Save the file as UTF-8, or name its encoding in data.encoding.",
+                "Save the file as UTF-8.",
             ) from None
         offset += len(raw)
         yield number, line
@@ -90,7 +90,7 @@ def _numbered(path: Path, text: io.TextIOWrapper, encoding: str) -> Iterator[tup
             line = text.readline(_LONGEST_LINE + 1)
         except UnicodeError:
             raise DataError(
-                f"{path}, after line {number - 1}: the text is not {encoding}", "Name its encoding in data.encoding."
+                f"{path}, after line {number - 1}: the text is not {encoding}", "Save the file as UTF-8."
             ) from None
         if not line:
             return

@@ -18,7 +18,6 @@ from typing import Any
 
 from monteclora.data.files import Row, Table
 from monteclora.data.sources import HubData, convert, local_splits, open_split
-from monteclora.data.table import OnBad, stop
 from monteclora.errors import DataError
 from monteclora.tasks.registry import Task, register
 
@@ -148,8 +147,8 @@ def _load_mixture(split: str, folder: Path | None) -> Table:
     if split in local_splits("commonsense_instruct", folder):
         return _load("commonsense_instruct", split, folder)
 
-    def rows(on_bad: OnBad = stop) -> Iterator[Row]:
-        mixed = [row for name in _MIXTURE for _, row in _load(name, split, folder).rows(on_bad)]
+    def rows() -> Iterator[Row]:
+        mixed = [row for name in _MIXTURE for _, row in _load(name, split, folder).rows()]
         random.Random(0).shuffle(mixed)
         return enumerate(mixed, start=1)
 
