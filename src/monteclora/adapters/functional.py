@@ -27,7 +27,7 @@ def _add_product(result: Tensor, hidden: Tensor, weight_b: Tensor, scaling: floa
 def drawn_lora(
     x: Tensor, result: Tensor, mu: Tensor | None, weight_b: Tensor, draw: LayerDraw, scaling: float
 ) -> Tensor:
-    """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + noise`` (METHOD.md section 2).
+    """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + noise`` (docs/method.md section 2).
 
     With per-example noise, example b has ``A_b = mu + noise o (s_b u_b^T)`` (section 5). Its A is formed
     rather than its input's signs changed: that would keep a copy of the input for the backward pass.

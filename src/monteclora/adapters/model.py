@@ -247,7 +247,7 @@ def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
 
 
 def regularisers(model: nn.Module) -> list[Regulariser]:
-    """The regulariser of each active adapter, part by part (METHOD.md section 4)."""
+    """The regulariser of each active adapter, part by part (docs/method.md section 4)."""
     return [posterior.regulariser() for posterior in active_posteriors(model)]
 
 
@@ -258,7 +258,7 @@ def variational_loss(model: nn.Module) -> Tensor:
         model: the wrapped model.
 
     Returns:
-        A scalar, differentiable in rho and eta of the active adapters (METHOD.md section 4); zero while their
+        A scalar, differentiable in rho and eta of the active adapters (docs/method.md section 4); zero while their
         posteriors are switched off.
 
     Raises:

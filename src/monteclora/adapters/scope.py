@@ -1,4 +1,4 @@
-"""One draw for each forward pass, made before it starts (METHOD.md section 7).
+"""One draw for each forward pass, made before it starts (docs/method.md section 7).
 
 A :class:`DrawScope` hooks the model from its outermost module down to the one that holds every adapted layer, so that
 a draw is made whichever of them is called, once for the outermost call. Recomputation by activation checkpointing, in

@@ -225,7 +225,7 @@ def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[
 
 
 def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
-    """eps of each layer: absolute, or relative to the root mean square of its initial A (METHOD.md section 1)."""
+    """eps of each layer: absolute, or relative to the root mean square of its initial A (docs/method.md section 1)."""
     relative, value = config.parse_sample_scale()
     if not relative:
         return [value] * len(layers)

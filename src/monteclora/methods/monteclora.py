@@ -108,7 +108,7 @@ class MonteCLoRA(AdapterMethod):
         return get_peft_model(model, config)
 
     def begin_phase(self, model: nn.Module, phase: PhaseName) -> None:
-        """The phases of METHOD.md section 6."""
+        """The phases of docs/method.md section 6."""
         from monteclora.adapters.model import active_posteriors, train_posterior_only
 
         if phase == "posterior":
@@ -123,7 +123,7 @@ class MonteCLoRA(AdapterMethod):
         return super().decays(name) and ".posteriors." not in f".{name}"
 
     def added_loss(self, model: nn.Module) -> Added | None:
-        """The regulariser, METHOD.md section 4."""
+        """The regulariser, docs/method.md section 4."""
         import torch
 
         from monteclora.adapters.model import active_posteriors

@@ -1,4 +1,6 @@
-"""The posterior of one adapter: rho and eta of every layer, its draws and its regulariser (METHOD.md sections 1 to 5).
+"""The posterior of one adapter: rho and eta of every layer, its draws and its regulariser.
+
+See docs/method.md, sections 1 to 5.
 
 Layers may differ in rank and width, so what belongs to rows is stored flat, layer after layer: ``rho`` has R = sum of
 the ranks entries, and one draw fills one flat buffer for the whole model in a handful of kernels, however many layers
@@ -339,7 +341,7 @@ class AdapterPosterior(nn.Module):
         return cells, found
 
     def _signs(self, process: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
+        """The flipout signs of every example, for each layer's inputs and rows (docs/method.md section 5)."""
         into = [layer.in_features for layer in self.layers]
         out = [layer.rank for layer in self.layers]
         width = sum(into) + sum(out)
@@ -354,7 +356,7 @@ class AdapterPosterior(nn.Module):
     # -- objective -----------------------------------------------------------------------------------------------
 
     def regulariser(self) -> Regulariser:
-        """The KL terms and the cooperative loss, averaged over layers (METHOD.md section 4).
+        """The KL terms and the cooperative loss, averaged over layers (docs/method.md section 4).
 
         With ``estimator="expected"`` the expectations in closed form: no draw is needed, no variance is added. The
         cooperative expectation is that of the exact Dirichlet. With ``"sampled"``, KL_z and ||pi||^2 of the current
@@ -389,7 +391,7 @@ class AdapterPosterior(nn.Module):
 
     @torch.no_grad()
     def moments(self) -> dict[str, Tensor]:
-        """What the posterior looks like, layer by layer, each of shape (L,) (METHOD.md section 3).
+        """What the posterior looks like, layer by layer, each of shape (L,) (docs/method.md section 3).
 
         ``squared_norm`` is E||pi||^2 and ``noise_std`` the root mean square of A - mu.
         """

@@ -60,7 +60,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PostHocSpec:
-    """The second phase of ``mode: post_hoc``: the adapter is frozen, its posterior is trained (METHOD.md section 6).
+    """The second phase of ``mode: post_hoc``, in which the posterior alone is trained (docs/method.md section 6).
 
     Args:
         epochs: passes over the training rows.

@@ -79,7 +79,7 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """``compute_loss``, in training plus this batch's share of the regulariser (METHOD.md sections 4 and 7)."""
+        """``compute_loss``, in training with this batch's share of the regulariser (docs/method.md section 4)."""
         result = compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if not model.training:
             return result
