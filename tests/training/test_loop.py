@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 
 import monteclora
 import tests
+from monteclora.errors import ConfigError
 from monteclora.runs.run_folder import RunFolder
 from monteclora.training.batches import Batch, Batches
 from monteclora.training.loop import Loop
+from monteclora.training.phases import check_distribution
 from tests.training.conftest import Recipe, quietly
 
 MakeRecipe = Callable[..., Recipe]
@@ -160,3 +163,10 @@ def test_a_process_without_rows_counts_none_of_its_labels() -> None:
     batch = _batch([], {"input_ids": torch.ones(1, 3), "labels": torch.tensor([2])})
     assert isinstance(batch, Batch)
     assert (batch.inputs["labels"] == -100).all()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_models_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"this one was launched with {kind}"):
+        check_distribution(DistributedType(kind))
+    check_distribution(DistributedType.MULTI_GPU)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from rich.console import Console
 from torch import nn
 from transformers import get_scheduler, set_seed
@@ -248,9 +248,17 @@ def _accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
             raise
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"report_to {', '.join(recipe.report_to)}: {reason}", "Correct report_to.") from error
-    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
-        raise ConfigError("a run does not train with DeepSpeed", "Launch it with DDP or FSDP2.")
+    check_distribution(accelerator.distributed_type)
     return accelerator
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Raise ConfigError for a launch that shards the model: rho and eta would be sharded with it."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"every process of a run holds the whole model, and this one was launched with {kind.value}",
+            "Launch it without, or use monteclora.MonteCLoRATrainerMixin in a program of your own.",
+        )
 
 
 def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
