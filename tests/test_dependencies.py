@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,8 +26,8 @@ def declared() -> Iterator[Requirement]:
             yield requirement
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+def locked(file: str = "requirements.lock") -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
     pinned = [line.partition("==") for line in lines if not line.startswith("#")]
     return {canonicalize_name(name): version for name, _, version in pinned}
 
@@ -38,6 +39,15 @@ def test_every_dependency_has_an_upper_bound_and_a_version_in_the_lock_file(requ
     assert requirement.specifier.contains(version), f"the lock file has {requirement.name} {version}"
 
 
-def test_the_lock_file_names_versions_and_nothing_else() -> None:
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
+@pytest.mark.parametrize("requirement", list(declared()), ids=str)
+def test_every_lower_bound_is_a_version_that_the_tests_run_with(requirement: Requirement) -> None:
+    (bound,) = [Version(s.version) for s in requirement.specifier if s.operator in (">=", "==")] or [None]
+    lowest = Version(locked("requirements.lowest")[canonicalize_name(requirement.name)])
+    assert requirement.specifier.contains(lowest)
+    assert bound is None or bound == lowest
+
+
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements.lowest"])
+def test_the_lock_files_name_versions_and_nothing_else(file: str) -> None:
+    for line in (ROOT / file).read_text().splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), line

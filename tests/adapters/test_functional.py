@@ -57,7 +57,7 @@ def problem(*, per_example: bool = False, covariance: str = "diagonal", law: str
 
 
 def noise_of_a(posterior: AdapterPosterior, rho: Tensor, eta: Tensor, index: int = 0) -> Tensor:
-    """``eps ||pi|| L Xi`` line by line (METHOD.md section 2), from the raw numbers of the noise stream."""
+    """``eps ||pi|| L Xi`` line by line (docs/method.md section 2), from the raw numbers of the noise stream."""
     s, device = posterior.settings, torch.device("cpu")
 
     def stream(kind: noise.Kind) -> torch.Generator:

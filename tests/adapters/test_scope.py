@@ -362,3 +362,23 @@ def test_evaluating_between_steps_changes_nothing_in_training() -> None:
 
     plain, evaluated = train(False), train(True)
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+
+
+def test_sampling_a_merged_or_disabled_adapter_is_refused() -> None:
+    """Every draw would be the mean, and the uncertainty exactly zero."""
+    model = wrapped(llama).eval()
+    with model.disable_adapter(), pytest.raises(ConfigError, match="merged or disabled"):
+        monteclora.predict(model, {"input_ids": tokens()}, num_samples=2)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="merged or disabled") as caught:
+        monteclora.predict(model, {"input_ids": tokens()}, num_samples=2)
+    assert "unmerge_adapter" in caught.value.hint
+    model.unmerge_adapter()
+    assert monteclora.predict(model, {"input_ids": tokens()}, num_samples=2).epistemic.min() > 0
+
+
+def test_several_draws_on_a_batch_that_they_do_not_divide_are_refused() -> None:
+    model = wrapped(llama).eval()
+    with posterior_sampling(model, num_samples=3), pytest.raises(ConfigError, match="3 draws at once met") as caught:
+        model(input_ids=tokens(rows=4))
+    assert "Repeat the batch" in caught.value.hint

@@ -15,7 +15,7 @@ from tests.old_files import run_assets, run_recipe
 SAMPLE = (
     "NUL, csv",
     "ragged rows",
-    "latin-1",
+    "NUL, csv",
     "truncated parquet",
     "a header only",
     "a label with control characters",

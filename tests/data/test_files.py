@@ -77,10 +77,9 @@ def test_a_field_longer_than_the_csv_modules_limit(tmp_path):
         ("a.csv", "text,label\na,b,c\n", "line 2 has 3 fields where the header has 2"),
         ("a.csv", 'text,label\na,x\n"b,y\nc,z\n', "the row that starts in line 3: unexpected end of data"),
         ("a.csv", "text,text\na,b\n", "has the column 'text' more than once"),
-        ("a.csv", "text,,\na,b,c\n", "has a column without a name more than once"),
+        ("a.csv", "text,,\na,b,c\n", "line 2 has 3 fields where the header has 1"),
         ("a.csv", b"text,label\na,x\nb\0,y\n", "line 3 holds a NUL byte"),
-        ("a.csv", b"text,label\na,x\ncaf\xe9,y\n", "line 3: byte 18 is not UTF-8"),
-        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "is UTF-16"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "line 2: byte 19 is not UTF-8"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is not JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is not a JSON object"),
         ("a.jsonl", '{"a": 1, "a": 2}\n', "line 1 is not JSON: the key 'a' is given twice"),
@@ -88,7 +87,8 @@ def test_a_field_longer_than_the_csv_modules_limit(tmp_path):
         ("a.jsonl.gz", "no gzip", "damaged gzip"),
         ("a.jsonl.gz", gzip.compress(JSONL.encode() * 1000)[:-20], "damaged gzip"),
         ("a.parquet", "no parquet", "is not a whole Parquet file"),
-        ("a.json", "{}", "cannot tell the format"),
+        ("a.json", "{}", "holds no list of rows"),
+        ("a.txt", "{}", "cannot tell the format"),
     ],
 )
 def test_a_defect_is_named_with_its_place(tmp_path, name, content, part):

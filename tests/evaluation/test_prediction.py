@@ -12,6 +12,7 @@ from monteclora.evaluation.run import evaluate
 from monteclora.prediction.generation import complete, encode_prompts
 from monteclora.runs.loading import load_run
 from monteclora.tasks import load_inputs
+from monteclora.tasks.classification import Classification
 from tests.finished_runs import LABELS, questions, texts, write_rows
 
 
@@ -39,12 +40,12 @@ def test_predictions_are_those_of_the_evaluation(trained, unlabelled, tmp_path, 
     assert (found.rows, found.num_samples, found.notes) == (15, 3, ())
     expected = evaluate(trained["texts"], seed=5, progress=False).scored.predictions
     rows = read(found.path)
-    names = ["index", "text", "label", "confidence", "probabilities", "total", "aleatoric", "epistemic"]
+    names = ["index", "text", "prediction", "confidence", "probabilities", "total", "aleatoric", "epistemic"]
     for i, row in enumerate(rows):
         assert list(row) == names
         assert row["index"] == i
         np.testing.assert_allclose(list(row["probabilities"].values()), expected.probs[i], atol=1e-6)
-        assert row["label"] == LABELS[expected.probs[i].argmax()]
+        assert row["prediction"] == LABELS[expected.probs[i].argmax()]
         assert row["epistemic"] == pytest.approx(expected.epistemic[i], abs=1e-6)
 
 
@@ -52,7 +53,7 @@ def test_rows_come_in_the_order_of_the_file_however_they_are_cut_up(trained, tmp
     rows = [{"text": row["text"]} for row in texts(23, seed=2)]
     file = write_rows(tmp_path / "in.jsonl", rows)
     whole = read(quietly(trained["texts"], file, tmp_path / "whole.jsonl").path)
-    monkeypatch.setitem(predict_file.__globals__["_ROWS_AT_ONCE"], "classification", 5)
+    monkeypatch.setattr(Classification, "rows_at_once", 5)
     parts = read(quietly(trained["texts"], file, tmp_path / "parts.parquet", batch_size=2).path)
     assert [row["text"] for row in whole] == [row["text"] for row in parts] == [row["text"] for row in rows]
     assert [row["index"] for row in parts] == list(range(23))
@@ -151,7 +152,7 @@ def test_an_interruption_leaves_nothing_behind(trained, unlabelled, tmp_path, mo
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(predict_file.__globals__, "_classified", interrupt)
+    monkeypatch.setattr(Classification, "predict", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quietly(trained["texts"], unlabelled, tmp_path / "out.parquet")
     assert os.listdir(tmp_path) == ["messages.csv"]

@@ -36,8 +36,8 @@ def test_classification_is_measured_at_the_mean_and_under_draws(copied):
     result = quietly(copied("texts"), seed=3)
     assert (result.split, result.source.rows, result.num_samples, result.model) == ("test", 15, 3, "adapter")
     assert set(result.point) == set(result.posterior) == CLASSIFICATION
-    found, labels = result.scored.predictions, result.scored.labels
-    assert result.point == pytest.approx(measure("classes", found.point, labels))
+    found, labels = result.scored.predictions, result.scored.predictions.labels
+    assert result.point == pytest.approx(measure("classes", result.scored.at_mean.probs, labels))
     assert result.posterior == pytest.approx(measure("classes", found.probs, labels))
     assert result.posterior["nll"] != result.point["nll"]
 
@@ -54,7 +54,7 @@ def test_predictions_are_those_of_the_trained_model(assets, trained, copied):
     for i, row in enumerate(result.rows):
         with torch.no_grad():
             logits = model(**tokenizer(row["text"], truncation=True, max_length=16, return_tensors="pt")).logits
-        np.testing.assert_allclose(result.scored.predictions.point[i], logits.softmax(-1)[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(result.scored.at_mean.probs[i], logits.softmax(-1)[0].numpy(), atol=1e-5)
 
 
 def test_predictions_parquet_holds_every_row(copied):
@@ -142,12 +142,12 @@ def test_options_are_ranked_by_their_likelihood(copied):
             scores.append(sum(log_probs[i - 1, ids[i]].item() for i in range(start, len(ids) - 1)))
         expected = np.exp(scores) / np.exp(scores).sum()
         if len(loaded.tokenizer(row["prompt"])["input_ids"]) < 10:  # a longer prompt is cut
-            np.testing.assert_allclose(result.scored.predictions.point[index, : len(scores)], expected, atol=1e-5)
+            np.testing.assert_allclose(result.scored.at_mean.probs[index, : len(scores)], expected, atol=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_cut_alike_for_all_its_options(copied):
     result = quietly(copied("questions"), num_samples=0)
-    assert any("were shortened to 16 tokens" in note for note in result.notes)
+    assert any("were truncated to 16 tokens" in note for note in result.notes)
     table = pq.read_table(result.folder / "predictions.parquet").to_pylist()
     for row in table:
         assert len(row["probabilities"]) == len(row["options"])

@@ -10,10 +10,11 @@ import torch
 
 from monteclora.errors import ConfigError
 from monteclora.methods import Method, list_methods
+from monteclora.methods.lora import LoRAFields
 from tests.methods.common import options, wrap
 from tests.models import bert, llama
 
-METHODS = list_methods()
+METHODS = [method for method in list_methods() if issubclass(method.options, LoRAFields)]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

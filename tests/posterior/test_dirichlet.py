@@ -101,7 +101,7 @@ def test_two_percent_in_the_concentrations_are_noticed(seed, law, factor):
 
 
 def check_laplace_log_ratios(alpha: tuple[float, ...], seed: int, dtype: torch.dtype, factor: float = 1.0) -> None:
-    """Differences of Gaussian logits: Normal(log a_i - log a_j, var_i + var_j), METHOD.md section 2."""
+    """Differences of Gaussian logits: Normal(log a_i - log a_j, var_i + var_j), docs/method.md section 2."""
     pi = torch.as_tensor(weights(log(alpha, dtype), "laplace", seed))
     n, inverse = len(alpha), [1.0 / a for a in alpha]
     variance = [v * (1.0 - 2.0 / n) + sum(inverse) / n**2 for v in inverse]

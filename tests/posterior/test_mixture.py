@@ -198,7 +198,7 @@ def test_the_divergence_in_float32_agrees_with_float64(size, nu):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_published_law_cannot_bring_its_divergences_below_170_nats(full, normalised):
-    """METHOD.md section 1, at r = 16 and N = 8. The sum is separable and convex in each row's log variance."""
+    """docs/method.md section 1, at r = 16 and N = 8. The sum is separable and convex in each row's log variance."""
     rank, num = 16, 8
 
     def total(rho: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings, noise
+from monteclora.posterior import AdapterPosterior, Draw, LayerShape, PosteriorSettings, in_force, noise
 from tests.posterior.building import random_posterior
 
 VARIANTS: list[dict[str, Any]] = [
@@ -170,11 +170,15 @@ def test_slots_hold_their_layers_part_of_whatever_is_current():
     posterior = random_posterior()
     assert len(posterior.slots) == len(posterior.layers)
     draw, prediction = posterior.draw(), posterior.sample(0, 0, 2)
-    posterior.predictive = prediction
-    for slot, trained, sampled in zip(posterior.slots, draw.layers, prediction.layers, strict=True):
-        assert slot.current is trained
-        assert slot.predictive is sampled
-    posterior.current = posterior.predictive = None
+    with in_force.restored():
+        posterior.predict_with(prediction)
+        assert posterior.predictive is prediction
+        for slot, trained, sampled in zip(posterior.slots, draw.layers, prediction.layers, strict=True):
+            assert slot.current is trained
+            assert slot.predictive is sampled
+        posterior.predict_with(None)
+        assert posterior.predictive is None
+    posterior.current = None
     assert all(slot.current is slot.predictive is None for slot in posterior.slots)
 
 
@@ -385,8 +389,8 @@ def test_a_posterior_without_values_gets_them_from_a_state_dict(covariance):
 def test_moving_forgets_draws_on_the_old_device():
     posterior = random_posterior()
     posterior.draw()
-    posterior.predictive = posterior.sample(0, 0)
+    posterior.mirror(posterior.sample(0, 0))
     posterior.to("cpu")
-    assert posterior.current is posterior.predictive is None
+    assert posterior.current is None
     assert all(slot.current is slot.predictive is None for slot in posterior.slots)
     assert posterior.draws == 1

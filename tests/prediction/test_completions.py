@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from monteclora.adapters.model import posterior_sampling
+from monteclora.adapters.sampler import Posterior
 from monteclora.data.encoding import IGNORED
-from monteclora.prediction.completions import predict_completions
+from monteclora.prediction.completions import score_completions
 from tests.models import gpt2, llama, wrapped
-from tests.prediction.test_inference import SIDES, padding, rows_of
+from tests.prediction.rows import SIDES, padding, rows_of
 
 
 def collating(side):
@@ -48,21 +49,20 @@ def entropy(probs):
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_scores_are_those_of_each_row_alone(build, side):
     model, (rows, learned) = wrapped(build), completion_rows()
-    found = predict_completions(model, rows, collating(side), batch_size=2)
-    assert found.predictive is None
-    assert found.point.tokens.tolist() == list(learned)
+    found = score_completions(model, rows, collating(side), batch_size=2)
+    assert found.tokens.tolist() == list(learned)
     for i, row in enumerate(rows):
         probs, tokens = next_token_probs(model, row)
-        assert found.point.nll[i] == pytest.approx(-np.log(probs[range(len(tokens)), tokens]).sum(), abs=1e-4)
-        assert found.point.correct[i] == (probs.argmax(-1) == tokens).sum()
+        assert found.nll[i] == pytest.approx(-np.log(probs[range(len(tokens)), tokens]).sum(), abs=1e-4)
+        assert found.correct[i] == (probs.argmax(-1) == tokens).sum()
         assert found.total[i] == pytest.approx(entropy(probs).mean(), abs=1e-5)
-    assert found.point.mean_nll == pytest.approx(found.point.nll.sum() / sum(learned))
+    assert found.sums.nll / found.sums.tokens == pytest.approx(found.nll.sum() / sum(learned))
     np.testing.assert_array_equal(found.epistemic, 0.0)
 
 
 def test_draws_average_each_next_token_distribution():
     model, (rows, _) = wrapped(llama), completion_rows()
-    found = predict_completions(model, rows, collating("right"), batch_size=2, num_samples=3, seed=4)
+    found = score_completions(model, rows, collating("right"), batch_size=2, sampler=Posterior(3, seed=4))
     for i, row in enumerate(rows):
         draws = []
         for number in range(3):
@@ -71,9 +71,9 @@ def test_draws_average_each_next_token_distribution():
             draws.append(probs)
         mean = np.mean(draws, 0)
         nll = -np.log(mean[range(len(tokens)), tokens]).sum()
-        assert found.predictive.nll[i] == pytest.approx(nll, abs=1e-4)
+        assert found.nll[i] == pytest.approx(nll, abs=1e-4)
         assert found.total[i] == pytest.approx(entropy(mean).mean(), abs=1e-5)
         assert found.aleatoric[i] == pytest.approx(np.mean([entropy(p).mean() for p in draws]), abs=1e-5)
     np.testing.assert_allclose(found.total, found.aleatoric + found.epistemic, atol=1e-12)
     assert (found.epistemic > 1e-6).all()
-    assert not np.allclose(found.point.nll, found.predictive.nll, atol=1e-4)
+    assert not np.allclose(found.nll, score_completions(model, rows, collating("right")).nll, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -200,7 +201,7 @@ ROWS = [[5, 9, 33], [7, 8, 60, 41, 2, 90], [11], [50, 51, 52, 53]]
 
 @pytest.mark.parametrize(
     ("build", "side"),
-    [(bert, "right"), *((b, s) for b in (llama, gpt2, llama_classifier) for s in ("left", "right"))],
+    [(b, s) for b in (bert, llama, gpt2, llama_classifier) for s in ("left", "right")],
 )
 def test_neither_the_other_rows_nor_the_padding_matter(build: Callable[..., nn.Module], side: str) -> None:
     model = wrapped(build)
@@ -338,14 +339,12 @@ def test_low_precision_models() -> None:
     torch.testing.assert_close(mixed.probs, exact.probs, rtol=0.1, atol=1e-2)
 
 
-def test_two_adapters_and_disabled_ones() -> None:
+def test_two_adapters() -> None:
     model, batch = wrapped(llama), inputs(llama)
     model.add_adapter("second", config_for(llama, r=2, target_modules=["q_proj"]))
     stir(model, seed=3)
     model.base_model.set_adapter(["default", "second"])
     assert predict(model, batch, num_samples=3).epistemic.gt(0).all()
-    with model.disable_adapter():
-        assert predict(model, batch, num_samples=3).epistemic.eq(0).all()
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -396,3 +395,55 @@ def test_a_row_of_one_token_is_not_confused_with_its_padding() -> None:
     found = predict(wrapped(llama), batch, num_samples=2)
     alone = predict(wrapped(llama), {"input_ids": torch.tensor([[END]])}, num_samples=2)
     torch.testing.assert_close(found.probs[:, 1], alone.probs[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_threads_that_predict_with_one_model_do_not_meet() -> None:
+    """400 predictions with four seeds in eight threads, one of them at the mean beside them."""
+    model = wrapped(bert)
+    model.eval()
+    batch = padded(ROWS, "right")
+    expected = [predict(model, batch, num_samples=2, seed=seed).probs for seed in range(4)]
+    with torch.no_grad():
+        mean = model(**batch).logits
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def work(seed: int) -> None:
+        for _ in range(50):
+            if not torch.equal(predict(model, batch, num_samples=2, seed=seed).probs, expected[seed]):
+                wrong.append(seed)
+
+    def plain() -> None:
+        while not done.is_set():
+            with torch.no_grad():
+                if not torch.equal(model(**batch).logits, mean):
+                    wrong.append(-1)
+
+    beside = threading.Thread(target=plain)
+    threads = [threading.Thread(target=work, args=(number % 4,)) for number in range(8)]
+    for thread in (beside, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    beside.join()
+    assert wrong == []
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, mean)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("a text", "given a str, expected the model's inputs by name"),
+        (["a text"], "given a list, expected"),
+        (torch.tensor([[5, 6]]), "given a Tensor, expected"),
+        ({"input_ids": torch.tensor([5, 6])}, r"input_ids has the shape \(2,\), expected \(rows, tokens\)"),
+    ],
+    ids=["text", "list", "tensor", "one row"],
+)
+def test_what_is_no_batch_is_refused_in_one_line(batch: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        predict(wrapped(llama), batch)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)

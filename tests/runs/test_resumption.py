@@ -14,7 +14,7 @@ import pytest
 from monteclora.errors import CheckpointError
 from monteclora.runs.recipe import load_recipe, recipe_sha256
 from monteclora.runs.result import RunResult
-from monteclora.runs.resumption import overrides_of
+from monteclora.runs.resumption import claim, overrides_of
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.tree import load_tree
 from monteclora.training.run import train
@@ -177,3 +177,11 @@ def test_a_checksum_of_another_version_is_no_other_recipe(
     quietly(recipe())  # beside checkpoints of both versions
     assert [entry["step"] for entry in resumed(tmp_path / "run")] == [2, 4]
     assert all("override" not in entry for entry in resumed(tmp_path / "run"))
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    recipe = load_recipe({"name": "a", "model": {"name": "m"}, "data": {"task": "helpdesk"}, "method": {}})
+    with pytest.raises(CheckpointError, match="holds files and is no run"):
+        claim(RunFolder(tmp_path), recipe)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]

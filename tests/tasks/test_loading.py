@@ -153,3 +153,23 @@ def test_a_wrong_section_is_told_field_by_field():
         build(DataSpec, wrong)
     for name in ("task", *wrong):
         assert f"recipe: {name} " in caught.value.message
+
+
+def test_the_train_split_alone_is_what_training_had(tmp_path):
+    spec = DataSpec(task=jsonl(tmp_path / "mail.jsonl", messages()))
+    whole, alone = load(spec), load(spec, splits=["train"])
+    assert list(alone.splits) == ["train"]
+    assert alone.sources["train"] == whole.sources["train"]
+    assert alone.sources["train"].rows == 54
+
+
+def test_what_was_found_out_about_a_file_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("text;label\none;a\ntwo;b\n")
+    notes = load(DataSpec(task=str(tmp_path / "a.csv"), validation_fraction=0.0)).notes
+    assert notes == (f"{tmp_path / 'a.csv'}: fields are separated by semicolons",)
+
+
+def test_a_validation_file_of_hidden_labels_leaves_validation_to_be_carved(tmp_path):
+    hidden = jsonl(tmp_path / "dev.jsonl", [{"text": "a", "label": -1}, {"text": "b", "label": -1}])
+    data = load(DataSpec(train_file=jsonl(tmp_path / "mail.jsonl", messages()), validation_file=hidden))
+    assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 54, "validation": 6}

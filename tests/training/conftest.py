@@ -20,7 +20,7 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.training import phases
 from monteclora.training.interruption import Interruption
 from monteclora.training.run import train
-from tests.models import VOCABULARY, bert, llama
+from tests.models import END, PAD, VOCABULARY, bert, llama
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
@@ -156,6 +156,16 @@ def trace(folder: Path) -> dict[str, Any]:
         "adapter": adapter_content(folder),
         "optimizer": (last / "training_state.safetensors").read_bytes(),
         "state": without_times(state),
-        "trainer": json.loads((last / "trainer_state.json").read_text()),
         "metrics": without_times(run.metrics.read()),
     }
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... and a chat template, made here: nothing is fetched."""
+    words = {f"w{number}": number + 2 for number in range(VOCABULARY - 2)}
+    inner = Tokenizer(models.WordLevel({"<pad>": PAD, "<end>": END, **words}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<pad>")
+    made.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    return made

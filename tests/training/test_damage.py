@@ -153,7 +153,7 @@ def test_no_space_left(where: str, recipe: MakeRecipe, stopped: Path, monkeypatc
         "flush": "monteclora.system.atomic._flush",
         "rename": "monteclora.system.atomic.os.rename",
         "save_tree": "monteclora.training.checkpoint.save_tree",
-        "file": "monteclora.adapters.storage.os.fsync",
+        "file": "monteclora.system.atomic.os.fsync",
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(place, full)

@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from monteclora.errors import DivergenceError
+from monteclora.posterior import AdapterPosterior, Regulariser
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.tree import load_tree
 from monteclora.training import phases
-from monteclora.training import trainer as mixins
+from monteclora.training.batches import Batch
 from monteclora.training.divergence import NonFiniteSteps
+from monteclora.training.loop import Loop
 from monteclora.training.run import train
-from monteclora.training.run_trainer import ROW, RunTrainer
 from tests.training.conftest import Recipe, StopAfter, quietly, trace, train_until
 
 MakeRecipe = Callable[..., Recipe]
@@ -34,43 +35,60 @@ class Planted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, part: str, steps: set[int], batch: int = 0) -> None:
         self.part, self.steps, self.batch = part, steps, batch
         self.batches: dict[int, list[list[int]]] = {}
-        self.trainer: Any = None
-        build, step = phases._trainer, RunTrainer.training_step
+        self.loop: Any = None
+        self.rows: list[list[int]] = []
+        build, step = phases._loop, Loop.step
 
-        def build_with_hooks(*args: Any) -> RunTrainer:
-            self.trainer = trainer = build(*args)
+        def build_with_hooks(*args: Any) -> Loop:
+            self.loop = loop = build(*args)
             self.batches.clear()
-            model: Any = trainer.model
+            model: Any = loop.model
             model.get_input_embeddings().register_forward_hook(lambda *call: self.poison("input", call[2]))
             weight = next(p for name, p in model.named_parameters() if "lora_B" in name)
             if weight.requires_grad:
                 weight.register_hook(lambda gradient: self.poison("gradient", gradient))
-            loss = trainer.compute_loss_func
-            if loss is not None:
-                trainer.compute_loss_func = lambda *a, **k: self.poison("loss", loss(*a, **k))
-            return trainer
+            loop.measures = PoisonedMeasures(loop.measures, self)
+            return loop
 
-        def note_rows(trainer: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-            self.batches.setdefault(self.now, []).append(inputs[ROW].tolist())
-            return step(trainer, model, inputs, *args, **kwargs)
+        def note_rows(loop: Loop, batches: list[Batch]) -> None:
+            self.rows = [list(batch.rows) for batch in batches]
+            step(loop, batches)
 
-        regularisers = mixins.regularisers
-        monkeypatch.setattr(phases, "_trainer", build_with_hooks)
-        monkeypatch.setattr(RunTrainer, "training_step", note_rows)
-        monkeypatch.setattr(
-            mixins,
-            "regularisers",
-            lambda model: [p._replace(coop=self.poison("regulariser", p.coop)) for p in regularisers(model)],
-        )
+        regulariser = AdapterPosterior.regulariser
+        monkeypatch.setattr(phases, "_loop", build_with_hooks)
+        monkeypatch.setattr(Loop, "step", note_rows)
+
+        def poisoned(posterior: AdapterPosterior) -> Regulariser:
+            found = regulariser(posterior)
+            return found._replace(coop=self.poison("regulariser", found.coop))
+
+        monkeypatch.setattr(AdapterPosterior, "regulariser", poisoned)
 
     @property
     def now(self) -> int:
-        return self.trainer.state.global_step + 1
+        step: int = self.loop.state.step
+        return step + 1
 
     def poison(self, part: str, value: Tensor) -> Tensor:
-        if part == self.part and self.now in self.steps and self.trainer.model.training:
+        if part == self.part and self.now in self.steps and self.loop.model.training:
             return value * (float("nan") if len(self.batches[self.now]) == self.batch + 1 else 1.0)
         return value
+
+
+class PoisonedMeasures:
+    """The measures of a run, whose losses go through a :class:`Planted`."""
+
+    def __init__(self, measures: Any, planted: Planted) -> None:
+        self.measures = measures
+        self.planted = planted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.measures, name)
+
+    def loss(self, *args: Any) -> Tensor:
+        seen = self.planted.batches.setdefault(self.planted.now, [])
+        seen.append(self.planted.rows[len(seen)])
+        return self.planted.poison("loss", self.measures.loss(*args))
 
 
 def diverged(folder: Path) -> dict[str, Any]:
@@ -237,7 +255,7 @@ def test_a_stopped_run_may_go_on_by_skipping(recipe: MakeRecipe, monkeypatch: py
 
 def test_steps_are_counted_over_phases(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     met = []
-    monkeypatch.setattr(NonFiniteSteps, "met", lambda self, step, *args, **kwargs: met.append((self.first_step, step)))
+    monkeypatch.setattr(NonFiniteSteps, "met", lambda self, state, *args: met.append((self.first_step, state.step + 1)))
     Planted(monkeypatch, "loss", {2})
     quietly(recipe(mode="post_hoc", max_steps=3, post_hoc={"max_steps": 2}))
     assert met == [(0, 2), (3, 2)]

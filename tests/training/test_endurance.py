@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
 
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.run_folder import RunFolder
-from monteclora.training import phases
 from monteclora.training.interruption import TrainingInterrupted
+from monteclora.training.loop import Loop
 from monteclora.training.run import train
 from tests.training.conftest import Recipe, quietly
 from tests.training.test_checkpoint import assert_same
@@ -146,16 +145,18 @@ def test_saved_within_five_seconds_of_a_signal(number: signal.Signals, recipe: M
         assert newest_complete(run.checkpoints) is not None
 
 
-class _Watch(TrainerCallback):
-    """Resident memory (bytes) and open files, every hundred steps."""
+class _Watch:
+    """Memory and open files at every hundredth step."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
+        self.step = Loop.step
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and state.global_step % 100 == 0:
+    def __call__(self, loop: Loop, batches: Any) -> None:
+        if loop.state.step and loop.state.step % 100 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             self.seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        self.step(loop, batches)
 
 
 @pytest.mark.slow
@@ -163,15 +164,9 @@ class _Watch(TrainerCallback):
 def test_two_thousand_steps_take_no_more_memory_than_two_hundred(recipe: MakeRecipe, tmp_path: Path) -> None:
     made = recipe(max_steps=2010, epochs=1000, batch_size=4, save_every=100, eval_every=100, keep_checkpoints=2)
     watch, file = _Watch(), tmp_path / "seen.json"
-    build = phases._trainer
-
-    def watched(*args: Any) -> Any:
-        trainer = build(*args)
-        trainer.add_callback(watch)
-        return trainer
 
     def work() -> None:
-        phases._trainer = watched
+        Loop.step = lambda loop, batches: watch(loop, batches)  # type: ignore[method-assign]
         train(made, progress=False)
         file.write_text(json.dumps(watch.seen))
 

@@ -272,7 +272,7 @@ def test_too_little_memory(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("monteclora.training.run_trainer.RunTrainer.training_step", refuse)
+    monkeypatch.setattr("monteclora.training.loop.Loop.step", refuse)
     with pytest.raises(ConfigError, match=r"a pass over 4 rows does not fit .* Lower training\.micro_batch_size"):
         quietly(recipe(micro_batch_size=4))
 

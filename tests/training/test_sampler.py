@@ -4,27 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monteclora.training.sampler import LengthGroupedSampler
+from monteclora.training.sampler import length_grouped
 
 
-def batches(sampler: LengthGroupedSampler) -> list[list[int]]:
-    order = list(sampler)
-    return [order[i : i + sampler.batch_size] for i in range(0, len(order), sampler.batch_size)]
-
-
-def padded(sampler: LengthGroupedSampler) -> int:
-    return sum(len(batch) * max(sampler.lengths[i] for i in batch) for batch in batches(sampler))
+def batches(order: list[int], batch_size: int) -> list[list[int]]:
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 @given(st.lists(st.integers(1, 50), max_size=80), st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_every_row_once_whatever_the_sizes(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
-    sampler = LengthGroupedSampler(lengths, batch_size, seed)
-    sampler.set_epoch(epoch)
-    assert sorted(sampler) == list(range(len(lengths)))
-    assert len(sampler) == len(lengths)
+    seen = length_grouped(lengths, batch_size, seed, epoch)
+    assert sorted(seen) == list(range(len(lengths)))
     whole = len(lengths) - len(lengths) % batch_size
     if whole:  # among the rows of whole batches
-        seen = list(sampler)
         assert max(lengths[i] for i in seen[:batch_size]) == max(lengths[i] for i in seen[:whole])
 
 
@@ -34,21 +26,21 @@ def uneven() -> list[int]:
 
 
 def test_little_padding_and_batches_in_no_order_of_length(uneven: list[int]) -> None:
-    grouped, shuffled = LengthGroupedSampler(uneven, 16, 0), LengthGroupedSampler(uneven, 16, 0)
-    shuffled.lengths = [1] * len(uneven)  # sorting by equal lengths keeps the shuffled order
-    plain = sum(len(batch) * max(uneven[i] for i in batch) for batch in batches(shuffled))
-    assert padded(grouped) < 1.1 * sum(uneven)
+    grouped = batches(length_grouped(uneven, 16, 0, 0), 16)
+    shuffled = batches(length_grouped([1] * len(uneven), 16, 0, 0), 16)  # equal lengths keep the shuffled order
+    padded, plain = (
+        sum(len(batch) * max(uneven[i] for i in batch) for batch in found) for found in (grouped, shuffled)
+    )
+    assert padded < 1.1 * sum(uneven)
     assert plain > 1.7 * sum(uneven)
-    longest = [max(uneven[i] for i in batch) for batch in batches(grouped)[1:-1]]
+    longest = [max(uneven[i] for i in batch) for batch in grouped[1:-1]]
     rising = sum(a < b for a, b in itertools.pairwise(longest)) / len(longest)
     assert 0.3 < rising < 0.7
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(uneven: list[int]) -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = LengthGroupedSampler(uneven, 16, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        return length_grouped(uneven, 16, seed, epoch)
 
     assert order(1, 2) == order(1, 2)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6

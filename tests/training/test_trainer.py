@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 import monteclora
 from monteclora import MonteCLoRATrainer, MonteCLoRATrainerMixin, variational_loss
 from monteclora.adapters.model import train_posterior_only
-from monteclora.errors import DivergenceError
+from monteclora.errors import ConfigError, DivergenceError
 from tests.models import (
     PAD,
     VOCABULARY,
@@ -234,8 +236,8 @@ def test_the_logged_loss_is_the_objective_with_the_regulariser_once(tmp_path: Pa
     sizes = {"per_device_train_batch_size": split[0], "gradient_accumulation_steps": split[1]}
     (logged,) = train(head_model("inline loss")[0], data, tmp_path, **sizes).logged
     assert logged["loss"] == pytest.approx(expected, rel=1e-4)
-    assert logged["kl"] == pytest.approx(parts.kl.item(), rel=1e-5)
-    assert logged["pi_squared_norm"] == pytest.approx(parts.coop.item(), rel=1e-5)
+    assert logged["posterior/kl"] == pytest.approx(parts.kl.item(), rel=1e-5)
+    assert logged["posterior/pi_squared_norm"] == pytest.approx(parts.coop.item(), rel=1e-5)
 
 
 def test_every_batch_has_its_own_draw_and_the_posterior_learns(tmp_path: Path) -> None:
@@ -253,8 +255,8 @@ def test_every_batch_has_its_own_draw_and_the_posterior_learns(tmp_path: Path) -
     after = trainable(model)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert len(trainer.logged) == 3
-    assert all({"kl", "pi_squared_norm"} <= entry.keys() for entry in trainer.logged)
-    first, last = trainer.logged[0]["kl"], trainer.logged[-1]["kl"]
+    assert all({"posterior/kl", "posterior/pi_squared_norm"} <= entry.keys() for entry in trainer.logged)
+    first, last = trainer.logged[0]["posterior/kl"], trainer.logged[-1]["posterior/kl"]
     assert first != last
 
 
@@ -271,6 +273,32 @@ def test_weight_decay_leaves_rho_and_eta_alone(tmp_path: Path) -> None:
     assert decays[id(posterior.rho)] == decays[id(posterior.eta)] == 0.0
     assert {decays[id(p)] for n, p in model.named_parameters() if "lora_" in n} == {0.5}
     assert len(decays) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_rho_and_eta_train_at_the_base_rate_of_a_lora_plus_optimiser(tmp_path: Path) -> None:
+    """peft's helper gives every vector, and so rho, the rate of lora_B."""
+    model = wrapped(bert)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    trainer = MonteCLoRATrainer(
+        model=model,
+        args=arguments(tmp_path, lr_scheduler_type="constant", max_steps=2),
+        train_dataset=rows("classes"),
+        data_collator=collate,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == sum(p.requires_grad for p in model.parameters())
+    posterior = posterior_of(model)
+    (own,) = {id(groups[id(p)]): groups[id(p)] for p in (posterior.rho, posterior.eta)}.values()
+    assert len(own["params"]) == 2
+    assert own["lr"] == pytest.approx(1e-3)
+    assert own["weight_decay"] == 0.0
+    rates = {name: groups[id(p)]["lr"] for name, p in model.named_parameters() if p.requires_grad}
+    assert {rate for name, rate in rates.items() if "lora_B" in name} == {1e-3 * 16.0}
+    assert {rate for name, rate in rates.items() if "lora_A" in name} == {1e-3}
 
 
 def test_gradient_clipping_sees_the_whole_gradient(tmp_path: Path) -> None:
@@ -341,7 +369,8 @@ def test_paired_with_plain_lora(tmp_path: Path) -> None:
                 base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[bert], task_type="SEQ_CLS")
             )
         initial = {n: t.clone() for n, t in model.state_dict().items() if "posteriors" not in n}
-        train(model, rows("classes", 9), tmp_path, max_steps=4, per_device_train_batch_size=2)
+        kind = MonteCLoRATrainer if method else Trainer
+        train(model, rows("classes", 9), tmp_path, kind, max_steps=4, per_device_train_batch_size=2)
         results.append((initial, seen))
     (ours, ours_seen), (plain, plain_seen) = results
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
@@ -407,7 +436,7 @@ def test_post_hoc_training_moves_only_rho_and_eta(tmp_path: Path) -> None:
     posterior_of(model).enabled = False
     first = train(model, rows("classes"), tmp_path, max_steps=2, per_device_train_batch_size=4)
     assert posterior_of(model).draws == 0
-    assert not any("kl" in entry for entry in first.logged)
+    assert not any("posterior/kl" in entry for entry in first.logged)
     middle = trainable(model)
     train_posterior_only(model)
     train(model, rows("classes"), tmp_path, max_steps=2, per_device_train_batch_size=4)
@@ -416,37 +445,37 @@ def test_post_hoc_training_moves_only_rho_and_eta(tmp_path: Path) -> None:
     assert moved == {"posteriors.default.rho", "posteriors.default.eta"}
 
 
-def test_a_model_without_the_method_trains_as_with_the_trainer_alone(tmp_path: Path) -> None:
-    results = []
-    for kind in (MonteCLoRATrainer, Trainer):
-        model = llama()
-        train(model, rows("language"), tmp_path, kind, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3)
-        results.append(trainable(model))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no MonteCLoRA adapter") as caught:
+        MonteCLoRATrainer(model=llama(), args=arguments(tmp_path), train_dataset=rows("language"))
+    assert "monteclora.get_peft_model" in caught.value.hint
 
 
-def test_users_own_loss_functions_are_respected(tmp_path: Path) -> None:
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return outputs["logits"].square().sum() / num_items_in_batch
+def test_the_plain_trainer_warns_of_the_missing_regulariser_and_the_mixin_does_not(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="without its regulariser"):
+        train(wrapped(llama), rows("language"), tmp_path, Trainer, max_steps=5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without its regulariser")
+        train(wrapped(llama), rows("language"), tmp_path, max_steps=5)
 
-    class Own(MonteCLoRATrainerMixin, Trainer):
+
+def test_a_trainer_in_front_of_the_mixin_is_refused() -> None:
+    class Base(Trainer):
         pass
 
-    found = []
-    for batch, accumulated in SPLITS[::2]:
-        model, data = head_model("inline loss")
-        callback = TakesGradients()
-        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-        Own(
-            model=model,
-            args=arguments(tmp_path, **sizes),
-            train_dataset=data,
-            data_collator=collate,
-            compute_loss_func=loss,
-            callbacks=[callback],
-        ).train()
-        found += callback.steps
-    assert all(relative_difference(found[0], other) < TOLERANCE for other in found[1:])
+    with pytest.raises(ConfigError, match="Wrong has Base in front of MonteCLoRATrainerMixin") as caught:
+
+        class Wrong(Base, MonteCLoRATrainerMixin):
+            pass
+
+    assert "class Wrong(MonteCLoRATrainerMixin, Base)" in caught.value.hint
+
+    class Right(MonteCLoRATrainerMixin, Base):
+        pass
+
+    # the mixin is in front of Trainer here, though not of every class
+    class Mixed(Base, MonteCLoRATrainer):
+        pass
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import tests
 from monteclora import variational_loss
+from monteclora.adapters.model import MonteCLoRAModel
 from tests.models import batch_for, bert, posterior_of, wrapped
 from tests.training.test_trainer import TakesGradients, collate, rows
 
@@ -34,11 +35,13 @@ def worker(folder: Path) -> None:
     }.items():
         model = wrapped(bert, **options)
         first: list[torch.Tensor] = []
-        model.base_model.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(
-            lambda *_, first=first, model=model: first.append(
-                posterior_of(model).current.layers[0].matrix.detach().clone()
-            )
-        )
+
+        def note(*_: object, first: list[torch.Tensor] = first, model: MonteCLoRAModel = model) -> None:
+            draw = posterior_of(model).current
+            if draw is not None:  # the head is probed before training, at the mean
+                first.append(draw.layers[0].matrix.detach().clone())
+
+        model.base_model.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(note)
         callback = TakesGradients()
         trainer = MonteCLoRATrainer(
             model=model,

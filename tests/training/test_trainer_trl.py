@@ -7,35 +7,25 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import monteclora
 from monteclora import MonteCLoRATrainerMixin, variational_loss
+from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.errors import ConfigError
-from tests.models import END, PAD, VOCABULARY, config_for, llama, posterior_of, relative_difference, trainable, wrapped
+from tests.models import END, TARGETS, config_for, llama, posterior_of, relative_difference, trainable, wrapped
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... and a chat template, made here: nothing is fetched."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{number}": number + 2 for number in range(VOCABULARY - 2)}
-    inner = Tokenizer(models.WordLevel({"<pad>": PAD, "<end>": END, **words}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<pad>")
-    made.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    return made
 
 
 def completions(count: int = 7) -> Dataset:
@@ -60,10 +50,13 @@ class TakesGradients(TrainerCallback):
 
 
 def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) -> Any:
+    """Train with the mixin, or with trl's class alone where there is no posterior."""
     from trl import SFTConfig, SFTTrainer
 
-    class Sft(MonteCLoRATrainerMixin, SFTTrainer):
+    class Mixed(MonteCLoRATrainerMixin, SFTTrainer):
         pass
+
+    Sft = Mixed if isinstance(model, MonteCLoRAModel) else SFTTrainer
 
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -111,7 +104,9 @@ def test_it_trains_draws_and_logs(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert trainer.args.gradient_checkpointing, "trl's default"
     assert all(block.gradient_checkpointing for block in model.modules() if type(block).__name__ == "LlamaDecoderLayer")
     assert len(trainer.logged) == 3
-    assert all({"kl", "pi_squared_norm", "mean_token_accuracy"} <= entry.keys() for entry in trainer.logged)
+    assert all(
+        {"posterior/kl", "posterior/pi_squared_norm", "mean_token_accuracy"} <= entry.keys() for entry in trainer.logged
+    )
     after = trainable(model)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert posterior_of(model).draws == 6
@@ -156,6 +151,53 @@ def test_accumulation_and_completion_only_loss(tokenizer: PreTrainedTokenizerFas
         )
         assert relative_difference(expected, trainer.gradients[0]) < 1e-5
         assert trainer.logged[0]["loss"] == pytest.approx(objective.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"completion_only_loss": True},
+        {"completion_only_loss": False},
+        {"packing": True, "packing_strategy": "wrapped", "completion_only_loss": True},
+        {"loss_type": "dft"},
+    ],
+    ids=str,
+)
+def test_without_noise_and_weights_it_is_lora(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, mode: dict[str, Any]
+) -> None:
+    """Losses, token counts, accuracies and trained weights are those of peft's LoRA in trl's own Trainer."""
+    ours = wrapped(llama, sample_scale=0.0, kl_weight=0.0, coop_weight=0.0)
+    plain = peft.get_peft_model(
+        llama(), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[llama], task_type="CAUSAL_LM")
+    )
+    weights = ours.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    results = []
+    for model in (plain, ours):
+        trainer = train(
+            model,
+            tokenizer,
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            eval_strategy="steps",
+            eval_steps=3,
+            **mode,
+        )
+        results.append([known(entry) for entry in trainer.state.log_history[:-1]])
+    assert len(results[0]) == 4
+    assert results[1] == [pytest.approx(entry, rel=1e-5, abs=1e-6) for entry in results[0]]
+    trained = plain.state_dict()
+    found = {name: value for name, value in ours.state_dict().items() if name in trained}
+    assert relative_difference(trained, found) < 1e-5
+
+
+def known(entry: dict[str, float]) -> dict[str, float]:
+    """What a plain LoRA logs too, and no clock."""
+    clocks = ("runtime", "per_second")
+    return {name: value for name, value in entry.items() if "posterior/" not in name and not name.endswith(clocks)}
 
 
 def test_resuming_is_the_uninterrupted_run_bitwise(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def _add_product(result: Tensor, hidden: Tensor, weight_b: Tensor, scaling: floa
 def drawn_lora(
     x: Tensor, result: Tensor, mu: Tensor | None, weight_b: Tensor, draw: LayerDraw, scaling: float
 ) -> Tensor:
-    """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + noise`` (METHOD.md section 2).
+    """``result + scaling * B (A x)`` for an input of any rank, with ``A = mu + noise`` (docs/method.md section 2).
 
     With per-example noise, example b has ``A_b = mu + noise o (s_b u_b^T)`` (section 5). Its A is formed
     rather than its input's signs changed: that would keep a copy of the input for the backward pass.
@@ -83,7 +83,17 @@ def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: 
 
     Returns:
         Shape (S * B, ..., m).
+
+    Raises:
+        ConfigError: S does not divide the first dimension of ``x``.
     """
+    count = draw.transposed.shape[0]
+    if x.dim() == 1 or x.shape[0] % count:
+        raise ConfigError(
+            f"{count} draws at once met a layer input of shape {tuple(x.shape)}, whose rows are not the batch {count} "
+            "times over",
+            "Repeat the batch along its first dimension, or draw one at a time with num_samples=1.",
+        )
     a = (mu.t() + draw.transposed).to(mu.dtype)
     hidden = x.reshape(a.shape[0], -1, x.shape[-1]) @ a
     return result + (hidden @ weight_b.t()).view(result.shape) * scaling

@@ -80,7 +80,13 @@ class DrawnLayer(LoraVariant):
         scaling, posterior = module.scaling[active_adapter], self.posterior
         if not isinstance(dropout, nn.Identity):
             x = dropout(x)
-        layer = self.slot.current if module.training else self.slot.predictive
+        if module.training:
+            layer = self.slot.current
+        elif torch.compiler.is_compiling():
+            layer = self.slot.predictive
+        else:
+            draw = posterior.predictive
+            layer = None if draw is None else draw.layers[self.slot.index]
         if layer is None or not posterior.enabled:
             lora_a = _part(parts, "lora_A", active_adapter)
             x = module._cast_input_dtype(x, lora_a.weight.dtype)

@@ -21,7 +21,7 @@ from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.adapters.tuner import TUNER_TYPE, MonteCLoRATuner, check_target_names
 from monteclora.errors import CheckpointError, ConfigError, MonteCLoRAError
-from monteclora.posterior import AdapterPosterior, Regulariser
+from monteclora.posterior import AdapterPosterior
 from monteclora.system import atomic
 
 __all__ = [
@@ -29,8 +29,8 @@ __all__ = [
     "active_posteriors",
     "from_pretrained",
     "get_peft_model",
+    "one_draw",
     "posterior_sampling",
-    "regularisers",
     "sampled_posteriors",
     "train_posterior_only",
     "variational_loss",
@@ -453,11 +453,6 @@ def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     return _tuner(model).active_posteriors()
 
 
-def regularisers(model: nn.Module) -> list[Regulariser]:
-    """The regulariser of each active adapter, part by part (METHOD.md section 4)."""
-    return [posterior.regulariser() for posterior in active_posteriors(model)]
-
-
 def variational_loss(model: nn.Module) -> Tensor:
     """What to add to the task's loss, once for each optimiser step: the weighted KL terms and cooperative loss.
 
@@ -465,7 +460,7 @@ def variational_loss(model: nn.Module) -> Tensor:
         model: the wrapped model.
 
     Returns:
-        A scalar, differentiable in rho and eta of the active adapters (METHOD.md section 4); zero while their
+        A scalar, differentiable in rho and eta of the active adapters (docs/method.md section 4); zero while their
         posteriors are switched off.
 
     Raises:
@@ -476,6 +471,32 @@ def variational_loss(model: nn.Module) -> Tensor:
     if losses:
         return torch.stack(losses).sum()
     return torch.zeros((), device=posteriors[0].rho.device if posteriors else None)
+
+
+@contextmanager
+def one_draw(model: nn.Module, index: int | None = None) -> Iterator[int]:
+    """Inside the block every training forward pass of ``model`` makes the same draw, whichever adapter is active.
+
+    A policy and a frozen copy of it then have the same noise, so that their log-probabilities differ by what was
+    learned and by nothing else.
+
+    Args:
+        model: the wrapped model.
+        index: number of the draw; None is the next one.
+
+    Yields:
+        The number of the draw.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    scope, posteriors = _tuner(model).scope, active_posteriors(model)
+    held = max((posterior.draws for posterior in posteriors), default=0) if index is None else index
+    before, scope.held = scope.held, held
+    try:
+        yield held
+    finally:
+        scope.held = before
 
 
 @contextmanager
@@ -508,7 +529,7 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter, or none that is active.
+        ConfigError: the model has no MonteCLoRA adapter, none that is active, or all are merged or disabled.
     """
     tuner = _tuner(model)
     posteriors = tuner.active_posteriors()
@@ -516,6 +537,11 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
         raise ConfigError(
             f"active adapters are {tuner.active_adapters}, which have no posterior",
             "Choose a MonteCLoRA adapter with model.set_adapter(name).",
+        )
+    if not any(tuner.in_use(posterior) for posterior in posteriors):
+        raise ConfigError(
+            f"active adapters are {tuner.active_adapters}, which are merged or disabled: every draw would be the mean",
+            "Call model.unmerge_adapter(), or sample outside model.disable_adapter().",
         )
     return posteriors
 

@@ -1,4 +1,4 @@
-"""One draw for each forward pass, made before it starts (METHOD.md section 7).
+"""One draw for each forward pass, made before it starts (docs/method.md section 7).
 
 A :class:`DrawScope` hooks the model from its outermost module down to the one that holds every adapted layer, so that
 a draw is made whichever of them is called, once for the outermost call. Recomputation by activation checkpointing, in
@@ -8,15 +8,17 @@ which the layers run again inside the backward pass, sees the draw of the forwar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from monteclora.posterior import AdapterPosterior, Draw
+from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.system.devices import process_index
 
 __all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "holding"]
@@ -109,6 +111,11 @@ def _outside_checkpoints() -> Iterator[None]:
         yield
 
 
+# what is going on in a context, by scope: threads that call one model at the same time do not meet
+_levels: ContextVar[Mapping[DrawScope, int]] = ContextVar("levels", default=MappingProxyType({}))
+_samplers: ContextVar[Mapping[DrawScope, PosteriorSampler]] = ContextVar("samplers", default=MappingProxyType({}))
+
+
 class DrawScope:
     """Hooks that make the draws of a model's forward passes.
 
@@ -118,8 +125,8 @@ class DrawScope:
 
     def __init__(self, source: DrawSource) -> None:
         self.source = source
-        self.sampler: PosteriorSampler | None = None
-        self._running: int | None = None
+        self.held: int | None = None  # number of the draw that every training forward pass makes again
+        self._traced: int | None = None
         self._hooked: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
@@ -148,10 +155,24 @@ class DrawScope:
                 block.__dict__["_gradient_checkpointing_func"] = function.checkpoint
         self._hooked, self._handles, self._blocks = [], [], []
 
+    @property
+    def _running(self) -> int | None:
+        """The level of the outermost call that runs in this context; compiled code reads none and has its own."""
+        return self._traced if torch.compiler.is_compiling() else _levels.get().get(self)
+
+    @_running.setter
+    def _running(self, level: int | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = level
+        else:
+            others = {scope: running for scope, running in _levels.get().items() if scope is not self}
+            _levels.set(others if level is None else {**others, self: level})
+
     def enter(self, level: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Draw, if this is the outermost call and not a repetition inside a backward pass."""
         # no module runs inside itself or inside its parts: a call at this level or below it was interrupted
-        if self._running is None or level <= self._running:
+        running = self._running
+        if running is None or level <= running:
             self._running = level
             self._draw(module.training, args, kwargs)
 
@@ -169,11 +190,15 @@ class DrawScope:
             self._bind_checkpoints()
             with _outside_checkpoints():
                 for posterior in posteriors:
+                    if self.held is not None:
+                        posterior.draws = self.held
                     posterior.draw(process_index(), _batch_size(args, kwargs), self.source.means(posterior))
-        elif self.sampler is not None and self.sampler.resample:
+            return
+        sampler = _samplers.get().get(self)
+        if sampler is not None and sampler.resample:
             for posterior in posteriors:
-                posterior.predictive = self.sampler(posterior)
-            self.sampler.next += self.sampler.count
+                posterior.predict_with(sampler(posterior))
+            sampler.next += sampler.count
 
     def _bind_checkpoints(self) -> None:
         for block in self._blocks:
@@ -183,13 +208,16 @@ class DrawScope:
 
     @contextmanager
     def sampling(self, posteriors: Sequence[AdapterPosterior], sampler: PosteriorSampler) -> Iterator[None]:
-        """Let eval-mode forward passes draw with ``sampler`` inside the block."""
-        with ExitStack() as stack:
-            before = self.sampler
-            stack.callback(setattr, self, "sampler", before)
-            for posterior in posteriors:
-                stack.callback(setattr, posterior, "predictive", posterior.predictive)
-                # where every forward pass draws, the first one's draw is not made here as well
-                posterior.predictive = None if sampler.resample else sampler(posterior)
-            self.sampler = sampler
-            yield
+        """Let eval-mode forward passes of this context draw with ``sampler`` inside the block."""
+        token = _samplers.set({**_samplers.get(), self: sampler})
+        before = [posterior.predictive for posterior in posteriors]
+        try:
+            with in_force.restored():
+                for posterior in posteriors:
+                    # where every forward pass draws, the first one's draw is not made here as well
+                    posterior.predict_with(None if sampler.resample else sampler(posterior))
+                yield
+        finally:
+            _samplers.reset(token)
+            for posterior, draw in zip(posteriors, before, strict=True):
+                posterior.mirror(draw)

@@ -314,7 +314,9 @@ def _mapped(layer: str, key_mapping: Mapping[str, str]) -> str:
 def _current_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored fields of the configuration: format 1 calls the number of components ``num_samples``."""
     fields = dict(config)
-    if "num_samples" in fields and "num_components" not in fields:
+    if {"num_samples", "num_components"} <= fields.keys():
+        raise ValueError("it has two numbers of components")
+    if "num_samples" in fields:
         fields["num_components"] = fields.pop("num_samples")
     return fields
 

@@ -110,12 +110,12 @@ class MonteCLoRATuner(LoraModel):
         """Those of :meth:`active_posteriors` whose layers are neither disabled nor merged nor switched off."""
         if self.unmeasured and torch.is_grad_enabled() and self.training:
             self.measure(begin=True)
-        drawn = []
-        for posterior in self.active_posteriors():
-            first = cast(LoraLayer, self.model.get_submodule(posterior.layers[0].name))
-            if posterior.enabled and not first.disable_adapters and not first.merged:
-                drawn.append(posterior)
-        return drawn
+        return [posterior for posterior in self.active_posteriors() if posterior.enabled and self.in_use(posterior)]
+
+    def in_use(self, posterior: AdapterPosterior) -> bool:
+        """Whether an active adapter's layers compute it: any of them is neither disabled nor merged."""
+        layers = (cast(LoraLayer, self.model.get_submodule(layer.name)) for layer in posterior.layers)
+        return any(not layer.disable_adapters and not layer.merged for layer in layers)
 
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
@@ -290,7 +290,7 @@ def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[
 
 
 def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
-    """eps of each layer: absolute, or relative to the root mean square of its initial A (METHOD.md section 1)."""
+    """eps of each layer: absolute, or relative to the root mean square of its initial A (docs/method.md section 1)."""
     relative, value = config.scale()
     if not relative:
         return [value] * len(layers)

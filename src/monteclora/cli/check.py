@@ -35,15 +35,13 @@ def check(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
         print_json(report.facts())
         return
     print_facts(_facts(report))
-    print_line("\nThe first rows as the model sees them" + (", what is learned in [[ ]]:" if _marks(report) else ":"))
+    print_line(
+        "\nThe first rows as the model sees them" + (", what is learned in [[ ]]:" if report.predicts_tokens else ":")
+    )
     for view in report.views:
         print_line(f"  {view}")
     for text in report.notes:
         note(text)
-
-
-def _marks(report: CheckReport) -> bool:
-    return report.kind == "causal_lm"
 
 
 def _facts(report: CheckReport) -> list[tuple[str, str]]:

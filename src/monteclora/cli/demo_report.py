@@ -12,23 +12,22 @@ from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
-from monteclora.evaluation.scoring import Sampling, classify
-from monteclora.prediction.inference import SplitPredictions
-from monteclora.reports.figures import TrainingCurve
+from monteclora.prediction.predictions import Predictions
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Page, Row, Section, Table
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from monteclora.reports.run_report import environment_facts, training_curve
 from monteclora.reports.runs import demo_page
 from monteclora.runs.loading import load_run
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.tasks import helpdesk
+from monteclora.tasks.classification import classify
 
 __all__ = ["Contender", "contend", "demo_report"]
 
 IN_SCOPE, AMBIGUOUS, OUT_OF_SCOPE = "in scope", "ambiguous", "out of scope"
 _EXAMPLES = 12
-_VERSIONS = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Contender:
     name: str
     run: RunResult
     evaluation: EvaluationResult
-    groups: Mapping[str, SplitPredictions]
+    groups: Mapping[str, Predictions]
     texts: Mapping[str, Sequence[str]]
     label_names: Sequence[str]
 
@@ -85,16 +84,16 @@ def contend(name: str, run: RunResult) -> Contender:
     loaded = load_run(run.folder)
     evaluation = evaluate_loaded(loaded, "test")
     predictions = evaluation.scored.predictions
-    assert isinstance(predictions, SplitPredictions)
+    assert isinstance(predictions, Predictions)
     texts: dict[str, Sequence[str]] = {
         IN_SCOPE: list(evaluation.rows["text"]),
         AMBIGUOUS: [message.text for message in helpdesk.ambiguous()],
         OUT_OF_SCOPE: helpdesk.out_of_scope(),
     }
-    sampling = Sampling(loaded.draws(None), evaluation.seed, loaded.recipe.training.eval_batch_size)
+    predictor = loaded.predictor(loaded.draws(None), evaluation.seed)
     groups = {IN_SCOPE: predictions}
     for group in (AMBIGUOUS, OUT_OF_SCOPE):
-        groups[group], _ = classify(loaded, Dataset.from_dict({"text": texts[group]}), sampling)
+        (groups[group],), _ = classify(predictor, Dataset.from_dict({"text": texts[group]}), predictor.samplers[-1:])
     return Contender(name, run, evaluation, groups, texts, loaded.label_names or ())
 
 
@@ -106,30 +105,26 @@ def demo_report(contenders: Sequence[Contender], commands: Sequence[str]) -> Pag
         commands: that make the page again.
     """
     first = contenders[0].run
-    environment = RunFolder(first.folder).environment
-    facts = {"monteclora": environment["monteclora"], "Python": environment["python"]}
-    facts |= {name: environment["packages"][name] for name in _VERSIONS}
-    facts |= {"device": environment["device"], "threads": str(environment["threads"]), "seed": str(first.recipe.seed)}
     page = demo_page(
         [_report(contender) for contender in contenders],
         title="LoRA beside MonteCLoRA",
         subtitle="MiniLM learns which of twelve intents a customer's message has",
         compared=_compared(contenders),
-        environment=facts,
+        environment=environment_facts(RunFolder(first.folder)),
         reproduce=commands,
     )
     return dataclasses.replace(page, sections=[*page.sections, _detection(contenders)])
 
 
 def _report(contender: Contender) -> RunReport:
-    labels = contender.evaluation.scored.labels
+    labels = contender.groups[IN_SCOPE].labels
     assert labels is not None
     return RunReport(
         name=contender.name,
         method=contender.name,
         status=FINISHED,
         evaluation=Evaluation.of(contender.groups[IN_SCOPE].probs, labels),
-        training=_curve(contender.run),
+        training=training_curve(RunFolder(contender.run.folder)),
         uncertainty={group: Uncertainty(p.total, p.epistemic) for group, p in contender.groups.items()},
         uncertain_examples=_most_uncertain(contender),
         seconds=contender.run.seconds,
@@ -139,21 +134,10 @@ def _report(contender: Contender) -> RunReport:
     )
 
 
-def _curve(run: RunResult) -> TrainingCurve:
-    logged = [event for event in RunFolder(run.folder).metrics.read() if event["event"] == "train"]
-    drawn = all("kl" in event for event in logged)
-    return TrainingCurve(
-        steps=[event["step"] for event in logged],
-        loss=[event["loss"] for event in logged],
-        kl=[event["kl"] for event in logged] if drawn else None,
-        pi_norm_squared=[event["pi_squared_norm"] for event in logged] if drawn else None,
-    )
-
-
 def _most_uncertain(contender: Contender) -> list[UncertainExample]:
     """Of all groups; an ambiguous message has both its labels, one out of scope none."""
     names = contender.label_names
-    labels = contender.evaluation.scored.labels
+    labels = contender.groups[IN_SCOPE].labels
     assert labels is not None
     right = {
         IN_SCOPE: [names[label] for label in labels],

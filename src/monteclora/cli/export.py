@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -46,11 +46,17 @@ def export(
             f"the method {loaded.recipe.method.name} of {loaded.folder} has no posterior to draw from",
             "Export it with --format merged; its adapter folder is a plain LoRA adapter.",
         )
+    model: Any = loaded.model
+    if not hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"the method {loaded.recipe.method.name} of {loaded.folder} leaves nothing to merge",
+            f"Use {loaded.folder / 'adapter'}, an ordinary transformers folder.",
+        )
     with quiet_libraries():
         if kind == "merged":
-            written = [export_merged(loaded.model, target, loaded.tokenizer)]
+            written = [export_merged(model, target, loaded.tokenizer)]
         else:
-            written = export_samples(loaded.model, target, num_samples, seed)
+            written = export_samples(model, target, num_samples, seed)
     if as_json:
         print_json({"written": written})
         return

@@ -23,7 +23,7 @@ def predict(
 ) -> None:
     """Predict every row of a file, and say how uncertain each prediction is.
 
-    A classifier gives label, confidence and probabilities; a causal LM its completion and first token.
+    A classifier gives prediction, confidence and probabilities; a causal LM its completion and first token.
     Both give total, aleatoric and epistemic uncertainty in nats.
 
     Args:

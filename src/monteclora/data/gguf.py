@@ -7,6 +7,7 @@ weights are dequantised once, into a folder of safetensors in the user's cache.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -37,11 +38,13 @@ def dequantised_folder(gguf: Path) -> Path:
     Its name holds the checksum of the file and the transformers version that read it.
 
     Raises:
-        ConfigError: the cache cannot be written.
+        ConfigError: the cache cannot be written, or the extra ``gguf`` is not installed.
         OSError, ValueError: transformers cannot read the file.
     """
     import transformers
 
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"reading {gguf.name} needs the package gguf", "Run `pip install 'monteclora[gguf]'`.")
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}-transformers-{transformers.__version__}"

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monteclora.errors import ConfigError
-from monteclora.evaluation.scoring import Sampling, classify
-from monteclora.prediction.forward import batches
-from monteclora.prediction.generation import complete, encode_prompts
-from monteclora.prediction.inference import SplitPredictions, predict_classes
-from monteclora.runs.loading import LoadedRun, load_run
+from monteclora.runs.loading import load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.atomic import replacing
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import load_inputs
+from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 __all__ = ["OUTPUT_ENDINGS", "PredictedFile", "predict_file"]
 
 OUTPUT_ENDINGS = (".parquet", ".jsonl")
-_ROWS_AT_ONCE = {"classification": 1024, "causal_lm": 64}  # the latter have a probability for every token there is
 
 
 @dataclass(frozen=True)
@@ -68,9 +63,9 @@ def predict_file(
 ) -> PredictedFile:
     """Predict every row of a file.
 
-    A classifier gives label, confidence and the probability of each label. A causal LM gives its greedy completion at
-    the posterior's mean, the most likely next token after the prompt and its probability (confidence). Both give the
-    prediction's total, aleatoric and epistemic uncertainty in nats.
+    A classifier gives prediction, confidence and the probability of each label. A causal LM gives its greedy completion
+    at the posterior's mean, the most likely next token after the prompt and its probability (confidence). Both give
+    the prediction's total, aleatoric and epistemic uncertainty in nats.
 
     Args:
         run: a run folder, or what ``train`` gave.
@@ -93,8 +88,7 @@ def predict_file(
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
     loaded = load_run(run.folder if isinstance(run, RunResult) else run)
     rows = load_inputs(file, loaded.recipe.data, loaded.kind)
-    draws, size = loaded.draws(num_samples), batch_size or loaded.recipe.training.eval_batch_size
-    at_once = _ROWS_AT_ONCE[loaded.kind]
+    kind, draws = KINDS[loaded.kind], loaded.draws(num_samples)
     notes: list[str] = []
     with (
         quiet_libraries(),
@@ -102,15 +96,12 @@ def predict_file(
         _writer(temporary, target.suffix) as write,
         progress_bar(f"{loaded.recipe.name}: {Path(file).name}", len(rows), progress) as advance,
     ):
-        for first in range(0, len(rows), at_once):
-            chunk = rows.select(range(first, min(first + at_once, len(rows))))
-            sampling = Sampling(draws, seed, size, advance)
-            if loaded.kind == "classification":
-                columns, cut = _classified(loaded, chunk, sampling)
-            else:
-                columns, cut = _completed(loaded, chunk, sampling, max_new_tokens)
-            notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in cut]
-            write(pa.table({"index": range(first, first + len(chunk)), **columns}))
+        predictor = loaded.predictor(draws, seed, batch_size, advance)
+        for first in range(0, len(rows), kind.rows_at_once):
+            chunk = rows.select(range(first, min(first + kind.rows_at_once, len(rows))))
+            found = kind.predict(predictor, chunk, max_new_tokens)
+            notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in found.notes]
+            write(pa.table({"index": range(first, first + len(chunk)), **found.columns}))
     return PredictedFile(target, len(rows), draws, tuple(notes))
 
 
@@ -143,49 +134,3 @@ def _writer(path: Path, suffix: str) -> Iterator[_Writer]:
     finally:
         for writer in opened:
             writer.close()
-
-
-def _classified(loaded: LoadedRun, rows: Dataset, sampling: Sampling) -> tuple[dict[str, Any], tuple[str, ...]]:
-    found, notes = classify(loaded, rows, sampling)
-    names = loaded.label_names or ()
-    columns = {
-        **_inputs(rows),
-        "label": [names[i] for i in found.probs.argmax(1)],
-        "confidence": found.probs.max(1),
-        "probabilities": pa.StructArray.from_arrays(list(map(pa.array, found.probs.T)), names=list(names)),
-        **_uncertainty(found),
-    }
-    return columns, notes
-
-
-def _completed(
-    loaded: LoadedRun, rows: Dataset, sampling: Sampling, max_new_tokens: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    prompts, notes = encode_prompts(rows, loaded.tokenizer, loaded.recipe.data.max_length, max_new_tokens)
-    completions = [""] * len(rows)
-    arguments = {**sampling.arguments(), "progress": None}
-    with loaded.precision():
-        found = predict_classes(loaded.model, prompts, loaded.collate, **arguments)
-        for indices in batches(prompts, sampling.batch_size):
-            texts = complete(loaded.model, loaded.tokenizer, [prompts[i] for i in indices], max_new_tokens)
-            for index, text in zip(indices, texts, strict=True):
-                completions[index] = text
-            if sampling.progress:
-                sampling.progress(len(indices))
-    tokens: list[str] = [loaded.tokenizer.decode([int(token)]) for token in found.probs.argmax(1)]
-    columns = {
-        **_inputs(rows),
-        "completion": completions,
-        "next_token": tokens,
-        "confidence": found.probs.max(1),
-        **_uncertainty(found),
-    }
-    return columns, notes
-
-
-def _inputs(rows: Dataset) -> dict[str, Any]:
-    return {name: rows[name] for name in rows.column_names}
-
-
-def _uncertainty(found: SplitPredictions) -> Mapping[str, np.ndarray]:
-    return {"total": found.total, "aleatoric": found.aleatoric, "epistemic": found.epistemic}

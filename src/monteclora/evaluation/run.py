@@ -15,7 +15,6 @@ import pyarrow as pa
 from monteclora.data.kinds import Kind
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
-from monteclora.evaluation.scoring import Sampling, Scored, score
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
@@ -26,6 +25,8 @@ from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.version import VERSION
 from monteclora.tasks import SplitSource, TaskData, load
+from monteclora.tasks.base import Scored
+from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -165,8 +166,7 @@ def evaluate_loaded(
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
     started = time.perf_counter()
     with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: {split}", len(chosen), progress) as advance:
-        size = batch_size or loaded.recipe.training.eval_batch_size
-        scored = score(loaded, chosen, Sampling(draws, seed, size, advance))
+        scored = KINDS[loaded.kind].score(loaded.predictor(draws, seed, batch_size, advance), chosen)
     result = EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from monteclora.errors import ConfigError
+
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
-__all__ = ["Method", "MethodOptions", "TaskKind"]
+__all__ = ["Added", "Method", "MethodOptions", "PhaseName", "TaskKind"]
 
 TaskKind = Literal["classification", "causal_lm"]
+PhaseName = Literal["cooperative", "adapter", "posterior"]
+"""``cooperative`` trains everything; ``adapter`` all but a posterior; ``posterior`` the posterior alone."""
+
+# as transformers' Trainer: neither biases nor the weights of norms
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 @dataclass(frozen=True)
@@ -32,22 +42,102 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What a method adds to the task's loss, once per optimiser step.
+
+    Attributes:
+        loss: a scalar, differentiable.
+        numbers: scalars to log, by name.
+    """
+
+    loss: Tensor
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Method:
-    """A way to fine-tune a model.
+    """A way to fine-tune a model. A method overrides what it does differently from plain fine-tuning with AdamW.
 
     Attributes:
         name: as recipes write it.
         description: one line for ``monteclora list methods``.
         options: its fields in the ``method`` section of a recipe.
-        wrap: ``(model, options, task_kind, seed) -> PeftModel`` puts the method's adapter on a base model, in
-            place. What it initialises, and the state it leaves the global generators in, depend on the seed alone,
-            and are the same for every method that trains the same weights: runs of one seed are paired.
-        has_posterior: whether its adapters are drawn from a posterior, which post-hoc training and posterior
-            prediction need.
+        has_posterior: whether it has a posterior to train post hoc and to draw predictions from.
     """
 
     name: str
     description: str
     options: type[MethodOptions]
-    wrap: Callable[[PreTrainedModel, Any, TaskKind, int], PeftModel]
     has_posterior: bool = False
+
+    # -- how it is trained --------------------------------------------------------------------------------------------
+
+    def wrap(self, model: PreTrainedModel, options: Any, task_kind: TaskKind, seed: int) -> nn.Module:
+        """Put the method on a base model, in place; what has a gradient afterwards is trained.
+
+        What it initialises, and the state in which it leaves the global generators, depend on the seed alone and are
+        the same for every method that trains the same weights: runs of one seed are paired.
+
+        Raises:
+            ConfigError: an option does not fit the model.
+        """
+        raise NotImplementedError
+
+    def begin_phase(self, model: nn.Module, phase: PhaseName) -> None:
+        """Choose what is trained in a phase. Methods without a posterior have the phase ``cooperative`` alone."""
+
+    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """The trained parameters in groups of an optimiser: those with weight decay, then those without."""
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        norms = _names_in_norms(model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (decayed if self.decays(name) and name not in norms else others).append(parameter)
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies to the parameter of that name."""
+        return _NOT_DECAYED.search(name.lower()) is None
+
+    def optimizer(self, groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
+        """AdamW with the defaults of transformers' Trainer."""
+        import torch
+
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    def added_loss(self, model: nn.Module) -> Added | None:
+        """What is added to the task's loss, asked for after the forward pass of each batch; None for nothing."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Called after step ``step`` (from 1) of ``steps`` changed the weights, while gradients are still there."""
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained into an empty folder, without pickle."""
+        raise NotImplementedError
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Put what :meth:`save` wrote into a model that :meth:`wrap` made; what is trainable stays so.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or it does not fit the model.
+            UnsafeCodeError: the weights are a pickle.
+        """
+        raise NotImplementedError
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """An ordinary model with the trained weights in it; ``model`` is left as it is.
+
+        Raises:
+            ConfigError: the method's change cannot be merged into the weights.
+        """
+        raise ConfigError(f"the method {self.name} cannot be merged", "Use the adapter as it is.")
+
+
+def _names_in_norms(model: nn.Module) -> set[str]:
+    from torch import nn
+
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return {f"{name}.{parameter}" for name, module in norms for parameter, _ in module.named_parameters()}

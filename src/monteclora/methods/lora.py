@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from monteclora.errors import ConfigError
-from monteclora.methods.base import Method, MethodOptions, TaskKind
+from monteclora.methods.adapters import AdapterMethod
+from monteclora.methods.base import MethodOptions, TaskKind
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
+    from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "LoRAFields", "check_names", "lora_arguments", "seed_everything", "wrap"]
+__all__ = ["LoRA", "LoRAFields", "LoRAOptions", "check_names", "lora_arguments", "seed_everything"]
 
 
 @dataclass(frozen=True)
@@ -145,26 +147,25 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def wrap(model: PreTrainedModel, options: LoRAOptions, task_kind: TaskKind, seed: int) -> PeftModel:
-    """See :class:`~monteclora.methods.base.Method`.
+class LoRA(AdapterMethod):
+    """See :class:`~monteclora.methods.base.Method`."""
 
-    Raises:
-        ConfigError: an option names a layer that does not exist or that LoRA cannot adapt.
-    """
-    import peft
+    name = "lora"
+    description = "low-rank adaptation: a trained update B A of frozen weights"
+    options = LoRAOptions
 
-    check_names(options, model)
-    config: LoraConfig = peft.LoraConfig(**lora_arguments(options, model, task_kind))
-    seed_everything(seed)
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"peft refused the adapter: {error}", "Correct the method section.") from error
+    def wrap(self, model: PreTrainedModel, options: LoRAOptions, task_kind: TaskKind, seed: int) -> nn.Module:
+        """Put a LoRA adapter on the model.
 
+        Raises:
+            ConfigError: an option names a layer that does not exist or that LoRA cannot adapt.
+        """
+        import peft
 
-METHOD = Method(
-    name="lora",
-    description="low-rank adaptation: a trained update B A of frozen weights",
-    options=LoRAOptions,
-    wrap=wrap,
-)
+        check_names(options, model)
+        config: LoraConfig = peft.LoraConfig(**lora_arguments(options, model, task_kind))
+        seed_everything(seed)
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"peft refused the adapter: {error}", "Correct the method section.") from error

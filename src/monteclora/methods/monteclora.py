@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_type_hints
 
-from monteclora.methods.base import Method, TaskKind
+from monteclora.errors import CheckpointError
+from monteclora.methods.adapters import RESTORE, AdapterMethod
+from monteclora.methods.base import Added, PhaseName, TaskKind
 from monteclora.methods.lora import LoRAFields, check_names, lora_arguments, seed_everything
 from monteclora.posterior.settings import PosteriorSettings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "MonteCLoRAOptions", "wrap"]
+__all__ = ["MonteCLoRA", "MonteCLoRAOptions"]
 
 
 def _with_posterior_settings(options: type) -> type:
@@ -48,26 +51,60 @@ class MonteCLoRAOptions(LoRAFields):
         return replace(self, **self.settings().resolved().given())
 
 
-def wrap(model: PreTrainedModel, options: MonteCLoRAOptions, task_kind: TaskKind, seed: int) -> PeftModel:
-    """See :class:`~monteclora.methods.base.Method`; the noise stream has the same seed.
+class MonteCLoRA(AdapterMethod):
+    """See :class:`~monteclora.methods.base.Method`."""
 
-    Raises:
-        ConfigError: an option names a layer that does not exist or that cannot be drawn.
-    """
-    from monteclora.adapters.config import MonteCLoRAConfig
-    from monteclora.adapters.model import get_peft_model
+    name = "monteclora"
+    description = "Bayesian LoRA: A is drawn from a learned mixture of Gaussians while training"
+    options = MonteCLoRAOptions
+    has_posterior = True
 
-    check_names(options, model)
-    arguments = lora_arguments(options, model, task_kind) | options.settings().given()
-    config = MonteCLoRAConfig(**arguments, noise_seed=seed)
-    seed_everything(seed)
-    return get_peft_model(model, config)
+    def wrap(self, model: PreTrainedModel, options: MonteCLoRAOptions, task_kind: TaskKind, seed: int) -> nn.Module:
+        """Put a MonteCLoRA adapter on the model; the noise stream has the same seed.
 
+        Raises:
+            ConfigError: an option names a layer that does not exist or that cannot be drawn.
+        """
+        from monteclora.adapters.config import MonteCLoRAConfig
+        from monteclora.adapters.model import get_peft_model
 
-METHOD = Method(
-    name="monteclora",
-    description="Bayesian LoRA: A is drawn from a learned mixture of Gaussians while training",
-    options=MonteCLoRAOptions,
-    wrap=wrap,
-    has_posterior=True,
-)
+        check_names(options, model)
+        arguments = lora_arguments(options, model, task_kind) | options.settings().given()
+        config = MonteCLoRAConfig(**arguments, noise_seed=seed)
+        seed_everything(seed)
+        return get_peft_model(model, config)
+
+    def begin_phase(self, model: nn.Module, phase: PhaseName) -> None:
+        """The phases of docs/method.md section 6."""
+        from monteclora.adapters.model import active_posteriors, train_posterior_only
+
+        if phase == "posterior":
+            train_posterior_only(model)
+            return
+        for posterior in active_posteriors(model):
+            posterior.enabled = phase == "cooperative"
+            posterior.requires_grad_(posterior.enabled)
+
+    def decays(self, name: str) -> bool:
+        """As in the base class; rho and eta are regularised by their prior instead."""
+        return super().decays(name) and ".posteriors." not in f".{name}"
+
+    def added_loss(self, model: nn.Module) -> Added | None:
+        """The regulariser, docs/method.md section 4."""
+        import torch
+
+        from monteclora.adapters.model import active_posteriors
+
+        parts = [posterior.regulariser() for posterior in active_posteriors(model) if posterior.enabled]
+        if not parts:
+            return None
+        numbers = {"kl": parts[0].kl.detach(), "pi_squared_norm": parts[0].coop.detach()}
+        return Added(torch.stack([part.loss for part in parts]).sum(), numbers)
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """As for every adapter; the posterior must be beside it."""
+        from monteclora.adapters.storage import POSTERIOR_FILE
+
+        super().load(model, folder)
+        if not (folder / POSTERIOR_FILE).is_file():
+            raise CheckpointError(f"{folder} has no {POSTERIOR_FILE}", RESTORE)

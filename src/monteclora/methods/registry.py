@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from monteclora.config import nearest
 from monteclora.errors import ConfigError
-from monteclora.methods import lora, monteclora
 from monteclora.methods.base import Method
+from monteclora.methods.full import FullFineTuning
+from monteclora.methods.lora import LoRA
+from monteclora.methods.monteclora import MonteCLoRA
 
-__all__ = ["get_method", "list_methods"]
+__all__ = ["get_method", "list_methods", "register"]
 
-_METHODS = {method.name: method for method in (lora.METHOD, monteclora.METHOD)}
+_METHODS: dict[str, Method] = {method.name: method for method in (FullFineTuning(), LoRA(), MonteCLoRA())}
+
+
+def register(method: Method) -> Method:
+    """Add a method, from a package of one's own as well. Raises ConfigError when its name is taken."""
+    if method.name in _METHODS:
+        raise ConfigError(f"the method {method.name} is registered already", "Choose another name.")
+    _METHODS[method.name] = method
+    return method
 
 
 def list_methods() -> tuple[Method, ...]:

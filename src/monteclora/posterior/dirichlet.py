@@ -1,4 +1,4 @@
-"""The mixture weights ``pi ~ Dirichlet(exp(eta))`` (METHOD.md sections 1 to 4).
+"""The mixture weights ``pi ~ Dirichlet(exp(eta))`` (docs/method.md sections 1 to 4).
 
 Two laws are offered. ``exact`` is the Dirichlet, by normalised Gamma draws with their implicit derivative. ``laplace``
 is its Laplace approximation in softmax space (Srivastava & Sutton 2017), which the published code uses.
@@ -70,7 +70,7 @@ def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Ge
 
 
 def _laplace_variance(inverse: Tensor) -> Tensor:
-    """Variance of the Laplace approximation's logits from ``1 / alpha``, shape (..., N) (METHOD.md section 2)."""
+    """Variance of the Laplace approximation's logits from ``1 / alpha``, shape (..., N) (docs/method.md section 2)."""
     count = inverse.shape[-1]
     return inverse * (1.0 - 2.0 / count) + inverse.sum(-1, keepdim=True) / count**2
 
@@ -83,7 +83,7 @@ def _logits(eta: Tensor, draw: Raw) -> Tensor:
     alpha = eta.exp()
     if draw.gamma_grad is None or draw.exponential is None:
         return eta - eta.mean(-1, keepdim=True) + _laplace_variance(1.0 / alpha).sqrt() * draw.gamma
-    # the pathwise gradient: the value is the draw's, the slope its implicit derivative (METHOD.md section 7)
+    # the pathwise gradient: the value is the draw's, the slope its implicit derivative (docs/method.md section 7)
     gamma = draw.gamma + draw.gamma_grad * (alpha - alpha.detach())
     return gamma.log() - draw.exponential / alpha
 
@@ -105,7 +105,7 @@ def log_norm(eta: Tensor, draw: Raw) -> Tensor:
 
 @torch.no_grad()
 def log_norm_with_slope(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
-    """:func:`log_norm` and its derivative in ``eta``, without a graph (METHOD.md sections 2 and 7).
+    """:func:`log_norm` and its derivative in ``eta``, without a graph (docs/method.md sections 2 and 7).
 
     In a logit ``l_k`` the derivative is ``pi_k^2 / ||pi||^2 - pi_k``. Exact: ``l_k = log g_k - E_k / alpha_k``, so that
     ``d l_k / d eta_k = alpha_k g'_k / g_k + E_k / alpha_k``. Laplace: ``l_k = eta_k - avg(eta) + z_k sqrt(var_k)``.
@@ -138,7 +138,7 @@ def _alpha(eta: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """:func:`kl_divergence` with its slope in closed form (METHOD.md section 4), of eta, shape (..., N).
+    """:func:`kl_divergence` with its slope in closed form (docs/method.md section 4), of eta, shape (..., N).
 
     With ``e_k = alpha_k - prior`` it is ``alpha_k (e_k trigamma(alpha_k) - sum_j e_j trigamma(alpha_0))`` in ``eta_k``.
     Most of its time goes into special functions, of which autograd would take two more for each component.
@@ -170,7 +170,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
-    """``KL(Dirichlet(exp(eta)) || Dirichlet(prior, ..., prior))``, METHOD.md section 4.
+    """``KL(Dirichlet(exp(eta)) || Dirichlet(prior, ..., prior))``, docs/method.md section 4.
 
     Args:
         eta: log concentrations, shape (..., N).
@@ -185,7 +185,7 @@ def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
 
 
 class _SquaredNorm(torch.autograd.Function):
-    """``S = E||pi||^2``, shape (...), of eta, shape (..., N) (METHOD.md section 3), with its slope in closed form.
+    """``S = E||pi||^2``, shape (...), of eta, shape (..., N) (docs/method.md section 3), with its slope in closed form.
 
     ``d S / d eta_k = E[pi_k] (2 alpha_k + 1 - S (2 alpha_0 + 1)) / (alpha_0 + 1)``: on so few numbers autograd's graph
     of a dozen operations takes longer.
@@ -211,6 +211,6 @@ class _SquaredNorm(torch.autograd.Function):
 def moments(eta: Tensor) -> Moments:
     """Closed forms of the exact Dirichlet: ``E||pi||^2 = sum alpha_k (alpha_k + 1) / (alpha_0 (alpha_0 + 1))``.
 
-    METHOD.md section 3. ``E||pi||^2`` is differentiable once.
+    docs/method.md section 3. ``E||pi||^2`` is differentiable once.
     """
     return Moments(eta.softmax(-1), _SquaredNorm.apply(eta))

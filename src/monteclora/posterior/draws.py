@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from monteclora.posterior import dirichlet
 from monteclora.posterior.layout import Layout
+from monteclora.posterior.reminder import Reminder
 
 __all__ = ["DifferentiableDraw", "Differentiation", "Draw", "LayerDraw", "LayerSlot", "RawDraw", "Repetitions"]
 
@@ -74,14 +75,21 @@ class LayerSlot:
     """Where one layer finds its part of the posterior's draws.
 
     A layer that looked it up by its number would be compiled anew for every number.
+
+    Attributes:
+        index: the layer's number.
+        current: its part of the training draw.
+        predictive: of the latest prediction draw, for compiled code, which reads no context: compiled models predict
+            in one thread at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.current: LayerDraw | None = None
         self.predictive: LayerDraw | None = None
 
-    def __getstate__(self) -> dict[str, None]:
-        return {"current": None, "predictive": None}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "current": None, "predictive": None}
 
 
 class RawDraw(NamedTuple):
@@ -138,6 +146,7 @@ class Differentiation:
         versions: of the means.
         index: the draw's number.
         repetitions: of layers in the backward pass.
+        reminder: told when rho and eta get their gradient.
     """
 
     layout: Layout
@@ -148,6 +157,7 @@ class Differentiation:
     versions: list[int]
     index: int
     repetitions: Repetitions
+    reminder: Reminder
 
     def gradients(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """Those of rho (R,) and eta (L, N) from those of the layers' parts.
@@ -163,6 +173,7 @@ class Differentiation:
             )
         if self.log_norm_grad is None:
             return None, None
+        self.reminder.gradient()
         of_rows = self.layout.row_products(grads, self.cells, self.means)
         of_layers = torch.segment_reduce(of_rows, "sum", lengths=self.ranks)
         return of_rows, self.log_norm_grad * of_layers.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The collapsed mixture: one draw instead of N (METHOD.md section 2).
+"""The collapsed mixture: one draw instead of N (docs/method.md section 2).
 
 Given ``Sigma = L L^T`` and ``pi``, the weighted sum of N independent Gaussian columns is one Gaussian column, so
 
@@ -31,7 +31,7 @@ def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Te
         xi: standard normal draws, shape (r, n).
 
     Returns:
-        Shape (r, n). METHOD.md section 2.
+        Shape (r, n). docs/method.md section 2.
     """
     noise = factor.unsqueeze(-1) * xi if factor.dim() == 1 else factor @ xi
     norm: Tensor = torch.linalg.vector_norm(pi)
@@ -39,13 +39,13 @@ def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Te
 
 
 def log_determinant_constants(nu: float, rank: int, *, covariance: Covariance, normalised: bool) -> list[float]:
-    """``E[log|Sigma|] - 2 sum(rho)`` spread over the r rows: r Python floats (METHOD.md section 3)."""
+    """``E[log|Sigma|] - 2 sum(rho)`` spread over the r rows: r Python floats (docs/method.md section 3)."""
     shift = math.log(nu) if normalised else 0.0
     return [value - shift for value in wishart.bartlett_log_diagonal_mean(nu, rank, covariance)]
 
 
 def kl_divergence_terms(rho: Tensor, row_squared_norm: Tensor, row_log_determinant: Tensor, num: int) -> Tensor:
-    """The summands of ``KL_z = N/2 (tr Sigma - log|Sigma| - r)``, one for each row (METHOD.md section 4).
+    """The summands of ``KL_z = N/2 (tr Sigma - log|Sigma| - r)``, one for each row (docs/method.md section 4).
 
     Args:
         rho: log standard deviations, shape (..., r).
@@ -65,7 +65,7 @@ def kl_divergence_terms(rho: Tensor, row_squared_norm: Tensor, row_log_determina
 
 
 def moments(rho: Tensor, eta: Tensor, scale: float | Tensor, nu: float, *, normalised: bool = True) -> Tensor:
-    """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r), one for all columns: METHOD.md section 3."""
+    """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r), one for all columns: docs/method.md section 3."""
     c = 1.0 if normalised else nu
     squared_norm = dirichlet.moments(eta).squared_norm
     return scale**2 * squared_norm.unsqueeze(-1) * c * (2.0 * rho).exp()

@@ -2,7 +2,7 @@
 
 There is no state to advance but the counter of draws, so a draw can be made again at any time, on its own: a resumed
 run is the uninterrupted run, and nothing outside (dropout, data order, initial weights) shares these numbers
-(METHOD.md section 7).
+(docs/method.md section 7).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The posterior of one adapter: rho and eta of every layer, its draws and its regulariser (METHOD.md sections 1 to 5).
+"""The posterior of one adapter: rho and eta of every layer, its draws and its regulariser.
+
+See docs/method.md, sections 1 to 5.
 
 Layers may differ in rank and width, so what belongs to rows is stored flat, layer after layer: ``rho`` has R = sum of
 the ranks entries, and one draw fills one flat buffer for the whole model in a handful of kernels, however many layers
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import dirichlet, mixture, noise, wishart
+from monteclora.posterior import dirichlet, in_force, mixture, noise, wishart
 from monteclora.posterior.draws import (
     DifferentiableDraw,
     Differentiation,
@@ -28,6 +30,7 @@ from monteclora.posterior.draws import (
 )
 from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
+from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
 
 __all__ = ["AdapterPosterior"]
@@ -54,7 +57,6 @@ class AdapterPosterior(nn.Module):
     scale: Tensor
     slots: tuple[LayerSlot, ...]
     _current: Draw | None
-    _predictive: Draw | None
     _nu: Tensor
     _c: Tensor
     _log_determinant: Tensor
@@ -78,9 +80,12 @@ class AdapterPosterior(nn.Module):
         self.enabled = True
         self.repeating = False
         self._repetitions = Repetitions()
+        self._reminder = Reminder()
+        if settings.kl_weight == settings.coop_weight == 0.0:
+            self._reminder.silence()
         self._layout = Layout(self.layers)
-        self.slots = tuple(LayerSlot() for _ in self.layers)
-        self.current = self.predictive = None
+        self.slots = tuple(LayerSlot(index) for index in range(len(self.layers)))
+        self.current = None
         rows = sum(layer.rank for layer in self.layers)
         # float32 by name: the default dtype may be a lower one while a model is being built
         factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -125,7 +130,9 @@ class AdapterPosterior(nn.Module):
             low = moved.dtype in (torch.float16, torch.bfloat16)
             return tensor.to(moved.device) if low and tensor.dtype != moved.dtype else moved
 
-        self.current = self.predictive = None
+        self.current = None
+        for slot in self.slots:
+            slot.predictive = None
         super()._apply(keep_precision, recurse)
         # no state dict holds the constants: made again, they are right after to_empty and exact after double
         self._set_constants()
@@ -133,7 +140,7 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "_current": None, "_predictive": None}
+        return {**self.__dict__, "_current": None}
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` holds beside the tensors: the number of draws made, and whether noise is on."""
@@ -164,12 +171,16 @@ class AdapterPosterior(nn.Module):
 
     @property
     def predictive(self) -> Draw | None:
-        """The draw of the evaluation forward pass while the posterior is sampled; likewise."""
-        return self._predictive
+        """The draw that evaluation forward passes of the calling context see; None for the mean."""
+        return in_force.draw_of(self)
 
-    @predictive.setter
-    def predictive(self, draw: Draw | None) -> None:
-        self._predictive = draw
+    def predict_with(self, draw: Draw | None) -> None:
+        """Let evaluation forward passes of this context see ``draw``, see :mod:`~monteclora.posterior.in_force`."""
+        in_force.put(self, draw)
+        self.mirror(draw)
+
+    def mirror(self, draw: Draw | None) -> None:
+        """Hand every slot its part of a prediction draw, for compiled code."""
         for index, slot in enumerate(self.slots):
             slot.predictive = None if draw is None else draw.layers[index]
 
@@ -185,6 +196,7 @@ class AdapterPosterior(nn.Module):
         Raises:
             ConfigError: noise is per example and the batch size is unknown.
         """
+        self._reminder.before_draw(self.rho)
         signs = None
         if self.settings.noise == "per_example":
             if batch_size is None:
@@ -253,6 +265,7 @@ class AdapterPosterior(nn.Module):
             versions=[mean._version for mean in means or ()],
             index=self.draws,
             repetitions=self._repetitions,
+            reminder=self._reminder,
         )
         parts: tuple[Tensor, ...] = DifferentiableDraw.apply(known, raw.blocks, *inputs)
         return parts
@@ -337,7 +350,7 @@ class AdapterPosterior(nn.Module):
         return cells, found
 
     def _signs(self, process: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The flipout signs of every example, for each layer's inputs and rows (METHOD.md section 5)."""
+        """The flipout signs of every example, for each layer's inputs and rows (docs/method.md section 5)."""
         into = [layer.in_features for layer in self.layers]
         out = [layer.rank for layer in self.layers]
         width = sum(into) + sum(out)
@@ -352,7 +365,7 @@ class AdapterPosterior(nn.Module):
     # -- objective -----------------------------------------------------------------------------------------------
 
     def regulariser(self) -> Regulariser:
-        """The KL terms and the cooperative loss, averaged over layers (METHOD.md section 4).
+        """The KL terms and the cooperative loss, averaged over layers (docs/method.md section 4).
 
         With ``regulariser="expected"`` the expectations in closed form: no draw is needed, no variance is added. The
         cooperative expectation is that of the exact Dirichlet. With ``"sampled"``, KL_z and ||pi||^2 of the current
@@ -361,6 +374,8 @@ class AdapterPosterior(nn.Module):
         Raises:
             ConfigError: ``"sampled"`` before the first training forward.
         """
+        if torch.is_grad_enabled():
+            self._reminder.silence()
         s, count = self.settings, len(self.layers)
         row_squared_norm, row_log_determinant = self._c, self._log_determinant
         if s.regulariser == "sampled":
@@ -385,7 +400,7 @@ class AdapterPosterior(nn.Module):
 
     @torch.no_grad()
     def moments(self) -> dict[str, Tensor]:
-        """What the posterior looks like, layer by layer, each of shape (L,) (METHOD.md section 3).
+        """What the posterior looks like, layer by layer, each of shape (L,) (docs/method.md section 3).
 
         ``squared_norm`` is E||pi||^2 and ``noise_std`` the root mean square of A - mu.
         """

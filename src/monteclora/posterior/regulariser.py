@@ -1,4 +1,4 @@
-"""The KL terms and the cooperative loss of all layers (METHOD.md section 4)."""
+"""The KL terms and the cooperative loss of all layers (docs/method.md section 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Regulariser", "row_divergences"]
 
 
 class Regulariser(NamedTuple):
-    """The parts of the regulariser, each a scalar averaged over layers (METHOD.md section 4), and their weights."""
+    """The parts of the regulariser (docs/method.md section 4), scalars averaged over layers, and their weights."""
 
     kl_pi: Tensor
     kl_sigma: Tensor
@@ -55,7 +55,7 @@ class _RowDivergences(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_sigma: Tensor, grad_z: Tensor) -> tuple[Tensor, None, None, None, None]:
         rho, nu, row_squared_norm = ctx.saved_tensors
-        # METHOD.md section 4: d/d rho_i of nu/2 (exp(2 rho_i) - 2 rho_i) is nu (exp(2 rho_i) - 1), that of
+        # docs/method.md section 4: d/d rho_i of nu/2 (exp(2 rho_i) - 2 rho_i) is nu (exp(2 rho_i) - 1), that of
         # N/2 (q_i exp(2 rho_i) - 2 rho_i) is N (q_i exp(2 rho_i) - 1) with q_i the squared norm; all of shape (R,)
         sigma = grad_sigma * nu * torch.expm1(2.0 * rho)
         return sigma + grad_z * ctx.num * torch.expm1(2.0 * rho + row_squared_norm.log()), None, None, None, None
@@ -74,7 +74,7 @@ def row_divergences(
         num: N, the number of mixture components.
 
     Returns:
-        Two scalars, nats, never negative (METHOD.md section 4).
+        Two scalars, nats, never negative (docs/method.md section 4).
     """
     divergences: tuple[Tensor, Tensor] = _RowDivergences.apply(rho, nu, row_squared_norm, row_log_determinant, num)
     return divergences

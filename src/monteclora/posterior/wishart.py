@@ -1,4 +1,4 @@
-"""The Wishart factor: ``Sigma = L L^T`` with ``L = diag(exp(rho)) T`` (METHOD.md sections 1 to 4).
+"""The Wishart factor: ``Sigma = L L^T`` with ``L = diag(exp(rho)) T`` (docs/method.md sections 1 to 4).
 
 ``Sigma ~ Wishart_r(c V / nu, nu)`` with ``V = diag(exp(2 rho))``; ``c = 1`` is the normalised law, for which
 ``E[Sigma] = V``, and ``c = nu`` is the published one. No covariance matrix is ever formed and no Cholesky
@@ -47,7 +47,7 @@ def raw_chi_square(nu: Tensor, generator: torch.Generator | None = None) -> Tens
 
     Returns:
         Shape (...), the dtype of ``nu``, strictly positive. The diagonal of Wishart(I, nu) has this law
-        (METHOD.md section 2).
+        (docs/method.md section 2).
     """
     draw = 2.0 * torch._standard_gamma(nu / 2.0, generator=generator)
     return draw.clamp_min(torch.finfo(nu.dtype).tiny)
@@ -56,7 +56,7 @@ def raw_chi_square(nu: Tensor, generator: torch.Generator | None = None) -> Tens
 def raw_bartlett(nu: float, rank: int, count: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw Bartlett factors of Wishart(I, nu): lower triangular ``T`` with ``T T^T ~ Wishart_r(I, nu)``.
 
-    ``T_ii = sqrt(chi2_{nu - i + 1})`` with i from 1 and standard normals below the diagonal (METHOD.md section 2).
+    ``T_ii = sqrt(chi2_{nu - i + 1})`` with i from 1 and standard normals below the diagonal (docs/method.md section 2).
 
     Args:
         nu: degrees of freedom, at least ``rank``.
@@ -84,7 +84,7 @@ def sample(rho: Tensor, raw: Tensor, nu: float | Tensor, *, normalised: bool = T
         normalised: whether ``E[Sigma] = diag(exp(2 rho))`` (else ``nu`` times that).
 
     Returns:
-        The diagonal of ``L``, shape (..., r), or ``L``, shape (..., r, r). METHOD.md section 2.
+        The diagonal of ``L``, shape (..., r), or ``L``, shape (..., r, r). docs/method.md section 2.
     """
     root_c = torch.as_tensor(nu, dtype=rho.dtype, device=rho.device).rsqrt() if normalised else rho.new_ones(())
     std = rho.exp() * root_c
@@ -98,7 +98,7 @@ def kl_divergence_terms(rho: Tensor, nu: float | Tensor) -> Tensor:
 
 
 def kl_divergence(rho: Tensor, nu: float | Tensor) -> Tensor:
-    """``KL(Wishart(V, nu) || Wishart(I, nu)) = nu/2 (tr V - log|V| - r)``, METHOD.md section 4.
+    """``KL(Wishart(V, nu) || Wishart(I, nu)) = nu/2 (tr V - log|V| - r)``, docs/method.md section 4.
 
     The same formula holds when both are normalised.
 
@@ -116,7 +116,7 @@ def kl_divergence(rho: Tensor, nu: float | Tensor) -> Tensor:
 def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> tuple[float, ...]:
     """``E[log T_ii^2]`` for i = 1..r: ``log 2 + digamma((nu - i + 1)/2)``, or ``log 2 + digamma(nu/2)`` if diagonal.
 
-    METHOD.md section 3. Returns r Python floats (computed in float64).
+    docs/method.md section 3. Returns r Python floats (computed in float64).
     """
     # on the CPU by name: the default device is "meta" while a model without weights is being built
     steps = torch.arange(rank, dtype=torch.float64, device="cpu") * (covariance == "full")
@@ -124,7 +124,7 @@ def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> 
 
 
 def moments(rho: Tensor, nu: float, *, covariance: Covariance = "diagonal", normalised: bool = True) -> Moments:
-    """``E[tr Sigma] = c tr V`` and ``E[log|Sigma|]`` in closed form, METHOD.md section 3.
+    """``E[tr Sigma] = c tr V`` and ``E[log|Sigma|]`` in closed form, docs/method.md section 3.
 
     Args:
         rho: log standard deviations, shape (..., r).

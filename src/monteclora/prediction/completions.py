@@ -11,109 +11,83 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from monteclora.adapters.model import posterior_sampling
 from monteclora.data.encoding import IGNORED
+from monteclora.metrics.registry import TokenSums
 from monteclora.prediction.forward import Collate, FloatArray, batches, logits_at, to_device
 from monteclora.prediction.predictive import evaluating
+from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
 
-__all__ = ["CompletionPredictions", "CompletionScores", "predict_completions"]
+__all__ = ["CompletionScores", "score_completions"]
 
 
 @dataclass(frozen=True)
 class CompletionScores:
-    """How likely each of B completions is.
+    """How likely each of B completions is under the mean over draws of each next-token distribution.
 
     Attributes:
         nll: shape (B,), summed over a completion's tokens, nats.
         tokens: shape (B,), how many tokens were scored.
         correct: shape (B,), how many of them were the most likely one.
+        total, aleatoric, epistemic: shape (B,), mean over a completion's tokens, nats.
+        num_samples: draws.
     """
 
     nll: FloatArray
     tokens: NDArray[np.int64]
     correct: NDArray[np.int64]
-
-    @property
-    def mean_nll(self) -> float:
-        """Nats a token."""
-        return float(self.nll.sum() / self.tokens.sum())
-
-    @property
-    def token_accuracy(self) -> float:
-        """The share of tokens that were the most likely one."""
-        return float(self.correct.sum() / self.tokens.sum())
-
-
-@dataclass(frozen=True)
-class CompletionPredictions:
-    """The likelihood of B completions, token by token given the tokens before.
-
-    Attributes:
-        point: under the posterior's mean.
-        predictive: under the mean over posterior draws of each next-token distribution; None without draws.
-        total, aleatoric, epistemic: shape (B,), mean over a completion's tokens, nats; without draws the epistemic
-            part is zero.
-        num_samples: posterior draws, 0 for none.
-    """
-
-    point: CompletionScores
-    predictive: CompletionScores | None
     total: FloatArray
     aleatoric: FloatArray
     epistemic: FloatArray
     num_samples: int
 
+    @property
+    def sums(self) -> TokenSums:
+        """Over all completions."""
+        return TokenSums(float(self.nll.sum()), int(self.tokens.sum()), int(self.correct.sum()))
 
-def predict_completions(
+
+def score_completions(
     model: nn.Module,
     rows: Sequence[dict[str, Any]],
     collate: Collate,
     *,
+    sampler: Sampler = MEAN,
     batch_size: int = 16,
-    num_samples: int = 0,
-    seed: int = 0,
     progress: Progress | None = None,
-) -> CompletionPredictions:
+) -> CompletionScores:
     """The likelihood of each row's learned tokens, and how uncertain the model is at each of them.
 
     Args:
         model: with a language-modelling head.
         rows: encoded, with ``labels`` of -100 on what is not scored.
         collate: pads a list of rows to a batch, labels with -100.
-        batch_size: rows a forward pass.
-        num_samples: posterior draws; 0 for the mean alone.
-        seed: their stream.
+        sampler: what is drawn.
+        batch_size: rows per forward pass.
         progress: told how many rows are done, batch by batch.
     """
     columns: dict[str, FloatArray] = {}
     with evaluating(model):
         for indices in batches(rows, batch_size):
             batch = to_device(collate([rows[i] for i in indices]), model)
-            found = _score_completions(model, batch, num_samples, seed)
-            for name, values in found.items():
+            for name, values in _score(model, batch, sampler).items():
                 columns.setdefault(name, np.zeros(len(rows)))[indices] = values.cpu().numpy()
             if progress is not None:
                 progress(len(indices))
-    tokens = columns["tokens"].astype(np.int64)
-    names = ("point", "predictive") if num_samples else ("point",)
-    scores = {
-        name: CompletionScores(columns[f"{name} nll"], tokens, columns[f"{name} correct"].astype(np.int64))
-        for name in names
-    }
     aleatoric = np.minimum(columns["aleatoric"], columns["total"])  # above it by rounding alone
-    return CompletionPredictions(
-        point=scores["point"],
-        predictive=scores.get("predictive"),
+    return CompletionScores(
+        nll=columns["nll"],
+        tokens=columns["tokens"].astype(np.int64),
+        correct=columns["correct"].astype(np.int64),
         total=columns["total"],
         aleatoric=aleatoric,
         epistemic=columns["total"] - aleatoric,
-        num_samples=num_samples,
+        num_samples=sampler.num_samples,
     )
 
 
-def _score_completions(model: nn.Module, batch: dict[str, Any], num_samples: int, seed: int) -> dict[str, Tensor]:
-    """Sums (means for the uncertainties) over the learned tokens of each row, (b,) float64 each."""
+def _score(model: nn.Module, batch: dict[str, Any], sampler: Sampler) -> dict[str, Tensor]:
+    """Sums (means for the uncertainties) over the learned tokens of each row, float64, shape (B,) each."""
     labels = batch.pop("labels")[:, 1:]
     kept = labels != IGNORED
     columns = kept.any(0).nonzero().squeeze(-1)
@@ -124,30 +98,39 @@ def _score_completions(model: nn.Module, batch: dict[str, Any], num_samples: int
         sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
         return sums.index_add_(0, rows, values.double())
 
-    def next_token_log_probs() -> Tensor:
-        """(K, V) for the K learned tokens of the batch."""
-        return logits_at(model, batch, columns)[kept].float().log_softmax(-1)
-
-    def scores(name: str, log_probs: Tensor) -> dict[str, Tensor]:
-        nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        right = log_probs.argmax(-1) == targets
-        return {f"{name} nll": by_row(nll), f"{name} correct": by_row(right)}
-
+    log_probs, aleatoric = _mean_log_probs(model, batch, columns, kept, sampler)
+    nll = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
     tokens = by_row(torch.ones_like(targets))
-    log_probs = next_token_log_probs()
-    found = {"tokens": tokens, **scores("point", log_probs)}
-    total = aleatoric = _entropies(log_probs)
-    if num_samples:
-        mean, aleatoric = torch.zeros_like(log_probs), torch.zeros_like(total)
-        for number in range(num_samples):
-            with posterior_sampling(model, seed, first=number, resample=False):
-                log_probs = next_token_log_probs()
-            mean += log_probs.exp() / num_samples
-            aleatoric += _entropies(log_probs) / num_samples
-        log_probs = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
-        total = _entropies(log_probs)
-        found |= scores("predictive", log_probs)
-    return {**found, "total": by_row(total) / tokens, "aleatoric": by_row(aleatoric) / tokens}
+    return {
+        "tokens": tokens,
+        "nll": by_row(nll),
+        "correct": by_row(log_probs.argmax(-1) == targets),
+        "total": by_row(_entropies(log_probs)) / tokens,
+        "aleatoric": by_row(aleatoric) / tokens,
+    }
+
+
+def _mean_log_probs(
+    model: nn.Module, batch: dict[str, Any], columns: Tensor, kept: Tensor, sampler: Sampler
+) -> tuple[Tensor, Tensor]:
+    """``log mean_s p_s`` of the K scored tokens over the vocabulary, (K, V), and ``mean_s H[p_s]``, (K,).
+
+    A running mean: S distributions over a vocabulary for every token would not fit into memory.
+    """
+
+    def drawn(number: int) -> Tensor:
+        with sampler.draw(model, number):
+            return logits_at(model, batch, columns)[kept].float().log_softmax(-1)
+
+    if sampler.num_samples == 1:
+        log_probs = drawn(0)
+        return log_probs, _entropies(log_probs)
+    mean = aleatoric = torch.zeros(())
+    for number in range(sampler.num_samples):
+        log_probs = drawn(number)
+        mean = mean.to(log_probs.device) + log_probs.exp() / sampler.num_samples
+        aleatoric = aleatoric.to(log_probs.device) + _entropies(log_probs) / sampler.num_samples
+    return mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), aleatoric
 
 
 def _entropies(log_probs: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def encode_prompts(
             end -= 1
         prompts.append({"input_ids": row["input_ids"][:end], "attention_mask": [1] * end})
     cut = encoded.shortened
-    return prompts, (f"{cut} of {len(rows)} prompts were shortened to {max_length} tokens",) if cut else ()
+    return prompts, (f"{cut} of {len(rows)} prompts were truncated to {max_length} tokens",) if cut else ()
 
 
 def _without_answer(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""Predictive distributions: sample the posterior, split what is uncertain.
-
-Under S draws with probabilities p_s, mean p: total uncertainty is the entropy H[p], the aleatoric part mean_s H[p_s]
-is what the data leave open under every draw, and the epistemic part is their difference, the mutual information
-between label and weights (Depeweg et al. 2018), zero when all draws agree.
-"""
+"""Predictive distributions of one batch: all draws of the posterior in few forward passes."""
 
 from __future__ import annotations
 
@@ -19,6 +14,7 @@ from torch import Tensor, nn
 
 from monteclora.adapters.model import posterior_sampling, sampled_posteriors
 from monteclora.errors import ConfigError
+from monteclora.prediction import uncertainty
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
 
@@ -44,36 +40,30 @@ class PredictiveDistribution:
     @property
     def total(self) -> Tensor:
         """H[mean_s p_s], shape (B,), float64, nats."""
-        return _entropy(self.probs.double().mean(0))
+        return uncertainty.total(self.probs)
 
     @property
     def aleatoric(self) -> Tensor:
         """mean_s H[p_s], shape (B,), float64, nats."""
-        entropies: Tensor = _entropy(self.probs.double())
-        return entropies.mean(0)
+        return uncertainty.aleatoric(self.probs)
 
     @property
     def epistemic(self) -> Tensor:
         """H[mean_s p_s] - mean_s H[p_s], shape (B,), float64, nats, never negative."""
-        probs = self.probs.double()
-        mean = probs.mean(0, keepdim=True)
-        # as a mean of divergences from the mean: each is non-negative, and equal draws give an exact zero
-        divergence = torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, mean)
-        same = (probs == probs[:1]).all(0)
-        information: Tensor = divergence.mean(0).masked_fill(same, 0.0).sum(-1)
-        return information.clamp_min(0.0)
-
-
-def _entropy(probs: Tensor) -> Tensor:
-    entropy: Tensor = -torch.special.xlogy(probs, probs).sum(-1)
-    return entropy
+        return uncertainty.epistemic(self.probs)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's mode is restored after it."""
+    """Evaluation mode without gradients inside the block; every module's mode is restored after it.
+
+    A model that is in evaluation mode already is not touched: several threads may predict with it.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in modes):
+        model.eval()
+    else:
+        modes = []
     try:
         with torch.no_grad():
             yield
@@ -102,9 +92,14 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     parameters = inspect.signature(base.forward).parameters
     two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     mask = inputs.get("decoder_attention_mask" if two_stacks else "attention_mask")
-    if mask is not None and not two_stacks and {"past_key_values", "position_ids"} <= parameters.keys():
+    counts_positions = not two_stacks and "position_ids" in parameters and inputs.get("position_ids") is None
+    if counts_positions and mask is not None and mask.dim() == 2:
         # absolute positions must not count padding on the left
-        inputs.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp_min(0))
+        if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        elif inputs.get("input_ids") is not None:
+            inputs = _padded_on_the_right(inputs, mask)
+            mask = inputs["attention_mask"]
     if "logits_to_keep" in parameters:
         # over a large vocabulary, the logits of all positions would take more memory than the model
         sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -116,6 +111,22 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             return logits.float()
         column = _last_positions(mask, logits)
     return logits[torch.arange(logits.shape[0], device=logits.device), column.to(logits.device)].float()
+
+
+def _padded_on_the_right(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+    """The same rows with their padding, shape (B, T), behind them."""
+    first = mask.long().argmax(-1)
+    if not first.any():
+        return inputs
+    length = mask.shape[1]
+    columns = (torch.arange(length, device=mask.device) + first[:, None]) % length
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    return {
+        name: value[rows.to(value.device), columns.to(value.device)]
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:
@@ -150,12 +161,13 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
 
     Raises:
         ConfigError: the model has no active MonteCLoRA adapter or a head of another kind, ``num_samples`` is below 1,
-            or there is no tensor in the batch.
+            or the batch has no tensor, is no mapping, or its ``input_ids`` are not of shape (B, T).
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ConfigError(
             f"num_samples is {num_samples}, expected a whole number of at least 1", "Ask for one draw or more."
         )
+    _check_batch(batch)
     device = sampled_posteriors(model)[0].rho.device
     inputs = {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -177,6 +189,21 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
                 logits = class_logits(model, repeated)
             chunks.append(logits.softmax(-1).view(count, rows, -1))
     return PredictiveDistribution(torch.cat(chunks))
+
+
+def _check_batch(batch: Any) -> None:
+    """Refuse what is no batch of tokens: texts, lists, a tensor by itself, a row without a batch around it."""
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"predict was given a {type(batch).__name__}, expected the model's inputs by name",
+            'Give what the tokenizer returns: tokenizer(texts, padding=True, return_tensors="pt").',
+        )
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() != 2:
+        raise ConfigError(
+            f"input_ids has the shape {tuple(ids.shape)}, expected (rows, tokens)",
+            "Put a single row into a batch of one: input_ids.unsqueeze(0).",
+        )
 
 
 def _repeated(value: Any, rows: int, count: int) -> Any:

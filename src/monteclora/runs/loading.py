@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 
-from monteclora.adapters.checks import check_adapter, check_finite
-from monteclora.adapters.restore import load_adapter
-from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE
+from monteclora.adapters.sampler import Posterior
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
 from monteclora.data.models import load_tokenizer, resolve_model
@@ -27,12 +21,15 @@ from monteclora.runs.prepare import PreparedData, base_model, prepare_model
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import training_device
+from monteclora.system.progress import Progress
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import TaskData
-from monteclora.tasks.measures import measures_for
+from monteclora.tasks.base import Predictor
+from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["LoadedRun", "load_run"]
 
@@ -59,7 +56,7 @@ class LoadedRun:
     recipe: Recipe
     kind: Kind
     label_names: tuple[str, ...] | None
-    model: PeftModel | PreTrainedModel
+    model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     unfinished: str | None = None
     is_base: bool = False
@@ -88,6 +85,30 @@ class LoadedRun:
             what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
             raise ConfigError(f"num_samples is {num_samples}, and {what} has no posterior", "Leave it out.")
         return num_samples
+
+    def predictor(
+        self, num_samples: int, seed: int = 0, batch_size: int | None = None, progress: Progress | None = None
+    ) -> Predictor:
+        """What a task needs to predict with this run.
+
+        Args:
+            num_samples: posterior draws, 0 for the mean alone; see :meth:`draws`.
+            seed: their stream.
+            batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
+            progress: told how many rows are done, by each sampler.
+        """
+        return Predictor(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            collate=self.collate,
+            max_length=self.recipe.data.max_length,
+            label_names=self.label_names or (),
+            precision=self.precision,
+            batch_size=batch_size or self.recipe.training.eval_batch_size,
+            bins=self.recipe.evaluation.bins,
+            posterior=Posterior(num_samples, seed) if num_samples else None,
+            progress=progress,
+        )
 
     def precision(self) -> AbstractContextManager[Any]:
         """Matmuls in the precision the run was trained with."""
@@ -119,7 +140,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
     adapter, unfinished = _adapter_of(run, allow_unfinished)
     name, kind, labels = _task_of(run)
-    if base and kind == "classification":
+    if base and not KINDS[kind].has_pretrained_head:
         raise ConfigError(
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
             "Ask for the base model of a causal LM run only.",
@@ -130,10 +151,10 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         tokenizer=tokenizer,
         encoded={},
         collate=collator(kind, tokenizer),
-        measures=measures_for(kind),
+        measures=KINDS[kind].measures(),
         notes=(),
     )
-    model = base_model(recipe, prepared) if base else _adapted(recipe, prepared, adapter)
+    model = base_model(recipe, prepared) if base else _trained(recipe, prepared, adapter)
     if recipe.model.quantization == "none":
         model.to(training_device())
     model.requires_grad_(False).eval()
@@ -147,9 +168,8 @@ def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
         version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
         name, kind, labels = about["name"], about["kind"], about["label_names"]
         _ = [source["sha256"] for source in about["splits"].values()]
-        named = kind == "causal_lm" or (kind == "classification" and len(set(labels)) == len(labels) >= 2)
-        if not (named and isinstance(name, str) and all(isinstance(label, str) for label in labels or ())):
-            raise ValueError("neither a causal LM nor a classifier with its labels")
+        if kind not in KINDS or not KINDS[kind].accepts(labels) or not isinstance(name, str):
+            raise ValueError("it names no kind of task with its labels")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{run.path / 'environment.json'} is damaged ({reason})", _RESTORE) from None
@@ -180,34 +200,8 @@ def _is_finished(run: RunFolder) -> bool:
         raise CheckpointError(f"{run.metrics.path} is damaged ({type(error).__name__})", _RESTORE) from None
 
 
-def _adapted(recipe: Recipe, prepared: PreparedData, folder: Path) -> PeftModel:
-    """The model as training had it, which draws anew what neither the model's files nor the adapter's hold."""
-    check_adapter(folder)
-    if get_method(recipe.method.name).has_posterior and not (folder / POSTERIOR_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {POSTERIOR_FILE}", _RESTORE)
+def _trained(recipe: Recipe, prepared: PreparedData, folder: Path) -> nn.Module:
+    """The model as training had it, which draws anew what neither the model's files nor the saved ones hold."""
     model = prepare_model(recipe, prepared)
-    try:
-        weights = get_peft_model_state_dict(
-            model, adapter_name=cast(str, model.active_adapter), save_embedding_layers=False
-        )
-        _check_names(folder, list(weights))
-        load_adapter(model, folder)
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} cannot be loaded into {recipe.model.name}: {reason[:200]}", _RESTORE
-        ) from error
-    check_finite(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
+    get_method(recipe.method.name).load(model, folder)
     return model
-
-
-def _check_names(folder: Path, expected: Sequence[str]) -> None:
-    """peft passes over names that one side lacks with a warning."""
-    with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        differing = sorted(set(file.keys()) ^ set(expected))
-    if differing:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} does not fit the recipe: {len(differing)} weights are on one side only, "
-            f"as {differing[0]}",
-            _RESTORE,
-        )

@@ -17,11 +17,12 @@ from monteclora.methods import get_method
 from monteclora.methods.lora import seed_everything
 from monteclora.runs.recipe import Recipe
 from monteclora.tasks import TaskData, load
-from monteclora.tasks.measures import Measures, measures_for
+from monteclora.tasks.kinds import KINDS
+from monteclora.tasks.measures import Measures, check_metric
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["PreparedData", "base_model", "prepare_data", "prepare_model"]
@@ -37,7 +38,7 @@ class PreparedData:
         encoded: token ids of the train split and, where there is one, of the validation split.
         collate: makes a batch of rows.
         measures: what validation measures.
-        notes: what was set aside, shortened or left out, in words.
+        notes: what was set aside, truncated or left out, in words.
     """
 
     task: TaskData
@@ -67,8 +68,8 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     """
     task = load(recipe.data, splits=("train", "validation"))
     source = resolve_model(recipe.model.name)
-    measures = measures_for(task.kind)
-    measures.check(recipe.training.best_metric)
+    measures = KINDS[task.kind].measures()
+    check_metric(measures, recipe.training.best_metric)
     task.split("train")
     if recipe.training.best_metric is not None and "validation" not in task.splits:
         raise ConfigError(
@@ -94,7 +95,7 @@ def _cuts(encoded: dict[str, Encoded], max_length: int) -> list[str]:
     for split, found in encoded.items():
         rows = len(found.dataset) + found.dropped
         if found.shortened:
-            notes.append(f"{split}: {found.shortened} of {rows} rows were shortened to {max_length} tokens")
+            notes.append(f"{split}: {found.shortened} of {rows} rows were truncated to {max_length} tokens")
         if found.completions_cut:
             notes.append(f"{split}: {found.completions_cut} of these lost the end of what is to be learned")
         if found.dropped:
@@ -117,7 +118,7 @@ def base_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     )
 
 
-def prepare_model(recipe: Recipe, data: PreparedData) -> PeftModel:
+def prepare_model(recipe: Recipe, data: PreparedData) -> nn.Module:
     """The pretrained model with the method's adapter, what is trained in float32.
 
     Raises:

@@ -60,12 +60,12 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PostHocSpec:
-    """The second phase of ``mode: post_hoc``: the adapter is frozen, its posterior is trained (METHOD.md section 6).
+    """The second phase of ``mode: post_hoc``, in which the posterior alone is trained (docs/method.md section 6).
 
     Args:
         epochs: passes over the training rows.
-        max_steps: stop after so many optimiser steps even so.
-        learning_rate_factor: times ``training.learning_rate`` is this phase's.
+        max_steps: at most this many optimiser steps, whatever ``epochs`` says.
+        learning_rate_factor: this phase's peak learning rate, as a multiple of ``training.learning_rate``.
     """
 
     epochs: float = 1.0
@@ -86,29 +86,29 @@ class TrainingSpec:
         mode: ``cooperative`` trains adapter and posterior together; ``post_hoc`` trains a plain LoRA first, then the
             posterior alone.
         epochs: passes over the training rows.
-        max_steps: stop after so many steps even so; the schedule then ends there.
-        batch_size: rows a step, over all processes.
-        group_by_length: make batches of rows of about the same length, so that less padding is computed.
-        micro_batch_size: rows a forward pass; the gradients of ``batch_size / micro_batch_size`` passes are added up.
+        max_steps: at most this many steps, whatever ``epochs`` says; the schedule then ends there.
+        batch_size: rows per step, over all processes.
+        group_by_length: batch rows of about the same length, so that less padding is computed.
+        micro_batch_size: rows per forward pass; the gradients of ``batch_size / micro_batch_size`` passes are added up.
             null takes all rows of a step at once.
-        eval_batch_size: rows a forward pass of evaluation.
-        learning_rate: at its highest.
-        schedule: how the learning rate falls after warm-up: to zero, or not at all.
-        warmup_ratio: the share of the steps in which the learning rate rises from zero.
+        eval_batch_size: rows per forward pass of evaluation.
+        learning_rate: the peak learning rate.
+        schedule: of the learning rate after warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``.
+        warmup_ratio: the fraction of the steps over which the learning rate rises linearly from zero.
         weight_decay: AdamW's; never applied to biases, norms and the posterior.
         max_grad_norm: gradients are scaled down to this norm; null leaves them as they are.
         non_finite: what to do when the loss or gradient of a step is not finite: ``stop`` the run, or ``skip`` the
             step, which leaves weights and optimiser as they are, and count it.
-        max_skipped: so many steps one after the other are skipped; the next one stops the run even so.
-        gradient_checkpointing: keep fewer activations and compute them twice.
+        max_skipped: at most this many consecutive steps are skipped; one more stops the run.
+        gradient_checkpointing: keep fewer activations, and recompute them in the backward pass.
         precision: of the matmuls (autocast); float32 weights stay what they are.
-        eval_every: evaluate after so many steps, null after each epoch; always after the last one.
-        save_every: save a checkpoint after so many steps, null after each epoch; always after the last one.
-        logging_every: write a line of training metrics after so many steps.
-        keep_checkpoints: how many of the latest checkpoints stay on disk; the best one stays besides.
-        best_metric: end with the checkpoint that was best in this validation metric; null ends with the last.
-        early_stopping_patience: stop after so many evaluations in a row without a better ``best_metric``.
-        num_workers: processes that prepare batches beside the training process.
+        eval_every: steps between evaluations; null evaluates after each epoch. The last step is always evaluated.
+        save_every: steps between checkpoints; null saves after each epoch. The last step is always saved.
+        logging_every: steps between lines of training metrics.
+        keep_checkpoints: how many of the latest checkpoints stay on disk, beside the best one.
+        best_metric: end with the checkpoint that is best in this validation metric; null ends with the last one.
+        early_stopping_patience: stop after this many consecutive evaluations without a better ``best_metric``.
+        num_workers: processes that collate batches beside the training process.
         post_hoc: the second phase of ``mode: post_hoc``.
     """
 
@@ -163,7 +163,7 @@ class EvaluationSpec:
     """The ``evaluation`` section: how a trained adapter is tested.
 
     Args:
-        num_samples: posterior draws of a prediction.
+        num_samples: posterior draws per prediction.
         bins: of the calibration error and the reliability diagram.
     """
 
@@ -180,7 +180,7 @@ class Recipe:
     """One run.
 
     Args:
-        name: what the run is called; by default the file's name.
+        name: of the run; by default the recipe file's name.
         model: the pretrained model.
         data: what it learns.
         method: how; each method has its own fields (``monteclora list methods``).

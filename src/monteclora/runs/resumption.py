@@ -37,6 +37,10 @@ def claim(run: RunFolder, recipe: Recipe, *, override: bool = False) -> None:
             return
         if before == recipe:
             return
+    elif run.holds_other_files:
+        raise CheckpointError(
+            f"the folder {run.path} holds files and is no run", "Choose another name or output, or an empty folder."
+        )
     run.write_recipe(recipe)
 
 

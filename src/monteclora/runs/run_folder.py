@@ -109,6 +109,11 @@ class RunFolder:
         """Whether anything was measured or saved: else a recipe that could not be trained may be corrected."""
         return bool(self.metrics.read()) or any(self.checkpoints.glob("*"))
 
+    @property
+    def holds_other_files(self) -> bool:
+        """Whether there is anything in the folder but the lock."""
+        return any(entry.name != ".lock" for entry in self.path.glob("*"))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training this run at the same time.

@@ -124,6 +124,7 @@ class _Plan:
     columns: Columns
     label_names: tuple[str, ...]
     description: str
+    has_validation: bool
 
 
 def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
@@ -140,13 +141,16 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
     """
     plan = _plan(spec, splits)
     checked = {split: read_rows(table, plan.columns) for split, table in plan.tables.items()}
-    notes = [f"{split}: left out, its labels are hidden" for split in _hidden(checked)]
-    checked = {split: rows for split, rows in checked.items() if split not in _hidden(checked)}
+    notes = [note for table in plan.tables.values() for note in table.notes]
+    hidden = _hidden(checked)
+    notes += [f"{split}: left out, its labels are hidden" for split in hidden]
+    checked = {split: rows for split, rows in checked.items() if split not in hidden}
     labels = _label_set(plan, checked)
     data = {split: rows.to_dataset(labels) for split, rows in checked.items()}
     origins = {split: rows.table.name for split, rows in checked.items()}
     _check_classes(data, labels, plan.name)
-    if "train" in data and "validation" not in data and _wanted("validation", splits) and spec.validation_fraction:
+    has_validation = plan.has_validation and "validation" not in hidden
+    if "train" in data and not has_validation and spec.validation_fraction:
         data["train"], data["validation"] = carve_validation(
             data["train"], spec.validation_fraction, spec.seed, origins["train"]
         )
@@ -196,6 +200,7 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
         description = "own files"
     else:
         name, tables, description = spec.task, hub_tables(spec.task), "a data set on the hub"
+    has_validation = "validation" in tables
     if not tables:
         raise ConfigError("no data is given", "Set data.task or data.train_file.")
     first = next(iter(tables.values()))
@@ -205,7 +210,7 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
         # Without names, and for a validation split that is not there, the training rows are needed as well.
         helpers = () if names and "validation" in tables else ("train",)
         tables = {split: table for split, table in tables.items() if split in (*splits, *helpers)}
-    return _Plan(name, tables, columns, names, description)
+    return _Plan(name, tables, columns, names, description, has_validation)
 
 
 def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
@@ -221,7 +226,7 @@ def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Pla
     else:
         texts = ("text", "text_pair")[: len(task.text_columns)]
         columns = Columns("classification", texts, "label")
-    return _Plan(task.name, tables, columns, task.label_names or (), task.description)
+    return _Plan(task.name, tables, columns, task.label_names or (), task.description, "validation" in available)
 
 
 def _hidden(checked: Mapping[str, CheckedRows]) -> set[str]:

@@ -1,88 +1,140 @@
-"""What validation measures while a run trains."""
+"""What is learned from a batch and what validation measures, for each kind of task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, cast
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import softmax
-from torch import Tensor
-from transformers import EvalPrediction
+from torch import Tensor, nn
 
 from monteclora.data.encoding import IGNORED
 from monteclora.errors import ConfigError
 from monteclora.metrics.registry import Scoring, TokenSums, measure, metrics_for
 
-__all__ = ["Measures", "measures_for"]
+__all__ = ["ClassMeasures", "Measures", "TokenMeasures", "check_metric"]
 
 
-class Measures:
-    """How a Trainer evaluates: what it keeps of the logits, what it makes of what is kept, and how that is called.
+class Measures(Protocol):
+    """The loss and the validation metrics of a kind of task. B rows in a batch, N in the validation split."""
 
-    Attributes:
-        names: of the metrics.
-        reduce: ``preprocess_logits_for_metrics`` of the Trainer, or None.
-        compute: ``compute_metrics`` of the Trainer.
+    @property
+    def scoring(self) -> Scoring:
+        """What the metrics are of."""
+        ...
+
+    def count(self, labels: Tensor) -> Tensor:
+        """How many items a batch's loss is a sum over, a scalar."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], items: Tensor) -> Tensor:
+        """The summed negative log-likelihood of the batch divided by ``items``, those of the whole optimiser step.
+
+        Gradients of accumulated batches therefore add up to that of their union, whatever their sizes.
+        """
+        ...
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is kept of a validation batch, shape (B, K)."""
+        ...
+
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[np.int64] | None) -> dict[str, float]:
+        """The metrics of all that was kept, (N, K), and of labels, (N,), None for token labels."""
+        ...
+
+
+def check_metric(measures: Measures, best_metric: str | None) -> None:
+    """Raise ConfigError when the recipe wants to be best in something that is not measured."""
+    names = [metric.name for metric in metrics_for(measures.scoring)]
+    if best_metric is not None and best_metric not in names:
+        raise ConfigError(f"training.best_metric is {best_metric}, and this task has {', '.join(names)}", "Choose one.")
+
+
+@dataclass(frozen=True)
+class ClassMeasures:
+    """Of a classification head; see :class:`Measures`."""
+
+    scoring: Scoring = "classes"
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The labels that are not ignored."""
+        return labels.ne(IGNORED).sum()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], items: Tensor) -> Tensor:
+        """Cross-entropy of the labels; the head's own loss would ignore how many items other batches have."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits
+        labels = batch["labels"].to(logits.device)
+        flat = logits.view(-1, logits.shape[-1]).float()
+        total = nn.functional.cross_entropy(flat, labels.view(-1).long(), reduction="sum", ignore_index=IGNORED)
+        return total / items.to(total.device).clamp(min=1)
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits themselves."""
+        return logits
+
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[np.int64] | None) -> dict[str, float]:
+        """The metrics of classes."""
+        return measure(self.scoring, softmax(kept.astype(np.float64), axis=-1), cast(Any, labels))
+
+
+@dataclass(frozen=True)
+class TokenMeasures:
+    """Of a language-modelling head; see :class:`Measures`.
+
+    ``nll`` is the mean negative log-likelihood of the tokens to be learned, in nats; ``perplexity`` its exponential;
+    ``token_accuracy`` the share of them that are the most probable token.
     """
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        compute: Callable[[EvalPrediction], dict[str, float]],
-        reduce: Callable[[Any, Tensor], Tensor] | None = None,
-    ) -> None:
-        self.names = names
-        self.compute = compute
-        self.reduce = reduce
+    scoring: Scoring = "tokens"
 
-    def check(self, best_metric: str | None) -> None:
-        """Raise ConfigError when the recipe wants to be best in something that is not measured."""
-        if best_metric is not None and best_metric not in self.names:
-            raise ConfigError(
-                f"training.best_metric is {best_metric}, and this task has {', '.join(self.names)}", "Choose one."
-            )
+    def count(self, labels: Tensor) -> Tensor:
+        """The tokens that are predicted: the first of a row never is."""
+        return labels[..., 1:].ne(IGNORED).sum()
 
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], items: Tensor) -> Tensor:
+        """The model's own loss where it takes the number of items, so that auxiliary losses of experts are in it."""
+        if _takes_loss_arguments(model):
+            found: Tensor = model(**batch, num_items_in_batch=items).loss
+            return found
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        targets = batch["labels"][:, 1:].to(logits.device)
+        flat = logits[:, :-1].float().flatten(0, 1)
+        total = nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+        return total / items.to(total.device).clamp(min=1)
 
-def measures_for(kind: Literal["classification", "causal_lm"]) -> Measures:
-    """Those of a kind of task.
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of each row: summed NLL, number of learned tokens, and of those predicted right; (B, 3), float64.
 
-    Classification has the metrics of classes. Causal LM has ``nll``, the mean negative log-likelihood
-    of the tokens to be learned (nats), ``perplexity``, its exponential, and ``token_accuracy``, the share of them that
-    are the most probable token.
-    """
-    if kind == "classification":
-        return Measures(_names("classes"), _classification)
-    return Measures(_names("tokens"), _causal_lm, _token_sums)
+        Kept in place of the logits, which for a whole validation set would not fit into memory.
+        """
+        scores, targets = logits[:, :-1], labels[:, 1:]
+        learned = targets != IGNORED
+        chosen, wanted = scores[learned].float(), targets[learned]
+        nll = nn.functional.cross_entropy(chosen, wanted, reduction="none")
+        right = chosen.argmax(-1) == wanted
+        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(learned)[learned]
+        sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
+        return sums.index_add_(0, rows, torch.stack([nll, torch.ones_like(nll), right.to(nll.dtype)], -1).double())
 
-
-def _classification(prediction: EvalPrediction) -> dict[str, float]:
-    logits = cast(np.ndarray, prediction.predictions)
-    probs = softmax(logits.astype(np.float64), axis=-1)
-    return measure("classes", probs, cast(np.ndarray, prediction.label_ids))
-
-
-def _token_sums(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Of each row: summed NLL, number of learned tokens, and of those predicted right; (B, 3), float64.
-
-    Kept in place of the logits, which for a whole validation set would not fit into memory.
-    """
-    scores = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1]
-    targets = labels[:, 1:]
-    learned = targets != IGNORED
-    chosen, wanted = scores[learned].float(), targets[learned]
-    nll = torch.nn.functional.cross_entropy(chosen, wanted, reduction="none")
-    right = chosen.argmax(-1) == wanted
-    rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(learned)[learned]
-    sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
-    return sums.index_add_(0, rows, torch.stack([nll, torch.ones_like(nll), right.to(nll.dtype)], -1).double())
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[np.int64] | None) -> dict[str, float]:
+        """The metrics of tokens."""
+        nll, tokens, right = kept.sum(0)
+        return measure(self.scoring, TokenSums(float(nll), int(tokens), int(right)))
 
 
-def _causal_lm(prediction: EvalPrediction) -> dict[str, float]:
-    nll, tokens, right = cast(np.ndarray, prediction.predictions).sum(0)
-    return measure("tokens", TokenSums(float(nll), int(tokens), int(right)))
-
-
-def _names(scoring: Scoring) -> tuple[str, ...]:
-    return tuple(metric.name for metric in metrics_for(scoring))
+def _takes_loss_arguments(model: nn.Module) -> bool:
+    """Whether the model's forward hands further arguments on to its loss, as transformers tells."""
+    base: Any = model
+    while hasattr(base, "module"):  # DDP
+        base = base.module
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if hasattr(base, "accepts_loss_kwargs"):
+        return bool(base.accepts_loss_kwargs)
+    parameters = inspect.signature(base.forward).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
 
 from monteclora.data.encoding import RowView, describe_rows
+from monteclora.data.kinds import Kind
 from monteclora.data.models import ModelSource, resolve_model
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
@@ -20,11 +21,12 @@ from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.system.devices import PeakMemory, training_device
 from monteclora.system.quiet import quiet_libraries
+from monteclora.tasks.kinds import KINDS
 from monteclora.training.estimate import Memory, Sizes, operations, required_memory
 from monteclora.training.phases import Phase, batches, phases_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
 
 __all__ = ["CheckReport", "MeasuredStep", "check"]
 
@@ -51,7 +53,7 @@ class CheckReport:
         kind: of its task.
         rows: of each split.
         tokens: mean and longest row of the training split.
-        notes: what was set aside, shortened or left out.
+        notes: what was set aside, truncated or left out.
         views: the first training rows as the model sees them.
         sizes: counts of the model.
         trained: names of what is trained, layer numbers replaced by ``*``, with how many numbers.
@@ -62,7 +64,7 @@ class CheckReport:
     """
 
     recipe: Recipe
-    kind: str
+    kind: Kind
     rows: Mapping[str, int]
     tokens: tuple[float, int]
     notes: tuple[str, ...]
@@ -73,6 +75,11 @@ class CheckReport:
     memory: Memory
     operations: float
     measured: MeasuredStep | None
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether some tokens of a row are learned and others are not."""
+        return KINDS[self.kind].predicts_tokens
 
     @property
     def steps(self) -> int:
@@ -127,7 +134,9 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         phases = tuple(phases_of(recipe, len(lengths)))
         micro = min(batches(recipe.training)[0], len(lengths))
         mean = sum(lengths) / len(lengths)
-        memory = required_memory(recipe, sizes, micro, max(lengths), predicts_tokens=data.task.kind == "causal_lm")
+        memory = required_memory(
+            recipe, sizes, micro, max(lengths), predicts_tokens=KINDS[data.task.kind].predicts_tokens
+        )
         rows = sum(phase.steps for phase in phases) * recipe.training.batch_size
         measured = None
         if memory.weights <= _LARGEST_TO_LOAD and _weights_at_hand(resolve_model(recipe.model.name)):
@@ -149,7 +158,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         )
 
 
-def _empty_model(recipe: Recipe, data: PreparedData) -> PeftModel:
+def _empty_model(recipe: Recipe, data: PreparedData) -> nn.Module:
     """The model with its adapter, without weights."""
     import transformers
 
@@ -161,16 +170,15 @@ def _empty_model(recipe: Recipe, data: PreparedData) -> PeftModel:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"cannot read the configuration of {source.name}: {reason}", source.remedy) from error
-    auto: Any = transformers.AutoModelForCausalLM
-    if data.task.kind == "classification":
-        auto = transformers.AutoModelForSequenceClassification
-        config.num_labels = len(data.task.label_names or ())
+    auto: Any = getattr(transformers, KINDS[data.task.kind].auto_class)
+    if data.task.label_names:
+        config.num_labels = len(data.task.label_names)
     with init_empty_weights(include_buffers=True):
         model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     return get_method(recipe.method.name).wrap(model, recipe.method, data.task.kind, recipe.seed)
 
 
-def _trained_names(model: PeftModel) -> dict[str, int]:
+def _trained_names(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -190,13 +198,13 @@ def _weights_at_hand(source: ModelSource) -> bool:
     return any(isinstance(try_to_load_from_cache(source.path, name), str) for name in files)
 
 
-def _measure(model: PeftModel, recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
+def _measure(model: nn.Module, recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
     """The faster of two passes over the first rows, after one that warms up."""
     device = training_device()
     if recipe.model.quantization == "none":
         model.to(device)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.precision)
     batch = data.collate([dict(row) for row in data.train.select(range(rows))]).to(device)
     memory = PeakMemory(device)

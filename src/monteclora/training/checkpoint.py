@@ -1,44 +1,40 @@
-"""Checkpoints without pickle that resume to the bit: a mixin for ``transformers.Trainer``.
+"""Checkpoints without pickle that resume to the bit.
 
-A checkpoint is the adapter as ``save_pretrained`` writes it, the Trainer's own ``trainer_state.json``, everything
-else of the training state in one tree of tensors and numbers, and a manifest with checksums. It is written aside and
-renamed. Where the Trainer's resumption differs from the uninterrupted run (running means of logged values, an
-evaluation that was cut short, a run that had come to its end), the tree holds what is needed to make them equal.
+A checkpoint is what the method saves, the rest of the training state in one tree of tensors and numbers, and a manifest
+with checksums. It is written aside and renamed.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_callback import ExportableState
 
-from monteclora.adapters.restore import load_adapter
 from monteclora.errors import CheckpointError, DivergenceError
 from monteclora.runs.manifest import Checkpoint, checkpoint_folder, rotate, write_manifest
 from monteclora.system.atomic import new_folder
+from monteclora.system.devices import is_main_process, process_count, process_index
 from monteclora.system.randomness import generator_states, restore_generators
 from monteclora.system.tree import load_tree, save_tree
 from monteclora.system.version import VERSION
-from monteclora.training.interruption import Interruption
+from monteclora.training.loop import Loop
+from monteclora.training.state import TrainingState
 
-__all__ = ["CheckpointPlan", "CheckpointingMixin"]
+__all__ = ["Checkpoints", "restore"]
 
 _STATE = "training_state"
 
 
-class _EvaluationInterrupted(Exception):  # noqa: N818 - not an error: a request to stop came in
-    """Raised inside an evaluation to end it; it is repeated when the run resumes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointPlan:
-    """Where a phase's checkpoints go, and what their manifests say of it.
+@dataclass(frozen=True)
+class Checkpoints:
+    """Writes the checkpoints of a phase.
 
     Attributes:
         folder: of all checkpoints of the run.
@@ -46,246 +42,164 @@ class CheckpointPlan:
         recipe_sha256: of the recipe.
         phase: name of the phase.
         first_step: steps of the phases before.
+        resumed_from: the checkpoint whose generators are taken up; None for none.
     """
 
     folder: Path
     keep: int
     recipe_sha256: str
     phase: str
-    first_step: int = 0
+    first_step: int
+    resumed_from: Path | None
 
-
-class _Hooks(TrainerCallback):
-    """Finishes what a checkpoint left open, and stops where it is asked to."""
-
-    def __init__(self, trainer: CheckpointingMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.after_resuming()
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.interruption.agreed(args.device):
-            self.trainer.interrupted = control.should_save = control.should_training_stop = True
-
-    def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        # processes would stop at different batches
-        if self.trainer.is_in_train and args.world_size == 1 and self.trainer.interruption.requested:
-            raise _EvaluationInterrupted
-
-
-class CheckpointingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Put it in front of a Trainer class; set ``plan`` before training.
-
-    Attributes:
-        plan: where checkpoints go.
-        interruption: asks training to save and stop.
-        interrupted: whether it did.
-    """
-
-    plan: CheckpointPlan
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.interruption = Interruption()
-        self.interrupted = False
-        self._evaluation_pending = False
-        self._stopped_early = False
-        self._nothing_left = False
-        self._resumed: tuple[str, dict[str, Any]] | None = None
-        self.add_callback(_Hooks(self))
-
-    # -- what subclasses add to a checkpoint ----------------------------------------------------------------------
-
-    def progress_state(self) -> dict[str, Any]:
-        """Where training stands, beside what the Trainer keeps itself."""
-        return {
-            "loss_sum": self._tr_loss.detach(),
-            "loss_total": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-        }
-
-    def restore_progress(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`progress_state` gave."""
-        self._tr_loss = state["loss_sum"].to(self.args.device)
-        self._total_loss_scalar = state["loss_total"]
-        self._globalstep_last_logged = state["last_logged"]
-
-    # -- saving ---------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """In place of the Trainer's: the whole checkpoint or none of it.
+    def save(self, loop: Loop) -> None:
+        """Write the whole checkpoint of the step, or nothing of it.
 
         Raises:
             DivergenceError: a weight is not finite.
             CheckpointError: the disk refuses it.
         """
-        self.store_flos()
         generators = gather_object([generator_states()])
-        if self.args.should_save:
-            self._check_weights()
-            checkpoint = self._describe()
+        model = loop.accelerator.unwrap_model(loop.model)
+        if is_main_process():
+            _check_weights(model, loop.state.step)
+            checkpoint = self._describe(loop)
             with new_folder(checkpoint.path) as stage:
-                self.model.save_pretrained(str(stage), save_embedding_layers=False)
-                (stage / "README.md").unlink(missing_ok=True)  # a checkpoint needs no model card
-                self._save_trainer_state(stage)
-                save_tree(stage / _STATE, self._training_state(generators))
+                loop.method.save(model, stage)
+                save_tree(stage / _STATE, _training_state(loop, generators))
                 write_manifest(stage, checkpoint)
-            best = [] if checkpoint.best_step is None else [self._path_of(checkpoint.best_step)]
-            rotate(self.plan.folder, self.plan.keep, best)
-        self.accelerator.wait_for_everyone()
+            best = [] if checkpoint.best_step is None else [self.path_of(checkpoint.best_step)]
+            rotate(self.folder, self.keep, best)
+        loop.accelerator.wait_for_everyone()
 
-    def _path_of(self, step: int) -> Path:
-        return checkpoint_folder(self.plan.folder, self.plan.first_step + step)
+    def path_of(self, step: int) -> Path:
+        """The folder of the checkpoint of a step of this phase."""
+        return checkpoint_folder(self.folder, self.first_step + step)
 
-    def _describe(self) -> Checkpoint:
-        step = self.state.global_step
-        return Checkpoint(
-            path=self._path_of(step),
-            recipe_sha256=self.plan.recipe_sha256,
-            phase=self.plan.phase,
-            first_step=self.plan.first_step,
-            step=step,
-            complete=self._at_the_end() and not self._evaluation_pending,
-            versions={"monteclora": VERSION, "torch": torch.__version__},
-            best_step=self.state.best_global_step,
-        )
-
-    def _at_the_end(self) -> bool:
-        return self._stopped_early or self.state.global_step >= self.state.max_steps
-
-    def _check_weights(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise DivergenceError(
-                    f"the weight {name} is not finite after step {self.state.global_step}",
-                    "Lower training.learning_rate, or set training.max_grad_norm.",
-                )
-
-    def _save_trainer_state(self, stage: Path) -> None:
-        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
-        state = dataclasses.replace(
-            self.state,
-            log_history=[],  # it is in metrics.jsonl
-            stateful_callbacks={type(callback).__name__: callback.state() for callback in callbacks},
-        )
-        state.save_to_json(str(stage / "trainer_state.json"))
-
-    def _training_state(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "parameters": self._optimized_names(),
-            "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "generators": generators,
-            "evaluation_pending": self._evaluation_pending,
-            "stopped_early": self._stopped_early,
-            "progress": self.progress_state(),
-        }
-
-    def _optimized_names(self) -> list[list[str]]:
-        """The names of the optimised weights, group by group: the optimiser knows them by their order alone."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
-
-    # -- resuming -------------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """In place of the Trainer's: the adapter and its posterior."""
-        load_adapter(self.model if model is None else model, Path(resume_from_checkpoint))
-
-    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        """As in the Trainer, with the intervals of this run's arguments rather than those of the checkpoint's."""
-        result: tuple[int, int] = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)
-        return result
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """In place of the Trainer's: the whole training state but the generators'."""
-        if checkpoint is None:
+    def restore_generators(self) -> None:
+        """Put the generators of this process into the state of the checkpoint that the phase resumes from."""
+        if self.resumed_from is None:
             return
-        state = load_tree(Path(checkpoint) / _STATE)
-        if state["parameters"] != self._optimized_names():
+        generators = load_tree(self.resumed_from / _STATE)["generators"]
+        if len(generators) != process_count():
             raise CheckpointError(
-                f"{checkpoint} was trained with other weights than this model trains",
-                "Use the versions of peft and transformers that environment.json names.",
-            )
-        self._load_optimizer(state["optimizer"], state["scheduler"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self._evaluation_pending = state["evaluation_pending"]
-        self._stopped_early = state["stopped_early"]
-        self._resumed = checkpoint, state["progress"]
-
-    def _load_optimizer(self, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
-        """Moments and position of the checkpoint, options of this run's arguments: where both are the same, no change.
-
-        ``load_state_dict`` would bring back the learning rate and the weight decay of the checkpoint.
-        """
-        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
-        options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        highest = list(schedule.base_lrs)
-        self.optimizer.load_state_dict(optimizer)
-        factors = [factor(scheduler["last_epoch"]) for factor in schedule.lr_lambdas]
-        rates = [rate * factor for rate, factor in zip(highest, factors, strict=True)]
-        schedule.load_state_dict({**scheduler, "base_lrs": highest, "_last_lr": rates})
-        for group, own, rate in zip(self.optimizer.param_groups, options, rates, strict=True):
-            group.update(own, lr=rate)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Done with the optimiser."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """In place of the Trainer's, which calls it when the batches already seen have been passed over."""
-        if checkpoint is None:
-            return
-        generators = load_tree(Path(checkpoint) / _STATE)["generators"]
-        if len(generators) != self.args.world_size:
-            raise CheckpointError(
-                f"{checkpoint} was written by {len(generators)} processes, this run has {self.args.world_size}",
+                f"{self.resumed_from} was written by {len(generators)} processes, this run has {process_count()}",
                 "Resume with the same number of processes.",
             )
-        restore_generators(generators[self.args.process_index])
+        restore_generators(generators[process_index()])
 
-    def after_resuming(self) -> None:
-        """Take up the running means, and make up for an evaluation that was cut short."""
-        if self._resumed is None:
-            return
-        checkpoint, progress = self._resumed
-        self._resumed = None
-        self.restore_progress(progress)
-        if self._evaluation_pending:
-            self._evaluation_pending = False
-            self._load_rng_state(checkpoint)  # the new checkpoint takes the place of this one
-            self._determine_best_metric(self._evaluate(None, None), None)
-            self._save_checkpoint(self.model_wrapped)
-        self._nothing_left = self._at_the_end() or self.interrupted
+    def _describe(self, loop: Loop) -> Checkpoint:
+        return Checkpoint(
+            path=self.path_of(loop.state.step),
+            recipe_sha256=self.recipe_sha256,
+            phase=self.phase,
+            first_step=self.first_step,
+            step=loop.state.step,
+            complete=loop.at_the_end,
+            versions={"monteclora": VERSION, "torch": torch.__version__},
+            best_step=loop.state.best_step,
+        )
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """As in the Trainer, which would train one step more in a run that had come to its end."""
-        if not self._nothing_left:
-            super()._run_epoch(**kwargs)
 
-    # -- evaluation -----------------------------------------------------------------------------------------------
+def restore(loop: Loop, checkpoint: Path) -> None:
+    """Put weights, optimiser, schedule and state of a checkpoint into a loop that has not begun.
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in the Trainer; the step is saved when it is the last one, and when evaluation was interrupted."""
-        stopping, self.control.should_training_stop = self.control.should_training_stop, False
-        try:
-            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
-        except _EvaluationInterrupted:
-            self._evaluation_pending = self.interrupted = True
-            self.callback_handler.eval_dataloader.end()  # accelerate believes it is still being read
-            metrics = {}
-        self._stopped_early |= self.control.should_training_stop
-        if self._stopped_early or self.interrupted or stopping:
-            self.control.should_training_stop = self.control.should_save = True
-        return metrics
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    model = loop.accelerator.unwrap_model(loop.model)
+    loop.method.load(model, checkpoint)
+    tree = load_tree(checkpoint / _STATE)
+    # posteriors had numbers in place of their adapters' names; a run has one
+    names = [
+        [re.sub(r"^posteriors\.0\.", "posteriors.default.", name) for name in group] for group in tree["parameters"]
+    ]
+    if names != _optimized_names(model, loop.optimizer):
+        raise CheckpointError(
+            f"{checkpoint} was trained with other weights than this model trains",
+            "Use the versions of peft and transformers that environment.json names.",
+        )
+    _restore_optimizer(loop, tree["optimizer"], tree["scheduler"])
+    if loop.scaler.is_enabled() and tree["scaler"]:
+        loop.scaler.load_state_dict(tree["scaler"])
+    loop.state = TrainingState.from_tree(tree["state"] if "state" in tree else _state_of_0_1(checkpoint, tree))
+    loop.resumed = True
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As in the Trainer; the best checkpoint is saved whatever the interval of saving."""
-        best = bool(metrics) and super()._determine_best_metric(metrics, trial)
-        if best:
-            self.control.should_save = True
-        return best
+
+def _training_state(loop: Loop, generators: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "optimizer": loop.optimizer.state_dict(),
+        "parameters": _optimized_names(loop.accelerator.unwrap_model(loop.model), loop.optimizer),
+        "scheduler": loop.scheduler.state_dict(),
+        "scaler": loop.scaler.state_dict(),
+        "generators": list(generators),
+        "state": loop.state.to_tree(),
+    }
+
+
+def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """The names of the optimised weights, group by group: the optimiser knows them by their order alone."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _current_names(groups: list[list[str]]) -> list[list[str]]:
+    """Version 0.1 gave posteriors numbers in place of their adapters' names."""
+    return [[re.sub(r"^posteriors\.0\.", "posteriors.default.", name) for name in group] for group in groups]
+
+
+def _restore_optimizer(loop: Loop, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Moments and position of the checkpoint, options of this run's recipe: where both are the same, no change.
+
+    ``load_state_dict`` would bring back the learning rate and the weight decay of the checkpoint.
+    """
+    groups, schedule = loop.optimizer.param_groups, loop.scheduler
+    options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    peaks = list(schedule.base_lrs)
+    loop.optimizer.load_state_dict(optimizer)
+    factors = [factor(scheduler["last_epoch"]) for factor in schedule.lr_lambdas]  # type: ignore[attr-defined]
+    rates = [rate * factor for rate, factor in zip(peaks, factors, strict=True)]
+    schedule.load_state_dict({**scheduler, "base_lrs": peaks, "_last_lr": rates})
+    for group, own, rate in zip(loop.optimizer.param_groups, options, rates, strict=True):
+        group.update(own, lr=rate)
+
+
+def _check_weights(model: nn.Module, step: int) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise DivergenceError(
+                f"the weight {name} is not finite after step {step}",
+                "Lower training.learning_rate, or set training.max_grad_norm.",
+            )
+
+
+def _state_of_0_1(checkpoint: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """The state in a checkpoint of version 0.1, half of which transformers' Trainer wrote."""
+    progress = tree["progress"]
+    try:
+        trainer = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        patience = trainer["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
+        return {
+            "step": trainer["global_step"],
+            "tokens": int(trainer["num_input_tokens_seen"]),
+            "best_value": trainer["best_metric"],
+            "best_step": trainer["best_global_step"],
+            "worse": patience.get("early_stopping_patience_counter", 0),
+            "stopped_early": tree["stopped_early"],
+            "evaluation_pending": tree["evaluation_pending"],
+            "logged_step": progress["last_logged"],
+            "loss": float(progress["task_loss"]),
+            "objective": float(progress.get("objective", progress["loss_sum"])),
+            "finite_steps": progress["task_steps"],
+            "grad_norm": 0.0,
+            "learning_rate": 0.0,
+            "numbers": {},
+            "skipped": progress.get("skipped", 0),
+            "skipped_in_a_row": progress.get("skipped_in_a_row", 0),
+            "seconds": progress["seconds"],
+        }
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} holds no readable training state ({type(error).__name__}: {error})",
+            "Remove the folder; an older checkpoint is used.",
+        ) from error

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accelerate.utils import gather_object
+
 from monteclora.errors import DivergenceError
 from monteclora.runs.prepare import PreparedData
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.atomic import write_file
+from monteclora.system.devices import is_main_process, process_count
+from monteclora.training.state import TrainingState
 
 __all__ = ["NonFiniteSteps", "Part"]
 
@@ -23,18 +27,16 @@ _EXCERPT = 200  # characters of a row in the file
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class NonFiniteSteps:
-    """What happens at a step that is not finite, and how many there were.
+    """What happens at a step that is not finite.
 
     Attributes:
         run: the run.
         data: what it trains on.
         phase: name of the phase.
         first_step: steps of the phases before.
-        most_in_a_row: so many steps one after the other are skipped, the next one stops the run; 0 stops at once.
-        skipped: steps of this phase that were skipped.
-        in_a_row: those of them since the last finite step.
+        most_in_a_row: so many consecutive steps are skipped, the next one stops the run; 0 stops at once.
     """
 
     run: RunFolder
@@ -42,52 +44,50 @@ class NonFiniteSteps:
     phase: str
     first_step: int
     most_in_a_row: int
-    skipped: int = 0
-    in_a_row: int = 0
 
-    def finite(self) -> None:
-        """A step was as it should be."""
-        self.in_a_row = 0
-
-    def met(self, step: int, part: Part, indices: Sequence[int], *, writes: bool) -> None:
-        """A step was not finite: count it as skipped, and put that into the metrics; or stop.
+    def met(self, state: TrainingState, part: Part, indices: Sequence[int]) -> None:
+        """The step after ``state`` was not finite: count it as skipped, and put that into the metrics; or stop.
 
         Args:
-            step: of this phase, from 1.
+            state: where the phase stands; its counts of skipped steps are raised.
             part: the first of the three that is not finite, in the order in which they are computed.
-            indices: of the encoded training rows in the batch, or in those batches of the step that were not finite.
-            writes: whether this process is the one that writes.
+            indices: of this process's encoded training rows in the step, or in those of its batches that were not
+                finite. All processes must call this.
 
         Raises:
             DivergenceError: the run stops; the rows are in ``diverged.json``.
         """
         encoded = self.data.encoded["train"]
+        indices = gather_object(list(indices)) if process_count() > 1 else indices
         rows = [encoded.row_of(index) for index in indices]
-        facts = {"phase": self.phase, "step": self.first_step + step, "part": part}
-        if self.in_a_row < self.most_in_a_row:
-            self.skipped += 1
-            self.in_a_row += 1
-            if writes:
+        facts = {"phase": self.phase, "step": self.first_step + state.step + 1, "part": part}
+        if state.skipped_in_a_row < self.most_in_a_row:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if is_main_process():
                 self.run.metrics.append({"event": "skipped", **facts, "rows": rows})
                 logger.warning("the %s is not finite at step %d: skipped", part, facts["step"])
             return
-        if writes:
-            texts = [self._text(encoded.dataset[index]) for index in indices]
-            source = self.data.task.sources["train"]
-            document = {
-                **facts,
-                "data": {"split": "train", "origin": source.origin, "sha256": source.sha256},
-                "rows": [{"row": row, "text": text} for row, text in zip(rows, texts, strict=True)],
-            }
-            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-            write_file(self.run.divergence_file, text.encode())
-        after = f" after {self.in_a_row} skipped steps" if self.in_a_row else ""
+        if is_main_process():
+            self._write(facts, indices, rows)
+        after = f" after {state.skipped_in_a_row} skipped steps" if state.skipped_in_a_row else ""
         raise DivergenceError(
             f"the {part} is not finite at step {facts['step']}{after}; in the batch: training rows {_listed(rows)} "
             f"({self.run.divergence_file})",
             "Look at these rows, lower training.learning_rate, set training.max_grad_norm, or have such steps skipped "
             "(training.non_finite: skip); the last checkpoint is finite.",
         )
+
+    def _write(self, facts: dict[str, Any], indices: Sequence[int], rows: Sequence[int]) -> None:
+        dataset = self.data.encoded["train"].dataset
+        texts = [self._text(dataset[index]) for index in indices]
+        source = self.data.task.sources["train"]
+        document = {
+            **facts,
+            "data": {"split": "train", "origin": source.origin, "sha256": source.sha256},
+            "rows": [{"row": row, "text": text} for row, text in zip(rows, texts, strict=True)],
+        }
+        write_file(self.run.divergence_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
     def _text(self, row: dict[str, Any]) -> str:
         text = str(self.data.tokenizer.decode(row["input_ids"]))

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from torch import nn
+from transformers import get_scheduler, set_seed
 
-from monteclora.adapters.model import active_posteriors, train_posterior_only
-from monteclora.adapters.restore import load_adapter
 from monteclora.errors import ConfigError
-from monteclora.methods import get_method
+from monteclora.methods import Method, get_method
+from monteclora.methods.base import PhaseName
 from monteclora.metrics.registry import METRICS
-from monteclora.runs.manifest import Checkpoint, checkpoint_folder
+from monteclora.runs.manifest import Checkpoint
 from monteclora.runs.prepare import PreparedData
 from monteclora.runs.recipe import Recipe, TrainingSpec, recipe_sha256
 from monteclora.runs.run_folder import RunFolder
-from monteclora.system.devices import process_count
-from monteclora.training.callbacks import LogEverything, ShowProgress
-from monteclora.training.checkpoint import CheckpointPlan
+from monteclora.system.devices import process_count, process_index
+from monteclora.training.batches import Batches
+from monteclora.training.checkpoint import Checkpoints, restore
 from monteclora.training.divergence import NonFiniteSteps
-from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
-from monteclora.training.run_trainer import ROW, RunTrainer
-from monteclora.training.sampler import LengthGroupedSampler
+from monteclora.training.interruption import Interruption, TrainingInterrupted, stop_on_signals
+from monteclora.training.loop import Intervals, Loop
+from monteclora.training.reporting import Reporting
+from monteclora.training.validation import Validation
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from datasets import Dataset
 
 __all__ = ["Outcome", "Phase", "batches", "phases_of", "steps_per_epoch", "train_phase"]
-
 
 _STOPPING = "\nstopping: this step is finished and saved first; asked again, it stops at once\n"
 
@@ -41,12 +45,12 @@ class Phase:
     """A part of a run with an optimiser of its own.
 
     Attributes:
-        name: ``cooperative`` trains everything; ``adapter`` a plain LoRA; ``posterior`` rho and eta alone.
+        name: what is trained.
         steps: most optimiser steps.
-        learning_rate: at its highest.
+        learning_rate: its peak.
     """
 
-    name: Literal["cooperative", "adapter", "posterior"]
+    name: PhaseName
     steps: int
     learning_rate: float
 
@@ -77,12 +81,11 @@ class Outcome:
 
 def steps_per_epoch(spec: TrainingSpec, rows: int) -> int:
     """Optimiser steps that go through ``rows`` once; the last one may have fewer rows."""
-    micro, accumulated = batches(spec)
-    return math.ceil(math.ceil(rows / (micro * process_count())) / accumulated)
+    return math.ceil(rows / spec.batch_size)
 
 
 def batches(spec: TrainingSpec) -> tuple[int, int]:
-    """Rows a forward pass of one process, and passes a step.
+    """Rows per forward pass of one process, and passes per step.
 
     Raises:
         ConfigError: the processes cannot share a batch evenly.
@@ -113,77 +116,12 @@ def _steps(spec: TrainingSpec, rows: int, epochs: float, most: int | None) -> in
     return steps if most is None else min(steps, most)
 
 
-def _arguments(recipe: Recipe, phase: Phase, run: RunFolder, data: PreparedData) -> TrainingArguments:
-    spec = recipe.training
-    micro, accumulated = batches(spec)
-    per_epoch = steps_per_epoch(spec, len(data.train))
-    validates = phase.validates and data.validation is not None
-    best = spec.best_metric if validates else None
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(run.path),
-            run_name=recipe.name,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulated,
-            per_device_eval_batch_size=spec.eval_batch_size,
-            max_steps=phase.steps,
-            learning_rate=phase.learning_rate,
-            lr_scheduler_type="constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
-            warmup_steps=spec.warmup_ratio,
-            weight_decay=spec.weight_decay,
-            max_grad_norm=spec.max_grad_norm or 0.0,
-            activation_checkpointing=spec.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False},
-            use_cpu=not torch.accelerator.is_available(),
-            bf16=spec.precision == "bf16",
-            fp16=spec.precision == "fp16",
-            eval_strategy="steps" if validates else "no",
-            eval_steps=spec.eval_every or per_epoch,
-            save_strategy="steps",
-            save_steps=spec.save_every or per_epoch,
-            logging_steps=spec.logging_every,
-            logging_nan_inf_filter=False,
-            metric_for_best_model=best,
-            greater_is_better=METRICS[best].greater_is_better if best else None,
-            restore_callback_states_from_checkpoint=True,
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            dataloader_num_workers=spec.num_workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            include_num_input_tokens_seen="non_padding",
-            ddp_find_unused_parameters=False,
-            report_to=list(recipe.report_to),
-            disable_tqdm=True,
-            log_level="error",
-            log_level_replica="error",
-        )
-    except ValueError as error:
-        raise ConfigError(f"transformers refuses the training section: {error}", "Correct it.") from error
-    device = arguments.device
-    # one process trains on one device: DataParallel would split a draw of the posterior over several
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    if spec.precision == "fp16" and device.type != "cuda":
-        raise ConfigError("training.precision fp16 needs a CUDA device", "Set it to bf16 or fp32.")
-    if spec.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("training.precision bf16 is not supported by this GPU", "Set it to fp16 or fp32.")
-    return arguments
-
-
-def _set_trainable(model: PeftModel, recipe: Recipe, phase: Phase) -> None:
-    if phase.name == "posterior":
-        train_posterior_only(model)
-    elif get_method(recipe.method.name).has_posterior:
-        for posterior in active_posteriors(model):
-            posterior.enabled = phase.name == "cooperative"
-            posterior.requires_grad_(posterior.enabled)
-
-
 def train_phase(
     recipe: Recipe,
     phase: Phase,
     run: RunFolder,
     data: PreparedData,
-    model: PeftModel,
+    model: nn.Module,
     *,
     first_step: int,
     resume: Checkpoint | None,
@@ -197,80 +135,174 @@ def train_phase(
         CheckpointError: the checkpoint does not fit, or the disk is full.
         ConfigError: the recipe asks for something this machine or version cannot do.
     """
-    _set_trainable(model, recipe, phase)
-    title = recipe.name if phase.name == "cooperative" else f"{recipe.name} ({phase.name})"
-    progress = ShowProgress(title, console)
-    trainer = _trainer(recipe, phase, run, data, model, [LogEverything(run.metrics, phase.name, first_step), progress])
-    trainer.plan = CheckpointPlan(
+    method = get_method(recipe.method.name)
+    method.begin_phase(model, phase.name)
+    set_seed(recipe.seed)
+    accelerator = _accelerator(recipe, run)
+    saver = Checkpoints(
         folder=run.checkpoints,
         keep=recipe.training.keep_checkpoints,
         recipe_sha256=recipe_sha256(recipe),
         phase=phase.name,
         first_step=first_step,
+        resumed_from=None if resume is None else resume.path,
     )
-    trainer.non_finite = NonFiniteSteps(
-        run=run,
-        data=data,
-        phase=phase.name,
-        first_step=first_step,
-        most_in_a_row=recipe.training.max_skipped if recipe.training.non_finite == "skip" else 0,
+    title = recipe.name if phase.name == "cooperative" else f"{recipe.name} ({phase.name})"
+    reporting = Reporting(
+        run.metrics, accelerator, console, phase=phase.name, title=title, first_step=first_step, steps=phase.steps
     )
+    loop = _loop(recipe, phase, run, data, model, method, accelerator, saver, reporting)
+    if resume is not None:
+        restore(loop, resume.path)
     try:
-        with stop_on_signals("" if console.quiet else _STOPPING) as trainer.interruption:
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
+        with stop_on_signals("" if console.quiet else _STOPPING) as loop.interruption, _named_memory(loop.batches):
+            loop.run()
+    finally:
+        reporting.close()
+        for tracker in accelerator.trackers:  # end_training() would also part the processes, whose run goes on
+            tracker.finish()
+    if loop.interrupted:
+        total = first_step + loop.state.step
+        raise TrainingInterrupted(f"{run.path} is saved at step {total}: the same command resumes it")
+    state = loop.state
+    kept = state.step if state.best_step is None else state.best_step
+    if kept != state.step:
+        method.load(model, saver.path_of(kept))
+    return Outcome(first_step + state.step, first_step + kept, state.tokens, state.seconds, state.skipped)
+
+
+def _loop(
+    recipe: Recipe,
+    phase: Phase,
+    run: RunFolder,
+    data: PreparedData,
+    model: nn.Module,
+    method: Method,
+    accelerator: Accelerator,
+    saver: Checkpoints,
+    reporting: Reporting,
+) -> Loop:
+    spec = recipe.training
+    if spec.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    columns = _columns(model, data.train)
+    plan = _batches(spec, data, columns, recipe.seed)
+    optimizer = method.optimizer(method.parameter_groups(model, spec.weight_decay), phase.learning_rate)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    validation = None
+    if phase.validates and data.validation is not None:
+        place = process_index(), process_count()
+        validation = Validation(data.validation, data.collate, columns, data.measures, spec.eval_batch_size, *place)
+    best = spec.best_metric if validation is not None else None
+    return Loop(
+        accelerator=accelerator,
+        method=method,
+        model=prepared,
+        optimizer=optimizer,
+        scheduler=get_scheduler(
+            "constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
+            optimizer=optimizer,
+            num_warmup_steps=math.ceil(phase.steps * spec.warmup_ratio),
+            num_training_steps=phase.steps,
+        ),
+        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=spec.precision == "fp16"),
+        precision=_precision(spec.precision, accelerator.device),
+        measures=data.measures,
+        batches=plan,
+        validation=validation,
+        steps=phase.steps,
+        max_grad_norm=math.inf if spec.max_grad_norm is None else spec.max_grad_norm,
+        intervals=Intervals(
+            log=spec.logging_every,
+            evaluate=spec.eval_every or plan.steps_per_epoch,
+            save=spec.save_every or plan.steps_per_epoch,
+            best_metric=best,
+            greater_is_better=best is not None and METRICS[best].greater_is_better,
+            patience=spec.early_stopping_patience if best else None,
+        ),
+        saver=saver,
+        non_finite=NonFiniteSteps(
+            run, data, phase.name, saver.first_step, spec.max_skipped if spec.non_finite == "skip" else 0
+        ),
+        reporting=reporting,
+        interruption=Interruption(),
+    )
+
+
+def _accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
+    """Mixed precision is the loop's own: accelerate's is fixed for the life of the process."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",
+            log_with=list(recipe.report_to) or None,
+            project_dir=str(run.path),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+        )
+        missing = [name for name in recipe.report_to if name not in {str(found) for found in accelerator.log_with}]
+        if missing:
+            raise ConfigError(f"report_to {', '.join(missing)}: not installed", "Install it, or leave it out.")
+        if recipe.report_to:
+            accelerator.init_trackers(recipe.name)
+    except (ImportError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"report_to {', '.join(recipe.report_to)}: {reason}", "Correct report_to.") from error
+    check_distribution(accelerator.distributed_type)
+    return accelerator
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Raise ConfigError for a launch that shards the model: rho and eta would be sharded with it."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"every process of a run holds the whole model, and this one was launched with {kind.value}",
+            "Launch it without, or use monteclora.MonteCLoRATrainerMixin in a program of your own.",
+        )
+
+
+def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the autocast context of a precision. Raises ConfigError where the device does not have it."""
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError("training.precision fp16 needs a CUDA device", "Set it to bf16 or fp32.")
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.precision bf16 is not supported by this GPU", "Set it to fp16 or fp32.")
+    if name == "fp32":
+        return nullcontext
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def _batches(spec: TrainingSpec, data: PreparedData, columns: list[str], seed: int) -> Batches:
+    micro, accumulated = batches(spec)
+    return Batches(
+        dataset=data.train,
+        collate=data.collate,
+        columns=columns,
+        micro=micro,
+        accumulated=accumulated,
+        process=process_index(),
+        processes=process_count(),
+        seed=seed,
+        lengths=[len(ids) for ids in data.train["input_ids"]] if spec.group_by_length else None,
+        workers=spec.num_workers,
+    )
+
+
+def _columns(model: nn.Module, rows: Dataset) -> list[str]:
+    """The columns that the model takes; some tokenizers give more."""
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    taken: Sequence[str] = [*inspect.signature(base.forward).parameters, "labels"]
+    return [name for name in rows.column_names if name in taken]
+
+
+@contextmanager
+def _named_memory(plan: Batches) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"a pass over {trainer.args.per_device_train_batch_size} rows does not fit into the memory of the device",
+            f"a pass over {plan.micro} rows does not fit into the memory of the device",
             "Lower training.micro_batch_size or data.max_length, or set training.gradient_checkpointing to true.",
         ) from error
-    finally:
-        progress.close()
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if trainer.interrupted:
-        total = first_step + trainer.state.global_step
-        raise TrainingInterrupted(f"{run.path} is saved at step {total}: the same command resumes it")
-    last, best = trainer.state.global_step, trainer.state.best_global_step
-    if best is not None and best != last:
-        load_adapter(model, checkpoint_folder(run.checkpoints, first_step + best))
-    return Outcome(
-        step=first_step + last,
-        kept_step=first_step + (last if best is None else best),
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=trainer.seconds,
-        skipped_steps=trainer.non_finite.skipped,
-    )
-
-
-def _trainer(
-    recipe: Recipe, phase: Phase, run: RunFolder, data: PreparedData, model: PeftModel, callbacks: list[Any]
-) -> RunTrainer:
-    arguments = _arguments(recipe, phase, run, data)
-    patience = recipe.training.early_stopping_patience
-    if patience is not None and arguments.metric_for_best_model is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=patience))
-    try:
-        trainer = RunTrainer(
-            model=model,
-            args=arguments,
-            data_collator=data.collate,
-            train_dataset=data.train.add_column(ROW, list(range(len(data.train)))),
-            eval_dataset=data.validation if phase.validates else None,
-            compute_metrics=data.measures.compute,
-            preprocess_logits_for_metrics=data.measures.reduce,
-            callbacks=callbacks,
-        )
-    except (ImportError, RuntimeError, ValueError) as error:
-        if recipe.report_to and not isinstance(error, ConfigError):
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"report_to {', '.join(recipe.report_to)}: {reason}", "Correct report_to.") from error
-        raise
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError(
-            "a run trains on one device, or on several that each hold the whole model",
-            "Launch it without FSDP and DeepSpeed, or use monteclora.MonteCLoRATrainer in a program of your own.",
-        )
-    trainer.remove_callback(PrinterCallback)
-    if recipe.training.group_by_length:
-        lengths = [len(ids) for ids in data.train["input_ids"]]
-        trainer.order = LengthGroupedSampler(lengths, recipe.training.batch_size, recipe.seed)
-    return trainer

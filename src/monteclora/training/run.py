@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from rich.console import Console
 
+from monteclora.methods import get_method
 from monteclora.runs.environment import describe_environment
 from monteclora.runs.manifest import Checkpoint
 from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
@@ -22,10 +23,11 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.system.atomic import discard_remains, new_folder
 from monteclora.system.devices import PeakMemory, is_main_process, training_device
 from monteclora.system.quiet import quiet_libraries
+from monteclora.system.randomness import preserved_generators
 from monteclora.training.phases import phases_of, train_phase
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
 
 __all__ = ["train"]
 
@@ -67,6 +69,7 @@ def train(
             claim(run, recipe, override=override)
         finished = run.finished
         if finished is None:
+            stack.enter_context(preserved_generators())
             stack.enter_context(quiet_libraries())
             finished = _train(recipe, run, console, override)
         else:
@@ -93,7 +96,7 @@ def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> 
     _train_phases(recipe, run, data, model, checkpoint, console)
     if is_main_process():
         with new_folder(run.adapter) as stage:
-            model.save_pretrained(str(stage), save_embedding_layers=False)
+            get_method(recipe.method.name).save(model, stage)
         run.metrics.append(_conclusion(run, parameters, memory))
     PartialState().wait_for_everyone()
     return run.metrics.read()[-1]
@@ -103,7 +106,7 @@ def _train_phases(
     recipe: Recipe,
     run: RunFolder,
     data: PreparedData,
-    model: PeftModel,
+    model: nn.Module,
     checkpoint: Checkpoint | None,
     console: Console,
 ) -> None:

@@ -1,107 +1,22 @@
-"""Predictions over a whole split: class probabilities, and answer options by their likelihood.
-
-Each is computed under the posterior's mean (a plain LoRA) and, where there is a posterior and draws are asked for,
-under draws from it, split into what the data leave open and what the weights do.
-"""
+"""Answer options by their likelihood."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monteclora.adapters.model import posterior_sampling
 from monteclora.errors import DataError
-from monteclora.prediction.forward import Collate, FloatArray, batches, logits_at, to_device
-from monteclora.prediction.predictive import PredictiveDistribution, class_logits, evaluating
+from monteclora.prediction.classes import collect
+from monteclora.prediction.forward import Collate, logits_at, to_device
+from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
 
-__all__ = ["SplitPredictions", "predict_classes", "predict_options"]
-
-_UNCERTAINTIES = ("total", "aleatoric", "epistemic")
-
-
-@dataclass(frozen=True)
-class SplitPredictions:
-    """Predictions for B rows over at most C classes; a row with fewer has zeros behind them.
-
-    Attributes:
-        probs: shape (B, C): the mean over posterior draws, or the point prediction where there are none.
-        point: shape (B, C), under the posterior's mean.
-        total, aleatoric, epistemic: shape (B,), nats; without draws the epistemic part is zero.
-        num_samples: posterior draws, 0 for none.
-    """
-
-    probs: FloatArray
-    point: FloatArray
-    total: FloatArray
-    aleatoric: FloatArray
-    epistemic: FloatArray
-    num_samples: int
-
-
-def _collect(
-    rows: Sequence[dict[str, Any]],
-    batch_size: int,
-    num_samples: int,
-    seed: int,
-    model: nn.Module,
-    score: Callable[[list[int]], Tensor],
-    progress: Progress | None,
-) -> SplitPredictions:
-    """Run ``score`` (indices -> probabilities (b, C), float64) on every batch, at the mean and under each draw."""
-    arrays: dict[str, FloatArray] = {}
-    with evaluating(model):
-        for indices in batches(rows, batch_size):
-            point = score(indices)
-            draws = []
-            for number in range(num_samples):
-                with posterior_sampling(model, seed, first=number, resample=False):
-                    draws.append(score(indices))
-            found = PredictiveDistribution(torch.stack(draws or [point]))
-            values = {"point": point, "probs": found.probs.mean(0)}
-            values |= {name: getattr(found, name) for name in _UNCERTAINTIES}
-            for name, value in values.items():
-                shape = (len(rows), *value.shape[1:])
-                arrays.setdefault(name, np.zeros(shape))[indices] = value.cpu().numpy()
-            if progress is not None:
-                progress(len(indices))
-    return SplitPredictions(**arrays, num_samples=num_samples)
-
-
-def predict_classes(
-    model: nn.Module,
-    rows: Sequence[dict[str, Any]],
-    collate: Collate,
-    *,
-    batch_size: int = 64,
-    num_samples: int = 0,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> SplitPredictions:
-    """Class probabilities of encoded rows.
-
-    Args:
-        model: with a classification head.
-        rows: with ``input_ids`` and what else the tokenizer gives; ``labels`` are ignored.
-        collate: pads a list of rows to a batch.
-        batch_size: rows a forward pass.
-        num_samples: posterior draws; 0 for the point prediction alone.
-        seed: their stream.
-        progress: told how many rows are done, batch by batch.
-    """
-    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-
-    def score(indices: list[int]) -> Tensor:
-        batch = to_device(collate([inputs[i] for i in indices]), model)
-        return class_logits(model, batch).double().softmax(-1)
-
-    return _collect(inputs, batch_size, num_samples, seed, model, score, progress)
+__all__ = ["predict_options"]
 
 
 def predict_options(
@@ -109,11 +24,10 @@ def predict_options(
     rows: Sequence[Sequence[dict[str, list[int]]]],
     collate: Collate,
     *,
+    sampler: Sampler = MEAN,
     batch_size: int = 16,
-    num_samples: int = 0,
-    seed: int = 0,
     progress: Progress | None = None,
-) -> SplitPredictions:
+) -> Predictions:
     """Probabilities of answer options: each completion's likelihood, normalised over a row's options.
 
     Tokens that all options of a row share before they part add the same to each and need not be scored; tokens that
@@ -124,9 +38,8 @@ def predict_options(
         model: with a language-modelling head.
         rows: for each row, its options as encoded completions (``input_ids``) of the same prompt.
         collate: pads a list of encoded completions to a batch.
-        batch_size: sequences a forward pass; a row's options always share one.
-        num_samples: posterior draws; 0 for the point prediction alone.
-        seed: their stream.
+        sampler: what is drawn.
+        batch_size: sequences per forward pass; a row's options always share one.
         progress: told how many rows are done, batch by batch.
 
     Raises:
@@ -141,10 +54,10 @@ def predict_options(
         result = torch.full((len(indices), width), -torch.inf, dtype=torch.float64)
         for row, values in enumerate(log_probs):
             result[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
-        return result.softmax(-1)
+        return result.log_softmax(-1)
 
     shown = [{"input_ids": plan.sequences[0]} for plan in plans]
-    return _collect(shown, rows_at_once, num_samples, seed, model, score, progress)
+    return collect(model, shown, score, sampler, batch_size=rows_at_once, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -63,5 +63,5 @@ def test_notes_of_the_data(recipe: MakeRecipe, told: Callable[[Recipe, bool], st
     made = recipe()
     made["data"]["max_length"] = 8
     text = told(made, False)
-    assert "rows were shortened to 8 tokens" in text
+    assert "rows were truncated to 8 tokens" in text
     assert "validation: 6 rows (15%, seed 0) set aside" in text

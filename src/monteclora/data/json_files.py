@@ -1,0 +1,136 @@
+"""JSON lines, and JSON documents that hold a list of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from monteclora.config import brief
+from monteclora.data.table import Row, Table, with_rows
+from monteclora.data.text import encoding_of, text_lines
+from monteclora.errors import DataError
+
+__all__ = ["open_json", "open_jsonl"]
+
+_HINT = 'Write rows as {"text": ..., "label": ...}.'
+
+
+def open_jsonl(path: Path) -> Table:
+    """Open a file of one JSON object a line. Its columns are the keys of all rows, in the order of their first use."""
+    encoding = encoding_of(path, guess=False)
+
+    def rows() -> Iterator[Row]:
+        for number, line in text_lines(path, encoding):
+            if line.strip():
+                yield number, _json_object(path, number, line)
+
+    columns = _keys(path, encoding)
+    if columns is None:
+        raise DataError(f"{path} is empty", "Give a file with rows.")
+    notes = () if encoding == "utf-8" else (f"{path}: the encoding is {encoding}",)
+    table = Table(str(path), columns, rows, notes=notes)
+    return table if columns else with_rows(table, "has no row with a key")
+
+
+def _keys(path: Path, encoding: str) -> tuple[str, ...] | None:
+    """The keys of all lines that are objects; those that are not are named when the rows are read."""
+    found: dict[str, None] = {}
+    known: set[str] = set()
+    blank = True
+    for _, line in text_lines(path, encoding):
+        if line.isspace():
+            continue
+        blank = False
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and not known.issuperset(row):
+            found.update(dict.fromkeys(row))
+            known = set(found)
+    return None if blank else tuple(found)
+
+
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(
+            f"{path}, line {number} is not JSON: {message}", "Write one complete JSON object a line."
+        ) from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}, line {number} is not a JSON object", _HINT)
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {brief(key)} is given twice")
+            seen.add(key)
+    return result
+
+
+def open_json(path: Path) -> Table:
+    """Open a JSON document: a list of rows, or an object whose one list is the rows, such as ``{"data": [...]}``.
+
+    A file of that ending that holds JSON lines is read as such. The document is held in memory.
+    """
+    encoding = encoding_of(path, guess=False)
+    first = next((line.lstrip() for _, line in text_lines(path, encoding) if line.strip()), "")
+    if not first:
+        raise DataError(f"{path} is empty", "Give a file with rows.")
+    if first.startswith("{") and _is_object(first):
+        row = json.loads(first)
+        if row and not _only_list(row):
+            return open_jsonl(path)
+    text = "".join(line for _, line in text_lines(path, encoding))
+    try:
+        found = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}", "Write a list of rows, or one row a line as .jsonl.") from None
+    listed = found if isinstance(found, list) else _only_list(found)
+    if not listed:
+        raise DataError(f"{path} holds no list of rows", f'{_HINT} A document is [...] or {{"data": [...]}}.')
+    return _list_table(path, listed)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _only_list(document: Any) -> list[Any] | None:
+    """The value of ``data``, else the one value that is a list of objects."""
+    if not isinstance(document, dict):
+        return None
+    lists = {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not _MESSAGE_KEYS & set(value[0])
+    }
+    if "data" in lists:
+        return lists["data"]
+    return next(iter(lists.values())) if len(lists) == 1 and len(document) == 1 else None
+
+
+_MESSAGE_KEYS = {"role", "from"}  # a list of these is a conversation, and the object a row
+
+
+def _list_table(path: Path, listed: list[Any]) -> Table:
+    def rows() -> Iterator[Row]:
+        for number, row in enumerate(listed, start=1):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, row {number} is not a JSON object", _HINT)
+            yield number, row
+
+    columns = dict.fromkeys(key for row in listed if isinstance(row, dict) for key in row)
+    return Table(str(path), tuple(columns), rows, unit="row")

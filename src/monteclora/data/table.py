@@ -1,0 +1,52 @@
+"""Named columns and their rows, whatever file they come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from monteclora.config import brief
+from monteclora.errors import DataError
+
+__all__ = ["Row", "Table", "check_columns", "with_rows"]
+
+Row = tuple[int, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and their rows.
+
+    ``unit`` is what the row numbers count: lines of a text file from 1 (a csv header is line 1), or rows from
+    1. ``class_names`` holds the label names that come with the data, by column. ``notes`` says in words what was found
+    out about the file.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rows: Callable[[], Iterator[Row]]
+    unit: Literal["line", "row"] = "line"
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def place(self, number: int) -> str:
+        """How messages name a row: ``reviews.csv, line 12``."""
+        return f"{self.name}, {self.unit} {number}"
+
+
+def check_columns(name: str, columns: list[str]) -> tuple[str, ...]:
+    """The columns; DataError when two have the same name."""
+    column, times = Counter(columns).most_common(1)[0] if columns else ("", 0)
+    if times > 1:
+        what = f"the column {brief(column)}" if column else "a column without a name"
+        raise DataError(f"{name} has {what} more than once", "Give every column its own name.")
+    return tuple(columns)
+
+
+def with_rows(table: Table, message: str) -> Table:
+    """``table``, or DataError when it has no row."""
+    if next(table.rows(), None) is None:
+        raise DataError(f"{table.name} {message}", "Give a file with rows.")
+    return table

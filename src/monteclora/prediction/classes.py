@@ -1,0 +1,81 @@
+"""Class probabilities of many rows, batch by batch and draw by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from monteclora.prediction.forward import Collate, FloatArray, batches, to_device
+from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.predictive import class_logits, evaluating
+from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.system.progress import Progress
+
+__all__ = ["collect", "predict_classes"]
+
+
+def collect(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    score: Callable[[list[int]], Tensor],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Score every row under every draw.
+
+    Args:
+        model: put into evaluation mode meanwhile.
+        rows: with ``input_ids``, whose lengths decide the batches.
+        score: from B row numbers to log-probabilities, float64, shape (B, C).
+        sampler: what is drawn.
+        batch_size: rows per batch.
+        progress: told how many rows are done, batch by batch.
+    """
+    found: FloatArray | None = None
+    with evaluating(model):
+        for indices in batches(rows, batch_size):
+            draws = []
+            for number in range(sampler.num_samples):
+                with sampler.draw(model, number):
+                    draws.append(score(indices).cpu())
+            values = torch.stack(draws).numpy()
+            if found is None:
+                found = np.empty((values.shape[0], len(rows), values.shape[2]))
+            found[:, indices] = values
+            if progress is not None:
+                progress(len(indices))
+    return Predictions(np.empty((sampler.num_samples, 0, 0)) if found is None else found)
+
+
+def predict_classes(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    *,
+    sampler: Sampler = MEAN,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Class probabilities of encoded rows; for a language model those of the next token.
+
+    Args:
+        model: with a classification or language-modelling head.
+        rows: with ``input_ids`` and what else the tokenizer gives; ``labels`` are ignored.
+        collate: pads a list of rows to a batch.
+        sampler: what is drawn.
+        batch_size: rows per forward pass.
+        progress: told how many rows are done, batch by batch.
+    """
+    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+
+    def score(indices: list[int]) -> Tensor:
+        batch = to_device(collate([inputs[i] for i in indices]), model)
+        return class_logits(model, batch).double().log_softmax(-1)
+
+    return collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress)

@@ -1,0 +1,48 @@
+"""How a model predicts: at its point estimate, or under draws of something in it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+__all__ = ["MEAN", "Mean", "Sampler"]
+
+
+class Sampler(Protocol):
+    """Where the S draws of a prediction come from.
+
+    Draw s depends on the sampler alone: it is the same for every batch, and the draws of two calling contexts that use
+    one model at the same time do not meet.
+    """
+
+    @property
+    def name(self) -> str:
+        """As the command line and result files write it."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """S, at least 1."""
+        ...
+
+    def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
+        """Forward passes of ``model`` inside the block predict under draw ``number``, from 0 to S - 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The point estimate, of a posterior its mean: one forward pass."""
+
+    name: str = "mean"
+    num_samples: int = 1
+
+    def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
+        """Nothing to prepare: outside any draw a model predicts at its mean."""
+        return nullcontext()
+
+
+MEAN = Mean()

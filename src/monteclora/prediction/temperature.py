@@ -1,0 +1,58 @@
+"""Temperature scaling (Guo et al. 2017, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from monteclora.errors import DataError
+from monteclora.metrics.classification import nll
+from monteclora.prediction.predictions import Predictions
+
+__all__ = ["Temperature"]
+
+_BOUNDS = (-4.0, 4.0)  # of log T: within them every NLL of a float32 model is decided
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divides the logits of every draw by T; above 1 it takes confidence away, and it never changes an order.
+
+    Attributes:
+        temperature: T, positive.
+    """
+
+    temperature: float
+    name: str = "temperature"
+
+    @classmethod
+    def fit(cls, predictions: Predictions) -> Self:
+        """The T with the smallest NLL of the mean predictive distribution.
+
+        Raises:
+            DataError: the predictions have no labels.
+        """
+        labels = predictions.labels
+        if labels is None:
+            raise DataError("a temperature is fitted to labels, and these rows have none", "Give a labelled file.")
+
+        def objective(log_temperature: float) -> float:
+            return nll(cls(float(np.exp(log_temperature))).apply(predictions).probs, labels)
+
+        found = minimize_scalar(objective, bounds=_BOUNDS, method="bounded", options={"xatol": 1e-6})
+        return cls(float(np.exp(found.x)))
+
+    @property
+    def state(self) -> Mapping[str, float]:
+        """``temperature``."""
+        return {"temperature": self.temperature}
+
+    def apply(self, predictions: Predictions) -> Predictions:
+        """``log_softmax(log p_s / T)``, draw by draw."""
+        scaled = log_softmax(predictions.log_probs / self.temperature, axis=-1)
+        return replace(predictions, log_probs=scaled)

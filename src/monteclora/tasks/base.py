@@ -1,0 +1,172 @@
+"""The kinds of task: what a model needs for each, and how each is scored and predicted.
+
+A kind knows its head, its rows and its metrics, so that training, evaluation and the command line need not ask which
+kind a task is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from monteclora.data.kinds import Kind
+from monteclora.metrics.registry import Scoring, measure
+from monteclora.prediction.completions import CompletionScores
+from monteclora.prediction.forward import Collate
+from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.system.progress import Progress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from monteclora.tasks.measures import Measures
+
+__all__ = ["Predicted", "Predictor", "Scored", "TaskKind"]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that is ready to predict, and how it is to.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        collate: pads a list of encoded rows to a batch.
+        max_length: most tokens of a row.
+        label_names: in the order of the classes; empty for a language model.
+        precision: a context in which the matmuls have the precision that the model was trained with.
+        batch_size: sequences per forward pass.
+        bins: of the calibration error.
+        posterior: how draws are made; None for predictions at the mean alone.
+        progress: told how many rows are done, by each sampler.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    collate: Collate
+    max_length: int
+    label_names: Sequence[str]
+    precision: Callable[[], AbstractContextManager[Any]]
+    batch_size: int
+    bins: int
+    posterior: Sampler | None = None
+    progress: Progress | None = None
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """The mean, then the draws if there are any."""
+        return (MEAN,) if self.posterior is None else (MEAN, self.posterior)
+
+    def arguments(self) -> dict[str, Any]:
+        """What every function of ``prediction`` takes besides model, rows and sampler."""
+        return {"collate": self.collate, "batch_size": self.batch_size, "progress": self.progress}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Predictions of labelled rows with what they are worth.
+
+    Attributes:
+        point: metrics by name at the mean.
+        posterior: likewise under the mean over draws; None without draws.
+        predictions: of the rows in their order, under draws where there are any.
+        at_mean: likewise, at the mean.
+        table: a row for each, without its place in the split.
+        notes: what was truncated, in words.
+    """
+
+    point: Mapping[str, float]
+    posterior: Mapping[str, float] | None
+    predictions: Predictions | CompletionScores
+    at_mean: Predictions | CompletionScores
+    table: pa.Table
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions of rows without labels: columns by name, and what was truncated, in words."""
+
+    columns: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+class TaskKind(Protocol):
+    """What is the same for all tasks of a kind."""
+
+    name: Kind
+    auto_class: str
+    """The class of transformers that puts the right head on a model."""
+    peft_task: str
+    """What peft calls the kind."""
+    has_pretrained_head: bool
+    """Whether the pretrained model can be scored before any training."""
+    predicts_tokens: bool
+    """Whether there are logits over the vocabulary for every token."""
+    rows_at_once: int
+    """How many rows' predictions are kept in memory before they are written."""
+
+    def measures(self) -> Measures:
+        """What validation measures in training."""
+        ...
+
+    def accepts(self, label_names: Any) -> bool:
+        """Whether these are the labels, or their absence, that a run of the kind has on disk."""
+        ...
+
+    def score(self, predictor: Predictor, rows: Dataset) -> Scored:
+        """Predict and measure labelled rows. Raises DataError for a row that cannot be scored."""
+        ...
+
+    def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
+        """Predict rows without labels."""
+        ...
+
+
+def scored(
+    predictor: Predictor,
+    scoring: Scoring,
+    found: Sequence[Predictions],
+    labels: NDArray[np.int64],
+    columns: Mapping[str, Any],
+    notes: tuple[str, ...],
+) -> Scored:
+    """The metrics of class or option probabilities, at the mean (the first of ``found``) and under draws (the second).
+
+    Args:
+        predictor: made the predictions.
+        scoring: ``classes`` or ``options``.
+        found: for each of the predictor's samplers.
+        labels: shape (B,).
+        columns: of the table, without the uncertainties.
+        notes: what was truncated.
+    """
+    metrics = [measure(scoring, each.probs, labels, bins=predictor.bins) for each in found]
+    labelled = [replace(each, labels=labels) for each in found]
+    return Scored(
+        point=metrics[0],
+        posterior=metrics[1] if len(metrics) > 1 else None,
+        predictions=labelled[-1],
+        at_mean=labelled[0],
+        table=pa.table({**columns, **uncertainties(found[-1])}),
+        notes=notes,
+    )
+
+
+def uncertainties(found: Predictions | CompletionScores) -> dict[str, NDArray[np.float64]]:
+    """Total, aleatoric and epistemic uncertainty of each row, nats."""
+    return {name: getattr(found, name) for name in ("total", "aleatoric", "epistemic")}
+
+
+def truncated(count: int, rows: int, max_length: int) -> tuple[str, ...]:
+    """The note on rows that were too long; none where none was."""
+    return (f"{count} of {rows} rows were truncated to {max_length} tokens",) if count else ()

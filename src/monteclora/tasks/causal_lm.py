@@ -1,0 +1,164 @@
+"""Prompts with completions, some with answer options to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from monteclora.data.encoding import encode, encode_completion
+from monteclora.data.kinds import Kind
+from monteclora.errors import DataError
+from monteclora.metrics.registry import measure
+from monteclora.prediction.classes import predict_classes
+from monteclora.prediction.completions import score_completions
+from monteclora.prediction.forward import batches
+from monteclora.prediction.generation import complete, encode_prompts
+from monteclora.prediction.options import predict_options
+from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
+from monteclora.tasks.commonsense import option_completions
+from monteclora.tasks.measures import Measures, TokenMeasures
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["CausalLM"]
+
+_UNLIMITED = 2**31
+
+
+class CausalLM:
+    """See :class:`~monteclora.tasks.base.TaskKind`."""
+
+    name: Kind = "causal_lm"
+    auto_class = "AutoModelForCausalLM"
+    peft_task = "CAUSAL_LM"
+    has_pretrained_head = True
+    predicts_tokens = True
+    rows_at_once = 64  # each has a probability for every token of the vocabulary
+
+    def measures(self) -> Measures:
+        """The metrics of the tokens to be learned."""
+        return TokenMeasures()
+
+    def accepts(self, label_names: Any) -> bool:
+        """None."""
+        return not label_names
+
+    def score(self, predictor: Predictor, rows: Dataset) -> Scored:
+        """Answer options against the answer where rows have them, else the tokens of completions."""
+        options = {"options", "answer"} <= set(rows.column_names)
+        return (_score_options if options else _score_completions)(predictor, rows)
+
+    def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
+        """The greedy completion at the mean; the most probable next token with its probability and uncertainty."""
+        tokenizer = predictor.tokenizer
+        prompts, notes = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens)
+        completions = [""] * len(rows)
+        arguments = {**predictor.arguments(), "progress": None}
+        with predictor.precision():
+            found = predict_classes(predictor.model, prompts, sampler=predictor.samplers[-1], **arguments)
+            for indices in batches(prompts, predictor.batch_size):
+                texts = complete(predictor.model, tokenizer, [prompts[i] for i in indices], max_new_tokens)
+                for index, text in zip(indices, texts, strict=True):
+                    completions[index] = text
+                if predictor.progress is not None:
+                    predictor.progress(len(indices))
+        tokens: list[str] = [tokenizer.decode([int(token)]) for token in found.probs.argmax(1)]
+        columns = {
+            **{name: rows[name] for name in rows.column_names},
+            "completion": completions,
+            "next_token": tokens,
+            "confidence": found.probs.max(1),
+            **uncertainties(found),
+        }
+        return Predicted(columns, notes)
+
+
+def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
+    encoded, labels, cut = [], [], 0
+    for number, row in enumerate(rows):
+        options = _options(number, row)
+        completions = option_completions(row["completion"], row["answer"], options)
+        sequences, excess = _encode_options(predictor, row["prompt"], completions)
+        encoded.append(sequences)
+        labels.append(options.index(row["answer"]))
+        cut += excess > 0
+    with predictor.precision():
+        found = [
+            predict_options(predictor.model, encoded, sampler=sampler, **predictor.arguments())
+            for sampler in predictor.samplers
+        ]
+    probs = found[-1].probs
+    columns = {
+        "prompt": rows["prompt"],
+        "options": rows["options"],
+        "label": rows["answer"],
+        "prediction": [row[i] for row, i in zip(rows["options"], probs.argmax(1), strict=True)],
+        "confidence": probs.max(1),
+        "probabilities": [p[: len(row)].tolist() for p, row in zip(probs, rows["options"], strict=True)],
+    }
+    notes = truncated(cut, len(rows), predictor.max_length)
+    return scored(predictor, "options", found, np.asarray(labels), columns, notes)
+
+
+def _options(number: int, row: Mapping[str, Any]) -> list[str]:
+    options = row["options"]
+    if not isinstance(options, list) or len(options) < 2 or row["answer"] not in options:
+        raise DataError(
+            f"row {number}: expected two options or more with the answer {row['answer']!r} among them, found {options}",
+            "Correct the columns options and answer.",
+        )
+    return options
+
+
+def _encode_options(
+    predictor: Predictor, prompt: str, completions: Sequence[str]
+) -> tuple[list[dict[str, list[int]]], int]:
+    """A prompt with each of its completions, and by how many tokens the longest was too long.
+
+    All lose the same beginning of the prompt, so that they differ in the completion alone.
+    """
+    tokenizer = predictor.tokenizer
+    whole = [encode_completion(prompt, completion, tokenizer, _UNLIMITED) for completion in completions]
+    excess = max(len(row["input_ids"]) for row in whole) - predictor.max_length
+    if excess <= 0:
+        return whole, excess
+    lengths = [len(row["input_ids"]) - excess for row in whole]
+    cut = [
+        encode_completion(prompt, completion, tokenizer, length)
+        for completion, length in zip(completions, lengths, strict=True)
+    ]
+    return cut, excess
+
+
+def _score_completions(predictor: Predictor, rows: Dataset) -> Scored:
+    encoded = encode(rows, "causal_lm", predictor.tokenizer, predictor.max_length)
+    if encoded.dropped:
+        raise DataError(
+            f"{encoded.dropped} of {len(rows)} rows have no token to score within {predictor.max_length}",
+            "Remove rows without an answer.",
+        )
+    inputs = encoded.dataset.to_list()
+    with predictor.precision():
+        found = [
+            score_completions(predictor.model, inputs, sampler=sampler, **predictor.arguments())
+            for sampler in predictor.samplers
+        ]
+    columns = {
+        **{name: rows[name] for name in ("prompt", "completion", "messages") if name in rows.column_names},
+        "nll": found[-1].nll,
+        "tokens": found[-1].tokens,
+        "correct_tokens": found[-1].correct,
+    }
+    metrics = [measure("tokens", each.sums) for each in found]
+    return Scored(
+        point=metrics[0],
+        posterior=metrics[1] if len(metrics) > 1 else None,
+        predictions=found[-1],
+        at_mean=found[0],
+        table=pa.table({**columns, **uncertainties(found[-1])}),
+        notes=truncated(encoded.shortened, len(rows), predictor.max_length),
+    )

@@ -1,0 +1,294 @@
+"""The training loop of a phase, on one page, for every method.
+
+A step: its batches forward and backward, the gradient clipped, the optimiser stepped, the learning rate moved on; then,
+where they are due, logging, validation and a checkpoint. accelerate moves, shards and synchronises; torch does the
+rest.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from monteclora.methods.base import Method
+from monteclora.tasks.measures import Measures
+from monteclora.training.batches import Batch, Batches
+from monteclora.training.divergence import NonFiniteSteps, Part
+from monteclora.training.interruption import Interruption
+from monteclora.training.reporting import Reporting
+from monteclora.training.state import TrainingState
+from monteclora.training.validation import Interrupted, Validation
+
+__all__ = ["Intervals", "Loop", "Saver"]
+
+
+class Saver(Protocol):
+    """Writes checkpoints, and takes up the generators of the one that is resumed from."""
+
+    def save(self, loop: Loop) -> None:
+        """Write a checkpoint of the step, the whole of it or nothing."""
+        ...
+
+    def restore_generators(self) -> None:
+        """Put the generators into the checkpoint's state."""
+        ...
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """After how many steps what happens; the last step has all of it.
+
+    Attributes:
+        log, evaluate, save: steps.
+        best_metric: whose best step is kept, by name; None for none.
+        greater_is_better: its direction.
+        patience: evaluations in a row without a better one after which training stops; None for never.
+    """
+
+    log: int
+    evaluate: int
+    save: int
+    best_metric: str | None = None
+    greater_is_better: bool = False
+    patience: int | None = None
+
+
+class _Pass(NamedTuple):
+    """What one batch adds to its step: its shares of the task's loss and of the objective, and numbers to log."""
+
+    task: Tensor
+    objective: Tensor
+    numbers: Mapping[str, Tensor]
+
+
+@dataclass
+class Loop:
+    """Trains one phase.
+
+    Attributes:
+        accelerator: of this process.
+        method: adds its loss, and is told of steps.
+        model: as accelerate prepared it.
+        optimizer, scheduler: of the phase.
+        scaler: of the loss, for fp16; switched off otherwise.
+        precision: makes the autocast context of a forward pass.
+        measures: the task's loss.
+        batches: of the training split.
+        validation: of the validation split; None for none.
+        steps: at most.
+        max_grad_norm: gradients are scaled down to this norm; infinite for never.
+        intervals: when what happens.
+        saver: writes checkpoints.
+        non_finite: what happens at a step that is not finite.
+        reporting: tells of the phase.
+        interruption: asks to stop.
+        state: where the phase stands.
+        resumed: whether it starts from a checkpoint.
+        interrupted: whether it was asked to stop and did.
+    """
+
+    accelerator: Accelerator
+    method: Method
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    precision: Callable[[], AbstractContextManager[Any]]
+    measures: Measures
+    batches: Batches
+    validation: Validation | None
+    steps: int
+    max_grad_norm: float
+    intervals: Intervals
+    saver: Saver
+    non_finite: NonFiniteSteps
+    reporting: Reporting
+    interruption: Interruption
+    state: TrainingState = field(default_factory=TrainingState)
+    resumed: bool = False
+    interrupted: bool = False
+    # what the method told of the last finite step; on the device until it is logged or saved
+    _numbers: Mapping[str, Tensor] | None = None
+    _started: float = 0.0
+
+    def run(self) -> None:
+        """Train to the end of the phase, to an early stop or to an interruption; see ``state`` and ``interrupted``."""
+        self._started = time.perf_counter() - self.state.seconds
+        self.reporting.start(self.state)
+        if self.state.evaluation_pending:  # of the checkpoint that is resumed from, in whose place the new one comes
+            self.saver.restore_generators()
+            self._finish_step(evaluate=True, save=True)
+        while not self.finished:
+            epoch, first = divmod(self.state.step, self.batches.steps_per_epoch)
+            for batches in self._epoch(epoch, first):
+                self.step(batches)
+                self._after_step()
+                if self.finished:
+                    break
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do, now."""
+        return self.state.step >= self.steps or self.state.stopped_early or self.interrupted
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether the phase is complete."""
+        return (self.state.step >= self.steps or self.state.stopped_early) and not self.state.evaluation_pending
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+        """The rest of an epoch; on resuming, the generators are those that the uninterrupted run had here."""
+        if self.resumed and not first:
+            self.saver.restore_generators()
+        found = self.batches.steps(epoch, first)
+        if self.resumed and first:
+            self.saver.restore_generators()
+        self.resumed = False
+        return found
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self, batches: list[Batch]) -> None:
+        """One optimiser step; ``batches`` are this process's."""
+        self.model.train()
+        device = self.accelerator.device
+        inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
+        items = torch.stack([self.measures.count(batch["labels"]) for batch in inputs]).sum()
+        items = self.accelerator.reduce(items, reduction="sum") if self.accelerator.num_processes > 1 else items
+        passes = []
+        for number, batch in enumerate(inputs, start=1):
+            last = number == len(inputs)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                passes.append(self._backward(batch, items, len(inputs)))
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        finite = self._is_finite(batches, passes, torch.as_tensor(norm))
+        if not finite:
+            self.model.zero_grad(set_to_none=True)  # without gradients the optimiser passes over every weight
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # else fp16 passed over this step to find its scale
+            if finite and type(self.method).after_step is not Method.after_step:
+                self.method.after_step(self.accelerator.unwrap_model(self.model), self.state.step + 1, self.steps)
+            self.state.learning_rate = float(self.scheduler.get_last_lr()[0])
+            self.scheduler.step()
+        self.model.zero_grad()
+        self.state.step += 1
+        self.state.tokens += self._count_tokens(inputs, batches)
+
+    def _backward(self, batch: Mapping[str, Any], items: Tensor, count: int) -> _Pass:
+        """Forward and backward of one of ``count`` batches."""
+        with self.precision():
+            loss = self.measures.loss(self.model, batch, items)
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        task = loss.detach().float()
+        added = self.method.added_loss(self.accelerator.unwrap_model(self.model))
+        if added is not None:
+            loss = loss + added.loss.to(loss.device) / count
+        self.scaler.scale(loss).backward()
+        return _Pass(task, loss.detach().float(), {} if added is None else added.numbers)
+
+    def _is_finite(self, batches: list[Batch], passes: list[_Pass], norm: Tensor) -> bool:
+        """Whether the step may be taken; if not, it is counted, or the run ends. One transfer from the device."""
+        state, objectives = self.state, torch.stack([each.objective for each in passes])
+        agreed = torch.stack([torch.stack([each.task for each in passes]).sum(), objectives.sum(), norm.to(objectives)])
+        if self.accelerator.num_processes > 1:
+            agreed = self.accelerator.reduce(agreed, reduction="mean")
+        task, objective, size, *own = torch.cat([agreed, objectives]).tolist()
+        part: Part | None = None
+        culprits = batches
+        if not math.isfinite(objective):
+            part = "regulariser" if math.isfinite(task) else "loss"
+            culprits = [batch for batch, value in zip(batches, own, strict=True) if not math.isfinite(value)]
+        elif not math.isfinite(size) and self.scaler.get_scale() <= 1:
+            part = "gradient"  # fp16 finds its loss scale by overflowing, until there is nothing left to halve
+        if part is not None:
+            self.non_finite.met(state, part, [row for batch in culprits for row in batch.rows])
+            return False
+        state.loss += task
+        state.objective += objective
+        state.finite_steps += 1
+        state.skipped_in_a_row = 0
+        state.grad_norm, self._numbers = size, passes[-1].numbers
+        return True
+
+    def _count_tokens(self, inputs: list[dict[str, Any]], batches: list[Batch]) -> int:
+        counted = [each["attention_mask"].sum() for each, batch in zip(inputs, batches, strict=True) if batch.rows]
+        total = torch.stack([*counted, torch.zeros((), dtype=torch.long, device=self.accelerator.device)]).sum()
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        return int(total.item())
+
+    # -- what follows a step ------------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        state, intervals = self.state, self.intervals
+        self.reporting.step(state)
+        last = state.step >= self.steps
+        if last or state.step % intervals.log == 0:
+            self._log()
+        self.interrupted = self.interruption.agreed(self.accelerator.device)
+        self._finish_step(evaluate=last or state.step % intervals.evaluate == 0)
+
+    def _finish_step(self, *, evaluate: bool, save: bool = False) -> None:
+        """Validate if that is due, and save if that, an end or a new best asks for it."""
+        state = self.state
+        best = self._evaluate() if evaluate and self.validation is not None else False
+        due = state.step >= self.steps or state.step % self.intervals.save == 0
+        if save or due or best or state.stopped_early or self.interrupted:
+            self._settle()
+            self.saver.save(self)
+
+    def _settle(self) -> None:
+        """Bring into the state what is kept outside of it between logs and checkpoints."""
+        self.state.seconds = time.perf_counter() - self._started
+        if self._numbers is not None:
+            self.state.numbers = {name: value.item() for name, value in self._numbers.items()}
+            self._numbers = None
+
+    def _log(self) -> None:
+        state = self.state
+        if state.finite_steps:  # nothing to tell where every step was skipped
+            self._settle()
+            values = {"loss": state.loss / state.finite_steps}
+            if state.numbers:
+                values |= {"objective": state.objective / state.finite_steps, **state.numbers}
+            values |= {"learning_rate": state.learning_rate, "grad_norm": state.grad_norm}
+            self.reporting.train(state, self._epochs, values)
+        state.loss = state.objective = 0.0
+        state.finite_steps, state.logged_step = 0, state.step
+
+    def _evaluate(self) -> bool:
+        """Validate, log, and take note of the best; gives whether this step is it."""
+        assert self.validation is not None
+        state, intervals, begin = self.state, self.intervals, time.perf_counter()
+        try:
+            model, device = self.model, self.accelerator.device
+            metrics = self.validation(model, device, self.precision(), lambda: self.interruption.requested)
+        except Interrupted:
+            state.evaluation_pending = self.interrupted = True
+            return False
+        state.evaluation_pending = False
+        self.reporting.evaluation(state, self._epochs, metrics, time.perf_counter() - begin)
+        if intervals.best_metric is None:
+            return False
+        best = state.improves(metrics[intervals.best_metric], greater_is_better=intervals.greater_is_better)
+        state.stopped_early = intervals.patience is not None and state.worse >= intervals.patience
+        return best
+
+    @property
+    def _epochs(self) -> float:
+        """Passes over the rows so far; a step of fewer rows counts as one."""
+        return self.state.step / self.batches.steps_per_epoch

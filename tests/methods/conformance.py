@@ -1,0 +1,112 @@
+"""What every method must pass: a method that is registered is tested by this suite without another line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from monteclora.errors import ConfigError
+from monteclora.evaluation.run import evaluate
+from monteclora.methods import get_method
+from monteclora.runs.loading import load_run
+from monteclora.runs.run_folder import RunFolder
+from monteclora.training.run import train
+from tests.models import batch_for, bert
+from tests.training.conftest import StopAfter, train_until
+
+__all__ = ["MethodSuite"]
+
+Recipe = dict[str, Any]
+
+
+def quietly(recipe: Recipe) -> Any:
+    return train(recipe, progress=False)
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
+
+
+class MethodSuite:
+    """Subclass it with a fixture ``method``: the name of a registered method."""
+
+    @pytest.fixture
+    def made(self, method: str, assets: Path, tmp_path: Path) -> Any:
+        def make(name: str = "run", **training: Any) -> Recipe:
+            return {
+                "name": name,
+                "output": str(tmp_path / name),
+                "model": {"name": str(assets / "bert")},
+                "data": {"task": str(assets / "class.jsonl"), "max_length": 24, "validation_fraction": 0.15},
+                "method": {"name": method},
+                "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "logging_every": 3, **training},
+            }
+
+        return make
+
+    def test_trains_and_says_what_it_cost(self, made: Any) -> None:
+        result = quietly(made())
+        events = RunFolder(result.folder).metrics.read()
+        losses = [event["loss"] for event in events if event["event"] == "train"]
+        assert result.steps == 10
+        assert losses[-1] < losses[0]
+        assert result.trained_parameters > 0
+        assert result.seconds > 0
+        assert result.peak_memory_bytes > 0
+        assert result.tokens > 0
+
+    def test_evaluates_as_it_validated(self, made: Any) -> None:
+        result = quietly(made())
+        found = evaluate(result, "validation", num_samples=0, progress=False)
+        assert found.point == pytest.approx(dict(result.metrics), abs=1e-5)
+
+    def test_loads_in_a_fresh_process(self, made: Any, tmp_path: Path) -> None:
+        result = quietly(made())
+        here = evaluate(result, "validation", num_samples=0, progress=False).scored.at_mean.probs
+        code = (
+            "import sys, json; from monteclora.evaluation.run import evaluate; import tests.methods.registered;"
+            f"found = evaluate({str(result.folder)!r}, 'validation', num_samples=0, progress=False);"
+            "print(json.dumps(found.scored.at_mean.probs.tolist()))"
+        )
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        np.testing.assert_allclose(json.loads(output.splitlines()[-1]), here, atol=1e-6)
+
+    def test_resumes_to_the_bit(self, made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        quietly(made("whole"))
+        train_until(monkeypatch, StopAfter(3), made("parts"))
+        quietly(made("parts"))
+        assert saved(tmp_path / "whole") == saved(tmp_path / "parts")
+
+    def test_accumulation_changes_nothing_but_rounding_without_noise(self, made: Any) -> None:
+        def trained(**training: Any) -> dict[str, torch.Tensor]:
+            recipe = made(str(training), max_steps=2, **training)
+            if get_method(recipe["method"]["name"]).has_posterior:
+                recipe["method"]["sample_scale"] = 0.0
+            quietly(recipe)
+            model = load_run(recipe["output"]).model
+            return dict(model.named_parameters())
+
+        torch.manual_seed(0)
+        whole, parts = trained(), trained(micro_batch_size=2)
+        # dropout differs, so weights do a little: an error of the loss's scale would move them by whole steps
+        largest = max((whole[name] - parts[name]).abs().max().item() for name in whole)
+        assert largest < 0.05
+
+    def test_merges_where_it_can(self, made: Any) -> None:
+        loaded = load_run(quietly(made()).folder)
+        method = get_method(loaded.recipe.method.name)
+        try:
+            merged = method.merge(loaded.model)
+        except ConfigError:
+            return
+        batch = {name: value for name, value in batch_for(bert).items() if name != "labels"}
+        with torch.no_grad():
+            expected = loaded.model(**batch).logits
+            torch.testing.assert_close(merged.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
