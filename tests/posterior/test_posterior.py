@@ -300,7 +300,7 @@ def test_a_new_posterior_is_at_the_prior():
     posterior = AdapterPosterior([LayerShape("a", 2, 3)], [0.1], PosteriorSettings(num_components=5, alpha_prior=2.0))
     assert torch.equal(posterior.rho, torch.zeros(2))
     torch.testing.assert_close(posterior.eta.exp(), torch.full((1, 5), 2.0))
-    assert sorted(posterior.state_dict()) == ["eta", "rho", "scale"]
+    assert sorted(posterior.state_dict()) == ["_extra_state", "eta", "rho", "scale"]
     assert "layers=1" in repr(posterior)
 
 

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from monteclora.adapters.card import portable_name
 from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters.merging import merged_copy
 from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.adapters.tuner import MonteCLoRATuner
@@ -78,6 +78,9 @@ def export_samples(
 def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer: Any = None) -> Path:
     """Write the base model with the adapter's mean merged in, as an ordinary transformers folder.
 
+    Where a target shares its weight with another layer, such as a head with the embedding, the two are written apart
+    and the configuration says ``tie_word_embeddings=False``.
+
     Args:
         model: the wrapped model; it is left as it is.
         directory: the folder to write.
@@ -93,16 +96,9 @@ def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer
     if not isinstance(base, PreTrainedModel):
         raise ConfigError(f"{type(base).__name__} is not a transformers model", "Use model.merge_and_unload() instead.")
     target = Path(directory)
-    with torch.no_grad():
-        merged = _merged_copy(model)
+    merged = cast(PreTrainedModel, merged_copy(model))
     with staged(target) as stage:
         merged.save_pretrained(str(stage), safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(stage))
     return target
-
-
-def _merged_copy(model: PeftModel) -> PreTrainedModel:
-    import copy
-
-    return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload(safe_merge=True))

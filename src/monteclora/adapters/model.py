@@ -70,7 +70,7 @@ class MonteCLoRAModel(PeftModel):
         """As in torch; a posterior follows its adapter to other ranks before an optimiser sees its parameters."""
         if self._complete:
             self.base_model.measure()
-        return super().named_parameters(*args, **kwargs)
+        yield from super().named_parameters(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch, for state that has the posterior of each mean in it.
@@ -242,7 +242,6 @@ class MonteCLoRAModel(PeftModel):
                 raise
             existing.requires_grad_(is_trainable)
         stored.copy_into(existing)
-        self.base_model.unmeasured.discard(adapter_name)
         return result
 
     def _restore(

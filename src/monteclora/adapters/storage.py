@@ -249,6 +249,7 @@ class StoredPosterior:
         for name in _TENSORS:
             getattr(posterior, name).copy_(self.tensors[name])
         posterior.seed, posterior.draws, posterior.enabled = self.seed, self.draws, self.enabled
+        posterior.measured = True
 
 
 def load_posterior(path: Path) -> StoredPosterior:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.layers import DrawnLayer, DrawnLinear, supported_types
+from monteclora.adapters.merging import shared_targets
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.adapters.scope import DrawScope
 from monteclora.adapters.snapshot import unchanged_on_error
@@ -64,12 +65,11 @@ class MonteCLoRATuner(LoraModel):
 
     ``posteriors``, by adapter name, is a module of the ``PeftModel`` around this one, to which this one only refers:
     peft counts whatever is registered here, or in the layers, as adapter weights, and would write it into their file.
-    ``mean_modules`` has the ``lora_A`` of their layers, ``unmeasured`` the adapters whose A may still be initialised.
+    ``mean_modules`` has the ``lora_A`` of their layers.
     """
 
     posteriors: nn.ModuleDict
     mean_modules: dict[str, list[nn.ModuleDict]]
-    unmeasured: set[str]
     scope: DrawScope
     begun: bool
 
@@ -82,7 +82,6 @@ class MonteCLoRATuner(LoraModel):
         """Initialise what this class adds; peft calls it once, before the first adapter's layers are made."""
         self.__dict__["posteriors"] = nn.ModuleDict()
         self.mean_modules = {}
-        self.unmeasured = set()
         self.scope = DrawScope(self)
         self.begun = False
 
@@ -108,7 +107,7 @@ class MonteCLoRATuner(LoraModel):
 
     def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
         """Those of :meth:`active_posteriors` whose layers are neither disabled nor merged nor switched off."""
-        if self.unmeasured and torch.is_grad_enabled() and self.training:
+        if torch.is_grad_enabled() and self.training:
             self.measure(begin=True)
         return [posterior for posterior in self.active_posteriors() if posterior.enabled and self.in_use(posterior)]
 
@@ -146,7 +145,6 @@ class MonteCLoRATuner(LoraModel):
                 seed=config.noise_seed,
                 device=_device_of(layers[0][1].get_base_layer().weight),
             )
-            self.unmeasured.add(adapter_name)
         for index, (_, layer) in enumerate(layers):
             layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
             if type(layer) is Linear:
@@ -163,12 +161,14 @@ class MonteCLoRATuner(LoraModel):
         trained. The scales are those of the A that training begins with.
 
         Args:
-            begin: training begins: A is initialised for good.
+            begin: training begins: A of the active adapters is initialised for good.
         """
-        for name in sorted(self.unmeasured):
-            layers, posterior = self._layers_of(name), self.posteriors[name]
+        for name, posterior in list(self.posteriors.items()):
+            if posterior.measured:
+                continue
+            layers = self._layers_of(name)
             config = cast(MonteCLoRAConfig, self.peft_config[name])
-            if _shapes(layers, name) != cast(AdapterPosterior, posterior).layers:
+            if _shapes(layers, name) != posterior.layers:
                 trainable = [parameter.requires_grad for parameter in posterior.parameters()]
                 self.attach(name)
                 for parameter, required in zip(self.posteriors[name].parameters(), trainable, strict=True):
@@ -177,8 +177,7 @@ class MonteCLoRATuner(LoraModel):
                 scales = _scales(config, name, [layer for _, layer in layers])
                 scale = cast(Tensor, posterior.scale)
                 scale.copy_(torch.tensor(scales, dtype=scale.dtype))
-        if begin:
-            self.unmeasured.clear()
+            cast(AdapterPosterior, self.posteriors[name]).measured = begin and name in self.active_adapters
 
     def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
         """The layers that an adapter has.
@@ -270,10 +269,23 @@ class MonteCLoRATuner(LoraModel):
         super().delete_adapter(adapter_name)
         if adapter_name in self.posteriors:
             del self.posteriors[adapter_name], self.mean_modules[adapter_name]
-            self.unmeasured.discard(adapter_name)
         if replaced:
             for posterior in self.active_posteriors():
                 posterior.requires_grad_(True)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse, as peft's method of this name does, what merging would get wrong.
+
+        Raises:
+            ConfigError: a target's weight is also another layer's, which would change along with it.
+        """
+        super()._check_merge_allowed()
+        shared = shared_targets(self.model)
+        if shared:
+            raise ConfigError(
+                f"target module '{shared[0]}' shares its weight with another layer, which merging would change too",
+                "Use monteclora.export_merged, which separates the two in what it writes.",
+            )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.scope.remove()

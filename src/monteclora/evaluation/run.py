@@ -68,6 +68,11 @@ class EvaluationResult:
     unfinished: str | None
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
+        draws = f"{self.num_samples} draws" if self.num_samples else "the mean"
+        return f"EvaluationResult({self.folder}, {self.split}, {self.source.rows} rows, {draws}: {shown})"
+
     @property
     def point(self) -> Mapping[str, float]:
         """Metrics by name under the posterior's mean, a plain LoRA."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,8 +48,9 @@ class AdapterMethod(Method):
 
     def merge(self, model: nn.Module) -> nn.Module:
         """See :class:`~monteclora.methods.base.Method`."""
-        merged: Any = copy.deepcopy(model)
-        return cast("nn.Module", merged.merge_and_unload(safe_merge=True))
+        from monteclora.adapters.merging import merged_copy
+
+        return merged_copy(cast(Any, model))
 
 
 def _check_names(model: Any, file: Path) -> None:

@@ -78,6 +78,7 @@ class AdapterPosterior(nn.Module):
         self.seed = seed
         self.draws = 0
         self.enabled = True
+        self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
         self._repetitions = Repetitions()
         self._reminder = Reminder()
@@ -150,6 +151,7 @@ class AdapterPosterior(nn.Module):
         """Take the noise stream's position from a ``state_dict``."""
         draws, enabled = state.tolist()
         self.draws, self.enabled = int(draws), bool(enabled)
+        self.measured = True
 
     @property
     def cells(self) -> int:

@@ -32,6 +32,10 @@ class PredictiveDistribution:
 
     probs: Tensor
 
+    def __repr__(self) -> str:
+        draws, rows, classes = self.probs.shape
+        return f"PredictiveDistribution({draws} draws, {rows} inputs, {classes} classes)"
+
     @property
     def mean(self) -> Tensor:
         """The predictive distribution, shape (B, C)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from monteclora.runs.recipe import Recipe
@@ -30,7 +30,7 @@ class RunResult:
     """
 
     folder: Path
-    recipe: Recipe
+    recipe: Recipe = field(repr=False)
     steps: int
     kept_step: int
     metrics: Mapping[str, float]

@@ -1,0 +1,86 @@
+"""What an adapter's folder says to people and to other machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from huggingface_hub import ModelCard
+
+import monteclora
+from monteclora.adapters.card import portable_name
+from tests.models import bert, llama, wrapped
+
+NAMES = {"bug": 0, "billing": 1, "other": 2}
+
+
+def named(**options: Any) -> Any:
+    base = bert(id2label={index: name for name, index in NAMES.items()}, label2id=NAMES)
+    base.name_or_path = "/home/someone/models/tiny-bert"
+    from tests.models import config_for
+
+    return monteclora.get_peft_model(base, config_for(bert, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "portable"),
+    [
+        ("org/model", "org/model"),
+        ("/home/someone/models/tiny", "tiny"),
+        ("C:\\models\\tiny", "tiny"),
+        ("/cache/hub/models--org--model/snapshots/0123", "org/model"),
+        ("model", "model"),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_names_that_mean_the_same_elsewhere(name: str | None, portable: str | None) -> None:
+    assert portable_name(name) == portable
+
+
+def test_a_folder_names_no_path_and_has_the_labels(tmp_path: Path) -> None:
+    named().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-bert"
+    assert all(b"/home/" not in path.read_bytes() for path in tmp_path.iterdir())
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data["base_model"] == "tiny-bert"
+    assert card.data["library_name"] == "peft"
+    assert card.data["pipeline_tag"] == "text-classification"
+    assert {"lora", "monteclora"} <= set(card.data["tags"])
+    assert "More Information Needed" not in card.text
+    for word in ("monteclora.from_pretrained", "0. bug", "1. billing", "relative:0.5"):
+        assert word in card.text
+    base = bert()
+    monteclora.from_pretrained(base, tmp_path)
+    assert base.config.label2id == NAMES
+    # names that a model has of its own stay
+    base = bert(id2label={0: "x", 1: "y", 2: "z"}, label2id={"x": 0, "y": 1, "z": 2})
+    monteclora.from_pretrained(base, tmp_path)
+    assert base.config.id2label[0] == "x"
+
+
+def test_the_text_of_a_card_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    wrapped(llama).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.strip() == "Mine."
+    assert (card.data["license"], card.data["pipeline_tag"]) == ("mit", "text-generation")
+
+
+def test_the_tokenizer_that_is_given_is_saved_along(tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            (Path(folder) / "tokenizer.json").write_text("{}")
+
+    wrapped(llama).save_pretrained(tmp_path, tokenizer=Tokenizer())
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"
+
+
+def test_peft_loads_the_folder_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    named().save_pretrained(tmp_path)
+    recwarn.clear()
+    peft.PeftModel.from_pretrained(bert(), tmp_path)
+    assert not [w for w in recwarn if not issubclass(w.category, (FutureWarning, DeprecationWarning))]
