@@ -101,7 +101,8 @@ def _trained(recipe: Recipe, result: EvaluationResult) -> Sequence[str]:
     return [
         f"Method {recipe.method.name}, {training.epochs:g} epochs at batch size {training.batch_size}, peak learning "
         f"rate {training.learning_rate:g}, seed {recipe.seed}.",
-        f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn} {listed}.",
+        f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn} "
+        f"{listed}.",
     ]
 
 
