@@ -16,6 +16,7 @@ def test_the_page_of_a_run(run: str, trained: dict[str, Path], capsys: pytest.Ca
     assert "What was trained" in page
     assert "15 rows of the test split" in page
     assert ("Accuracy" in page) is (run != "pairs")
+    assert ("perplexity" in page) is (run == "pairs")
     assert ("posterior draws" in page) is (run != "lora")
     assert "<svg" in page
     assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched

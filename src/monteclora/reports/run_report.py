@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
+from monteclora.metrics.registry import METRICS
 from monteclora.prediction.predictions import Predictions
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.page import write_page
@@ -95,10 +96,13 @@ def environment_facts(run: RunFolder) -> dict[str, str]:
 def _trained(recipe: Recipe, result: EvaluationResult) -> Sequence[str]:
     training = recipe.training
     drawn = f" The predictions are means over {result.num_samples} posterior draws." if result.num_samples else ""
+    metrics = result.posterior or result.point
+    listed = ", ".join(f"{METRICS[name].label} {value:.3f}" for name, value in metrics.items())
     return [
         f"Method {recipe.method.name}, {training.epochs:g} epochs at batch size {training.batch_size}, peak learning "
         f"rate {training.learning_rate:g}, seed {recipe.seed}.",
-        f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn}",
+        f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn} "
+        f"{listed}.",
     ]
 
 
