@@ -109,6 +109,10 @@ class Method:
         """What is added to the task's loss, asked for after the forward pass of each batch; None for nothing."""
         return None
 
+    def kept_whole(self, model: nn.Module) -> list[nn.Module]:
+        """Parts of a sharded model that every process keeps whole: they are used outside of its blocks' forward."""
+        return []
+
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """Called after step ``step`` (from 1) of ``steps`` changed the weights, while gradients are still there."""
 

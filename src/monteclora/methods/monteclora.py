@@ -101,6 +101,12 @@ class MonteCLoRA(AdapterMethod):
         numbers = {"kl": parts[0].kl.detach(), "pi_squared_norm": parts[0].coop.detach()}
         return Added(torch.stack([part.loss for part in parts]).sum(), numbers)
 
+    def kept_whole(self, model: nn.Module) -> list[nn.Module]:
+        """Rho and eta: the draws of all layers are made of them before the first block runs."""
+        from monteclora.adapters.model import active_posteriors
+
+        return list(active_posteriors(model))
+
     def load(self, model: nn.Module, folder: Path) -> None:
         """As for every adapter; the posterior must be beside it."""
         from monteclora.adapters.storage import POSTERIOR_FILE

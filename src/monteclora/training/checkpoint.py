@@ -24,6 +24,7 @@ from monteclora.system.devices import is_main_process, process_count, process_in
 from monteclora.system.randomness import generator_states, restore_generators
 from monteclora.system.tree import load_tree, save_tree
 from monteclora.system.version import VERSION
+from monteclora.training import sharding
 from monteclora.training.loop import Loop
 from monteclora.training.state import TrainingState
 
@@ -42,6 +43,7 @@ class Checkpoints:
         recipe_sha256: of the recipe.
         phase: name of the phase.
         first_step: steps of the phases before.
+        trained: names of the parameters that any phase of the run trains: they are saved.
         resumed_from: the checkpoint whose generators are taken up; None for none.
     """
 
@@ -50,6 +52,7 @@ class Checkpoints:
     recipe_sha256: str
     phase: str
     first_step: int
+    trained: frozenset[str]
     resumed_from: Path | None
 
     def save(self, loop: Loop) -> None:
@@ -61,15 +64,18 @@ class Checkpoints:
         """
         generators = gather_object([generator_states()])
         model = loop.accelerator.unwrap_model(loop.model)
-        if is_main_process():
-            _check_weights(model, loop.state.step)
-            checkpoint = self._describe(loop)
-            with new_folder(checkpoint.path) as stage:
-                loop.method.save(model, stage)
-                save_tree(stage / _STATE, _training_state(loop, generators))
-                write_manifest(stage, checkpoint)
-            best = [] if checkpoint.best_step is None else [self.path_of(checkpoint.best_step)]
-            rotate(self.folder, self.keep, best)
+        sharding.reshard(model)
+        state = _training_state(loop, generators)
+        with sharding.gathered(model, self.trained):
+            if is_main_process():
+                _check_weights(model, loop.state.step)
+                checkpoint = self._describe(loop)
+                with new_folder(checkpoint.path) as stage:
+                    loop.method.save(model, stage)
+                    save_tree(stage / _STATE, state)
+                    write_manifest(stage, checkpoint)
+                best = [] if checkpoint.best_step is None else [self.path_of(checkpoint.best_step)]
+                rotate(self.folder, self.keep, best)
         loop.accelerator.wait_for_everyone()
 
     def path_of(self, step: int) -> Path:
@@ -102,13 +108,12 @@ class Checkpoints:
 
 
 def restore(loop: Loop, checkpoint: Path) -> None:
-    """Put weights, optimiser, schedule and state of a checkpoint into a loop that has not begun.
+    """Put optimiser, schedule and state of a checkpoint into a loop that has not begun; its model has the weights.
 
     Raises:
         CheckpointError: it does not fit.
     """
     model = loop.accelerator.unwrap_model(loop.model)
-    loop.method.load(model, checkpoint)
     tree = load_tree(checkpoint / _STATE)
     # posteriors had numbers in place of their adapters' names; a run has one
     names = [
@@ -128,7 +133,7 @@ def restore(loop: Loop, checkpoint: Path) -> None:
 
 def _training_state(loop: Loop, generators: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "optimizer": loop.optimizer.state_dict(),
+        "optimizer": sharding.whole(loop.optimizer.state_dict()),
         "parameters": _optimized_names(loop.accelerator.unwrap_model(loop.model), loop.optimizer),
         "scheduler": loop.scheduler.state_dict(),
         "scaler": loop.scaler.state_dict(),
@@ -156,7 +161,12 @@ def _restore_optimizer(loop: Loop, optimizer: dict[str, Any], scheduler: dict[st
     groups, schedule = loop.optimizer.param_groups, loop.scheduler
     options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     peaks = list(schedule.base_lrs)
-    loop.optimizer.load_state_dict(optimizer)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    moments = {
+        index: {name: sharding.as_sharded(value, parameters[index]) for name, value in of.items()}
+        for index, of in optimizer["state"].items()
+    }
+    loop.optimizer.load_state_dict({**optimizer, "state": moments})
     factors = [factor(scheduler["last_epoch"]) for factor in schedule.lr_lambdas]  # type: ignore[attr-defined]
     rates = [rate * factor for rate, factor in zip(peaks, factors, strict=True)]
     schedule.load_state_dict({**scheduler, "base_lrs": peaks, "_last_lr": rates})

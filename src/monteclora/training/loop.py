@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -63,6 +64,11 @@ class Intervals:
     patience: int | None = None
 
 
+def _plain(norm: Any) -> Tensor:
+    """A norm over sharded gradients is a sum that no process has yet."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+
+
 class _Pass(NamedTuple):
     """What one batch adds to its step: its shares of the task's loss and of the objective, and numbers to log."""
 
@@ -92,6 +98,7 @@ class Loop:
         non_finite: what happens at a step that is not finite.
         reporting: tells of the phase.
         interruption: asks to stop.
+        kept_whole: parameters of a sharded model whose gradients nobody else averages over the processes.
         state: where the phase stands.
         resumed: whether it starts from a checkpoint.
         interrupted: whether it was asked to stop and did.
@@ -114,6 +121,7 @@ class Loop:
     non_finite: NonFiniteSteps
     reporting: Reporting
     interruption: Interruption
+    kept_whole: Sequence[nn.Parameter] = ()
     state: TrainingState = field(default_factory=TrainingState)
     resumed: bool = False
     interrupted: bool = False
@@ -170,10 +178,13 @@ class Loop:
             last = number == len(inputs)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 passes.append(self._backward(batch, items, len(inputs)))
+        for parameter in self.kept_whole:
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        finite = self._is_finite(batches, passes, torch.as_tensor(norm))
+        finite = self._is_finite(batches, passes, _plain(norm))
         if not finite:
             self.model.zero_grad(set_to_none=True)  # without gradients the optimiser passes over every weight
         scale = self.scaler.get_scale()

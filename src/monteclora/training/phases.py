@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
 from torch import nn
 from transformers import get_scheduler, set_seed
@@ -24,6 +24,7 @@ from monteclora.runs.prepare import PreparedData
 from monteclora.runs.recipe import Recipe, TrainingSpec, recipe_sha256
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import process_count, process_index
+from monteclora.training import sharding
 from monteclora.training.batches import Batches
 from monteclora.training.checkpoint import Checkpoints, restore
 from monteclora.training.divergence import NonFiniteSteps
@@ -66,7 +67,7 @@ class Outcome:
 
     Attributes:
         step: the last one.
-        kept_step: the one whose weights it ended with.
+        kept_step: the one whose weights are to be kept.
         tokens: it saw, without padding.
         seconds: it took.
         skipped_steps: how many were not finite, and changed nothing.
@@ -124,10 +125,18 @@ def train_phase(
     model: nn.Module,
     *,
     first_step: int,
+    trained: frozenset[str],
     resume: Checkpoint | None,
     console: Console,
 ) -> Outcome:
-    """Train one phase, from its start or from one of its checkpoints; ``model`` ends with the weights to keep.
+    """Train one phase, from its start or from one of its checkpoints; ``model`` ends with the weights of the last step.
+
+    Args:
+        recipe, phase, run, data, model: what is trained, on what, and where it is kept.
+        first_step: steps of the phases before.
+        trained: names of the parameters that any phase of the run trains.
+        resume: a checkpoint of this phase; None to start it.
+        console: for people.
 
     Raises:
         TrainingInterrupted: after saving, when that was asked for.
@@ -137,6 +146,8 @@ def train_phase(
     """
     method = get_method(recipe.method.name)
     method.begin_phase(model, phase.name)
+    if resume is not None:
+        method.load(model, resume.path)
     set_seed(recipe.seed)
     accelerator = _accelerator(recipe, run)
     saver = Checkpoints(
@@ -145,6 +156,7 @@ def train_phase(
         recipe_sha256=recipe_sha256(recipe),
         phase=phase.name,
         first_step=first_step,
+        trained=trained,
         resumed_from=None if resume is None else resume.path,
     )
     title = recipe.name if phase.name == "cooperative" else f"{recipe.name} ({phase.name})"
@@ -166,8 +178,6 @@ def train_phase(
         raise TrainingInterrupted(f"{run.path} is saved at step {total}: the same command resumes it")
     state = loop.state
     kept = state.step if state.best_step is None else state.best_step
-    if kept != state.step:
-        method.load(model, saver.path_of(kept))
     return Outcome(first_step + state.step, first_step + kept, state.tokens, state.seconds, state.skipped)
 
 
@@ -187,8 +197,13 @@ def _loop(
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     columns = _columns(model, data.train)
     plan = _batches(spec, data, columns, recipe.seed)
-    optimizer = method.optimizer(method.parameter_groups(model, spec.weight_decay), phase.learning_rate)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    kept_whole: Sequence[nn.Parameter] = ()
+    if sharding.is_requested():
+        kept_whole = sharding.shard(model, method, accelerator.device)
+    groups = sharding.separated(method.parameter_groups(model, spec.weight_decay))
+    prepared, optimizer = model, method.optimizer(groups, phase.learning_rate)
+    if not sharding.is_requested():
+        prepared, optimizer = accelerator.prepare(model, optimizer)
     validation = None
     if phase.validates and data.validation is not None:
         place = process_index(), process_count()
@@ -226,6 +241,7 @@ def _loop(
         ),
         reporting=reporting,
         interruption=Interruption(),
+        kept_whole=kept_whole,
     )
 
 
@@ -248,17 +264,7 @@ def _accelerator(recipe: Recipe, run: RunFolder) -> Accelerator:
             raise
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"report_to {', '.join(recipe.report_to)}: {reason}", "Correct report_to.") from error
-    check_distribution(accelerator.distributed_type)
     return accelerator
-
-
-def check_distribution(kind: DistributedType) -> None:
-    """Raise ConfigError for a launch that shards the model: rho and eta would be sharded with it."""
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"every process of a run holds the whole model, and this one was launched with {kind.value}",
-            "Launch it without, or use monteclora.MonteCLoRATrainerMixin in a program of your own.",
-        )
 
 
 def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

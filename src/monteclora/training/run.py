@@ -14,7 +14,7 @@ from rich.console import Console
 
 from monteclora.methods import get_method
 from monteclora.runs.environment import describe_environment
-from monteclora.runs.manifest import Checkpoint
+from monteclora.runs.manifest import Checkpoint, checkpoint_folder
 from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.result import RunResult
@@ -24,6 +24,7 @@ from monteclora.system.atomic import discard_remains, new_folder
 from monteclora.system.devices import PeakMemory, is_main_process, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
+from monteclora.training import sharding
 from monteclora.training.phases import phases_of, train_phase
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def train(
         TrainingInterrupted: a KeyboardInterrupt, after saving.
     """
     recipe = load_recipe(recipe, overrides)
+    sharding.check_launch(recipe.model.quantization, recipe.training.precision)
     run = RunFolder(recipe.folder)
     console = Console(stderr=True, quiet=not progress or not is_main_process())
     with ExitStack() as stack:
@@ -83,7 +85,7 @@ def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> 
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     model = prepare_model(recipe, data)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     checkpoint = resume_point(run, recipe, override=override)
     memory = PeakMemory(training_device())
     if is_main_process():
@@ -93,11 +95,13 @@ def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> 
         for note in overrides_of(run.environment):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         run.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
-    _train_phases(recipe, run, data, model, checkpoint, console)
+    model = _train_phases(recipe, run, data, model, frozenset(trained), checkpoint, console)
+    with sharding.gathered(model, trained):
+        if is_main_process():
+            with new_folder(run.adapter) as stage:
+                get_method(recipe.method.name).save(model, stage)
     if is_main_process():
-        with new_folder(run.adapter) as stage:
-            get_method(recipe.method.name).save(model, stage)
-        run.metrics.append(_conclusion(run, parameters, memory))
+        run.metrics.append(_conclusion(run, sum(trained.values()), memory))
     PartialState().wait_for_everyone()
     return run.metrics.read()[-1]
 
@@ -107,10 +111,11 @@ def _train_phases(
     run: RunFolder,
     data: PreparedData,
     model: nn.Module,
+    trained: frozenset[str],
     checkpoint: Checkpoint | None,
     console: Console,
-) -> None:
-    """Train the phases that are left, and write a line of metrics for each."""
+) -> nn.Module:
+    """Train the phases that are left, with a line of metrics for each; gives the model with the weights to keep."""
     phases = phases_of(recipe, len(data.train))
     first_step = 0
     if checkpoint is not None:
@@ -118,10 +123,17 @@ def _train_phases(
         first_step = checkpoint.first_step
     for phase in phases:
         resume = checkpoint if checkpoint is not None and checkpoint.phase == phase.name else None
-        outcome = train_phase(recipe, phase, run, data, model, first_step=first_step, resume=resume, console=console)
+        outcome = train_phase(
+            recipe, phase, run, data, model, first_step=first_step, trained=trained, resume=resume, console=console
+        )
         first_step = outcome.step
+        if outcome.kept_step != outcome.step:
+            if sharding.is_sharded(model):  # its parameters take no whole ones any more
+                model = prepare_model(recipe, data)
+            get_method(recipe.method.name).load(model, checkpoint_folder(run.checkpoints, outcome.kept_step))
         if is_main_process():
             run.metrics.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
+    return model
 
 
 def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Runs on several processes of this machine (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import tests
+from monteclora.runs.run_folder import RunFolder
+from tests.training.conftest import Recipe
+
+__all__ = ["launch", "losses"]
+
+WORKER = """
+import json, os, signal, sys, torch
+torch.set_num_threads(1)
+from monteclora.posterior import AdapterPosterior
+from monteclora.training import run
+from monteclora.training.loop import Loop
+original_step, kill_at = Loop.step, int(sys.argv[3])
+def step(loop, batches):
+    if loop.saver.first_step + loop.state.step == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original_step(loop, batches)
+Loop.step = step
+kept = []
+original = run.prepare_model
+run.prepare_model = lambda *arguments: kept.append(original(*arguments)) or kept[-1]
+run.train(json.load(open(sys.argv[1])), progress=False)
+weights = [p for p in kept[0].parameters() if p.ndim > 1]
+local = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in weights)
+numbers = {"share": torch.tensor(local / sum(p.numel() for p in weights))}
+for posterior in kept[-1].modules():
+    if isinstance(posterior, AdapterPosterior) and posterior.current is not None:
+        numbers |= {"rho": posterior.rho, "eta": posterior.eta, "noise": posterior.current.row_scale}
+torch.save(numbers, sys.argv[2])
+"""
+
+
+def launch(
+    recipe: Recipe, folder: Path, processes: int, *, sharded: bool = False, kill_at: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Train a recipe on so many processes; gives what each had in the end.
+
+    That is ``share``, of the model's weights; and rho, eta and the last draw's ``noise``, where there is one.
+
+    Args:
+        recipe: of the run.
+        folder: is made, for what the processes leave.
+        processes: how many.
+        sharded: as ``accelerate launch --use_fsdp --fsdp_version 2`` has it.
+        kill_at: all of them are killed after so many steps.
+    """
+    folder.mkdir()
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(recipe))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = Path(tests.__file__).parent.parent
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
+    if processes > 1:
+        shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"ACCELERATE_USE_CPU": "true"}
+    if sharded:
+        shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    started = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        command = [sys.executable, "-c", WORKER, str(file), str(folder / f"{rank}.pt")]
+        command.append("-1" if kill_at is None else str(kill_at))
+        started.append(subprocess.Popen(command, env={**shared, **place}, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), errors[-3000:]
+    return [torch.load(file) for file in sorted(folder.glob("*.pt"))]
+
+
+def losses(recipe: Recipe) -> list[float]:
+    events = RunFolder(Path(recipe["output"])).metrics.read()
+    return [event["loss"] for event in events if event["event"] == "train"]

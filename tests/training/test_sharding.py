@@ -1,0 +1,127 @@
+"""Two processes take the steps of one, each with the whole model (DDP) or sharded (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from monteclora.errors import ConfigError
+from monteclora.evaluation.run import evaluate
+from monteclora.runs.run_folder import RunFolder
+from monteclora.training import sharding
+from monteclora.training.run import train
+from tests.models import bert, llama
+from tests.training.conftest import Recipe, adapter_content, quietly
+from tests.training.processes import launch, losses
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_take_the_steps_of_one(sharded: bool, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Without noise and dropout; 38 rows, so that the last batch of an epoch is ragged and unevenly shared."""
+
+    def made(name: str, scale: float, **training: Any) -> Recipe:
+        return recipe(
+            kind="causal_lm",
+            name=name,
+            method_options={"sample_scale": scale, "lora_dropout": 0.0},
+            logging_every=1,
+            **training,
+        )
+
+    one, two = made("one", 0.0), made("two", 0.0, micro_batch_size=2)
+    launch(one, tmp_path / "one-process", 1)
+    ranks = launch(two, tmp_path / "two-processes", 2, sharded=sharded)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert all(rank["share"].item() == pytest.approx(0.5 if sharded else 1.0, abs=0.05) for rank in ranks)
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ("rho", "eta"))
+    noisy = launch(made("noisy", 0.1, micro_batch_size=2), tmp_path / "noisy-processes", 2, sharded=sharded)
+    assert all(torch.equal(noisy[0][name], noisy[1][name]) for name in ("rho", "eta"))
+    assert not torch.equal(noisy[0]["noise"], noisy[1]["noise"])
+    plain, shared = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("one", "two"))
+    assert {name: tensor.shape for name, tensor in plain.items()} == {n: t.shape for n, t in shared.items()}
+    PeftModel.from_pretrained(llama(), str(tmp_path / "two/adapter"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_resume_to_the_bit(sharded: bool, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Killed in the second phase, which takes up the best step of the first one."""
+    options: dict[str, Any] = {
+        "micro_batch_size": 2,
+        "save_every": 2,
+        "mode": "post_hoc",
+        "best_metric": "nll",
+        "eval_every": 2,
+        "max_steps": 6,
+        "post_hoc": {"max_steps": 5},
+    }
+    whole, parts = recipe(name="whole", **options), recipe(name="parts", **options)
+    launch(whole, tmp_path / "uninterrupted", 2, sharded=sharded)
+    launch(parts, tmp_path / "killed", 2, sharded=sharded, kill_at=9)
+    assert RunFolder(tmp_path / "parts").finished is None
+    launch(parts, tmp_path / "resumed", 2, sharded=sharded)
+    assert adapter_content(tmp_path / "whole") == adapter_content(tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_sharded_full_fine_tuning_is_that_of_one_process(recipe: MakeRecipe, assets: Path, tmp_path: Path) -> None:
+    def made(name: str, **training: Any) -> Recipe:
+        found = recipe(name=name, learning_rate=1e-3, max_steps=4, logging_every=1, **training)
+        return {**found, "method": {"name": "full"}, "model": {"name": str(assets / "still")}}
+
+    bert().bert.save_pretrained(assets / "still")  # without dropout
+    for file in (assets / "bert").glob("*token*"):
+        (assets / "still" / file.name).write_bytes(file.read_bytes())
+    one, two = made("one"), made("two", micro_batch_size=4)
+    quietly(one)
+    launch(two, tmp_path / "processes", 2, sharded=True)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    probabilities = [
+        evaluate(tmp_path / run, "validation", num_samples=0, progress=False).scored.at_mean.probs
+        for run in ("one", "two")
+    ]
+    np.testing.assert_allclose(*probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "FSDP 1, which flattens"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP_OFFLOAD_PARAMS"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "FSDP_ACTIVATION_CHECKPOINTING"),
+        ({}, {"model": {"quantization": "4bit"}}, "model.quantization 4bit cannot be sharded by FSDP"),
+        ({}, {"training": {"precision": "fp16"}}, "fp16 cannot be combined with FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "launched with DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "launched with Megatron-LM"),
+    ],
+)
+def test_launches_that_cannot_be_trained_are_refused_by_name(
+    environment: dict[str, str],
+    changes: dict[str, dict[str, Any]],
+    message: str,
+    recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    made = recipe()
+    for section, values in changes.items():
+        made[section] |= values
+    with pytest.raises(ConfigError, match=message):
+        train(made, progress=False)
+    assert not Path(made["output"]).exists()
+
+
+def test_one_process_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not sharding.is_requested()
