@@ -47,8 +47,8 @@ class FullFineTuning(Method):
                 "Set model.quantization to none, or choose an adapter method.",
             )
         seed_everything(seed)
-        model.requires_grad_(True)
-        return model
+        trained: nn.Module = model.requires_grad_(True)
+        return trained
 
     def save(self, model: Any, folder: Path) -> None:
         """An ordinary transformers folder, in one file whatever its size."""

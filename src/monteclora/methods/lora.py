@@ -166,6 +166,7 @@ class LoRA(AdapterMethod):
         config: LoraConfig = peft.LoraConfig(**lora_arguments(options, model, task_kind))
         seed_everything(seed)
         try:
-            return peft.get_peft_model(model, config)
+            wrapped: nn.Module = peft.get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"peft refused the adapter: {error}", "Correct the method section.") from error
+        return wrapped
