@@ -90,6 +90,8 @@ def prepared(base: PreTrainedModel, setting: Setting, kind: str, batches: Sequen
         training_step("shared", trained, batch, setting)()
     model = without_dropout(build(kind, base, setting, **options))
     model.load_state_dict(trained.state_dict())
+    for posterior in active_posteriors(model):
+        posterior.draws = 0  # the stream begins anew after the warm-up
     return model
 
 
