@@ -311,8 +311,14 @@ def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLa
         # no values to measure yet: those of the default initialisation, uniform with variance 1 / (3 n)
         return [value / math.sqrt(3.0 * weight.shape[1]) for weight in weights]
     device = weights[0].device
-    squares = torch.stack([weight.detach().float().square().mean().to(device) for weight in weights])
+    squares = torch.stack([_whole(weight.detach().float().square().mean()).to(device) for weight in weights])
     return [value * root for root in squares.sqrt().tolist()]
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, TUNER_TYPE)] = MonteCLoRATuner
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A scalar that FSDP2 may have computed from the shards of all processes."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
