@@ -170,9 +170,8 @@ class Loop:
         """One optimiser step; ``batches`` are this process's."""
         self.model.train()
         device = self.accelerator.device
+        items, tokens = self._count(batches)
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
-        items = torch.stack([self.measures.count(batch["labels"]) for batch in inputs]).sum()
-        items = self.accelerator.reduce(items, reduction="sum") if self.accelerator.num_processes > 1 else items
         passes = []
         for number, batch in enumerate(inputs, start=1):
             last = number == len(inputs)
@@ -197,7 +196,20 @@ class Loop:
             self.scheduler.step()
         self.model.zero_grad()
         self.state.step += 1
-        self.state.tokens += self._count_tokens(inputs, batches)
+        self.state.tokens += tokens
+
+    def _count(self, batches: list[Batch]) -> tuple[Tensor, int]:
+        """Items of the loss, an int64 scalar on the device, and tokens of the step, over all processes.
+
+        Counted before the batches are moved, so that nothing waits for the device.
+        """
+        items = sum(int(self.measures.count(batch.inputs["labels"])) for batch in batches)
+        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches if batch.rows)
+        counts = torch.tensor([items, tokens], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+            tokens = int(counts[1])
+        return counts[0], tokens
 
     def _backward(self, batch: Mapping[str, Any], items: Tensor, count: int) -> _Pass:
         """Forward and backward of one of ``count`` batches."""
@@ -234,13 +246,6 @@ class Loop:
         state.skipped_in_a_row = 0
         state.grad_norm, self._numbers = size, passes[-1].numbers
         return True
-
-    def _count_tokens(self, inputs: list[dict[str, Any]], batches: list[Batch]) -> int:
-        counted = [each["attention_mask"].sum() for each, batch in zip(inputs, batches, strict=True) if batch.rows]
-        total = torch.stack([*counted, torch.zeros((), dtype=torch.long, device=self.accelerator.device)]).sum()
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        return int(total.item())
 
     # -- what follows a step ------------------------------------------------------------------------------------------
 
