@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -136,5 +137,10 @@ def _takes_loss_arguments(model: nn.Module) -> bool:
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     if hasattr(base, "accepts_loss_kwargs"):
         return bool(base.accepts_loss_kwargs)
-    parameters = inspect.signature(base.forward).parameters.values()
+    return _takes_keywords(type(base).forward)
+
+
+@cache  # asked of every batch
+def _takes_keywords(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
