@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ def test_the_page_of_a_run(run: str, trained: dict[str, Path], capsys: pytest.Ca
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "What was trained" in page
     assert "15 rows of the test split" in page
+    steps = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+    assert f", {steps} steps at batch size" in page
     assert ("Accuracy" in page) is (run != "pairs")
     assert ("perplexity" in page) is (run == "pairs")
     assert ("posterior draws" in page) is (run != "lora")

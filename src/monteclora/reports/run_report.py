@@ -62,7 +62,7 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
     page = run_page(
         report,
         subtitle=f"{loaded.recipe.model.name} on {run.environment['data']['name']}",
-        trained=_trained(loaded.recipe, result),
+        trained=_trained(loaded.recipe, finished, result),
         environment=environment_facts(run),
         reproduce=[f"monteclora train {run.recipe_file}", f"monteclora report {folder} --split {result.split}"],
     )
@@ -93,14 +93,15 @@ def environment_facts(run: RunFolder) -> dict[str, str]:
     }
 
 
-def _trained(recipe: Recipe, result: EvaluationResult) -> Sequence[str]:
-    training = recipe.training
+def _trained(recipe: Recipe, finished: Mapping[str, Any], result: EvaluationResult) -> Sequence[str]:
+    training, kept = recipe.training, finished["kept_step"]
+    best = f" Kept are the weights of step {kept:,}." if kept != finished["step"] else ""
     drawn = f" The predictions are means over {result.num_samples} posterior draws." if result.num_samples else ""
     metrics = result.posterior or result.point
     listed = ", ".join(f"{METRICS[name].label} {value:.3f}" for name, value in metrics.items())
     return [
-        f"Method {recipe.method.name}, {training.epochs:g} epochs at batch size {training.batch_size}, peak learning "
-        f"rate {training.learning_rate:g}, seed {recipe.seed}.",
+        f"Method {recipe.method.name}, {finished['step']:,} steps at batch size {training.batch_size}, peak learning "
+        f"rate {training.learning_rate:g}, seed {recipe.seed}.{best}",
         f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn} "
         f"{listed}.",
     ]
