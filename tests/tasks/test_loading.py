@@ -166,7 +166,8 @@ def test_the_train_split_alone_is_what_training_had(tmp_path):
 def test_what_was_found_out_about_a_file_is_told(tmp_path):
     (tmp_path / "a.csv").write_text("text;label\none;a\ntwo;b\n")
     notes = load(DataSpec(task=str(tmp_path / "a.csv"), validation_fraction=0.0)).notes
-    assert notes == (f"{tmp_path / 'a.csv'}: fields are separated by semicolons",)
+    assert notes[0] == f"{tmp_path / 'a.csv'}: fields are separated by semicolons"
+    assert notes[1:] == ("train: 2 labels: a 1, b 1", "train: labels with a single row (2): a, b")
 
 
 def test_a_validation_file_of_hidden_labels_leaves_validation_to_be_carved(tmp_path):

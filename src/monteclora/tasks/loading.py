@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from monteclora.data.columns import Columns, find_columns
 from monteclora.data.files import Table, open_table
 from monteclora.data.kinds import Kind
-from monteclora.data.labels import LabelSet
+from monteclora.data.labels import LabelSet, describe_labels, refuse_scores
 from monteclora.data.rows import CheckedRows, read_rows
 from monteclora.data.sources import SPLITS, local_splits
 from monteclora.data.splitting import carve_validation, content_sha256, subset
@@ -163,6 +163,8 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
         if split in data:
             data[split] = subset(data[split], count, spec.seed)
     ordered = {split: data[split] for split in SPLITS if split in data and _wanted(split, splits)}
+    if labels is not None:
+        notes += describe_labels(labels.names, {split: rows["label"] for split, rows in ordered.items()})
     return TaskData(
         name=plan.name,
         kind=plan.columns.kind,
@@ -241,6 +243,7 @@ def _label_set(plan: _Plan, checked: Mapping[str, CheckedRows]) -> LabelSet | No
         return LabelSet(plan.label_names)
     if "train" not in checked:
         raise DataError(f"{plan.name} has no training rows to take the label names from", "Set data.label_names.")
+    refuse_scores(checked["train"].label_keys, plan.name)
     return LabelSet.from_labels(checked["train"].label_keys)
 
 
