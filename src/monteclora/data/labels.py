@@ -18,7 +18,7 @@ _INTEGER = re.compile(r"-?\d{1,4000}", re.ASCII)  # int() reads no more
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _WHOLE = re.compile(r"(-?\d{1,4000})\.0+", re.ASCII)
 _MISSING = frozenset(("nan", "n/a", "#n/a", "<na>", "null"))  # as spreadsheets, R, pandas and SQL write it
-_BOOLEANS = frozenset(("True", "False", "TRUE", "FALSE"))  # as Python and spreadsheets write what JSON has in lower case
+_BOOLEANS = frozenset(("True", "False", "TRUE", "FALSE"))  # of Python and spreadsheets; JSON: lower case
 _MOST_NUMBERS = 100  # of different whole numbers; scores rather than classes when most rows have their own
 
 

@@ -12,12 +12,11 @@ import torch
 from monteclora.adapters.sampler import Posterior
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
-from monteclora.data.models import load_tokenizer, resolve_model
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.forward import Collate
 from monteclora.runs.manifest import newest_complete
-from monteclora.runs.prepare import PreparedData, base_model, prepare_model
+from monteclora.runs.prepare import PreparedData, base_model, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import training_device
@@ -102,6 +101,7 @@ class LoadedRun:
             tokenizer=self.tokenizer,
             collate=self.collate,
             max_length=self.recipe.data.max_length,
+            truncation=self.recipe.data.truncation,
             label_names=self.label_names or (),
             precision=self.precision,
             batch_size=batch_size or self.recipe.training.eval_batch_size,
@@ -145,7 +145,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
             "Ask for the base model of a causal LM run only.",
         )
-    tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
+    tokenizer = tokenizer_of(recipe)
     prepared = PreparedData(
         task=TaskData(name, kind, labels, splits={}, sources={}, description=""),
         tokenizer=tokenizer,

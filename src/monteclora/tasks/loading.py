@@ -14,6 +14,7 @@ from monteclora.data.labels import LabelSet, describe_labels, refuse_scores
 from monteclora.data.rows import CheckedRows, read_rows
 from monteclora.data.sources import SPLITS, local_splits
 from monteclora.data.splitting import carve_validation, content_sha256, subset
+from monteclora.data.truncation import Truncation
 from monteclora.errors import ConfigError, DataError
 from monteclora.tasks.local import file_tables, hub_tables, is_hub_name, looks_like_file
 from monteclora.tasks.registry import Task, get_task
@@ -37,6 +38,10 @@ class DataSpec:
         prompt_column, completion_column: for causal language modelling; likewise.
         label_names: the labels in the order of their ids; by default those that occur in the training data.
         max_length: most tokens of a row.
+        truncation: what a prompt with its completion loses where it is longer: the prompt's text its start
+            (``prompt_start``) or its end (``prompt_end``), and the completion its end where it alone takes more than
+            half; only the completion's end (``completion``); or the row is left out (``drop``).
+        chat_template: in place of the model's: the path of a Jinja file, or ``chatml``.
         train_rows, validation_rows: use only that many rows.
         validation_fraction: the share of the training rows of each label set aside where there is no
             validation split; 0 for none.
@@ -54,6 +59,8 @@ class DataSpec:
     completion_column: str | None = None
     label_names: list[str] = field(default_factory=list)
     max_length: int = 128
+    truncation: Truncation = "prompt_start"
+    chat_template: str | None = None
     train_rows: int | None = None
     validation_rows: int | None = None
     validation_fraction: float = 0.1
