@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import monteclora
 from monteclora import MonteCLoRAConfig, posterior_sampling, variational_loss
-from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, regularisers
+from monteclora.adapters.model import MonteCLoRAModel, active_posteriors
 from monteclora.errors import ConfigError
 from tests.models import (
     TARGETS,
@@ -259,7 +259,7 @@ def test_two_adapters_active_at_once() -> None:
     assert {name for name in gradients(model) if "posteriors" in name} == {
         f"posteriors.{i}.{part}" for i in (0, 1) for part in ("rho", "eta")
     }
-    assert len(regularisers(model)) == 2
+    assert len(active_posteriors(model)) == 2
     expected = sum(posterior.regulariser().loss for posterior in (first, second))
     assert variational_loss(model).item() == pytest.approx(expected.item())
     model.eval()

@@ -20,7 +20,7 @@ from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.adapters.tuner import MonteCLoRATuner, check_target_names
 from monteclora.errors import ConfigError, MonteCLoRAError
-from monteclora.posterior import AdapterPosterior, Regulariser
+from monteclora.posterior import AdapterPosterior
 from monteclora.system.atomic import staged
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "get_peft_model",
     "one_draw",
     "posterior_sampling",
-    "regularisers",
     "sampled_posteriors",
     "train_posterior_only",
     "variational_loss",
@@ -244,11 +243,6 @@ def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
         ConfigError: the model has no MonteCLoRA adapter.
     """
     return _tuner(model).active_posteriors()
-
-
-def regularisers(model: nn.Module) -> list[Regulariser]:
-    """The regulariser of each active adapter, part by part (docs/method.md section 4)."""
-    return [posterior.regulariser() for posterior in active_posteriors(model)]
 
 
 def variational_loss(model: nn.Module) -> Tensor:

@@ -13,10 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
 from monteclora.prediction.predictions import Predictions
-from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Page, Row, Section, Table
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from monteclora.reports.run_report import environment_facts, training_curve
 from monteclora.reports.runs import demo_page
 from monteclora.runs.loading import load_run
 from monteclora.runs.result import RunResult
@@ -28,7 +28,6 @@ __all__ = ["Contender", "contend", "demo_report"]
 
 IN_SCOPE, AMBIGUOUS, OUT_OF_SCOPE = "in scope", "ambiguous", "out of scope"
 _EXAMPLES = 12
-_VERSIONS = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -106,16 +105,12 @@ def demo_report(contenders: Sequence[Contender], commands: Sequence[str]) -> Pag
         commands: that make the page again.
     """
     first = contenders[0].run
-    environment = RunFolder(first.folder).environment
-    facts = {"monteclora": environment["monteclora"], "Python": environment["python"]}
-    facts |= {name: environment["packages"][name] for name in _VERSIONS}
-    facts |= {"device": environment["device"], "threads": str(environment["threads"]), "seed": str(first.recipe.seed)}
     page = demo_page(
         [_report(contender) for contender in contenders],
         title="LoRA beside MonteCLoRA",
         subtitle="MiniLM learns which of twelve intents a customer's message has",
         compared=_compared(contenders),
-        environment=facts,
+        environment=environment_facts(RunFolder(first.folder)),
         reproduce=commands,
     )
     return dataclasses.replace(page, sections=[*page.sections, _detection(contenders)])
@@ -129,24 +124,13 @@ def _report(contender: Contender) -> RunReport:
         method=contender.name,
         status=FINISHED,
         evaluation=Evaluation.of(contender.groups[IN_SCOPE].probs, labels),
-        training=_curve(contender.run),
+        training=training_curve(RunFolder(contender.run.folder)),
         uncertainty={group: Uncertainty(p.total, p.epistemic) for group, p in contender.groups.items()},
         uncertain_examples=_most_uncertain(contender),
         seconds=contender.run.seconds,
         peak_bytes=contender.run.peak_memory_bytes,
         trained_parameters=contender.run.trained_parameters,
         notes=contender.evaluation.notes,
-    )
-
-
-def _curve(run: RunResult) -> TrainingCurve:
-    logged = [event for event in RunFolder(run.folder).metrics.read() if event["event"] == "train"]
-    drawn = all("kl" in event for event in logged)
-    return TrainingCurve(
-        steps=[event["step"] for event in logged],
-        loss=[event["loss"] for event in logged],
-        kl=[event["kl"] for event in logged] if drawn else None,
-        pi_norm_squared=[event["pi_squared_norm"] for event in logged] if drawn else None,
     )
 
 

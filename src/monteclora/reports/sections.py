@@ -127,8 +127,9 @@ def _results(runs: Sequence[RunReport]) -> Section | None:
         cells = [run.name, *(metrics.get(name) for name in present), *(values[index] for index in shown)]
         rows.append(Row(cells, unfinished=not run.finished))
     columns = [Column("Run"), *(_METRICS[name] for name in present), *(_COSTS[index] for index in shown)]
-    caption = "Accuracy, F1 and MCC: higher is better. NLL, Brier and ECE: lower is better."
-    if len([run for run in runs if run.finished]) > 1:
+    directions = "Accuracy, F1 and MCC: higher is better. NLL, Brier and ECE: lower is better."
+    caption = directions if present else ""
+    if present and len([run for run in runs if run.finished]) > 1:
         caption += " Highlighted: the best finished run of each, as rounded here."
     return Section("Results", tables=[Table(columns, rows, caption)])
 

@@ -1,0 +1,122 @@
+"""The report of a run folder: what is measured for it, and the page it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
+from monteclora.metrics.registry import METRICS
+from monteclora.prediction.predictions import Predictions
+from monteclora.reports.figures import TrainingCurve
+from monteclora.reports.page import write_page
+from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from monteclora.reports.runs import run_page
+from monteclora.runs.loading import load_run
+from monteclora.runs.recipe import Recipe
+from monteclora.runs.run_folder import RunFolder
+
+__all__ = ["PAGE", "environment_facts", "training_curve", "write_run_report"]
+
+PAGE = "report.html"
+_EXAMPLES = 12
+_VERSIONS = ("torch", "transformers", "peft")
+
+
+def write_run_report(folder: Path, split: str | None = None, *, progress: bool = True) -> Path:
+    """Evaluate a finished run on a split, and write ``report.html`` into its folder.
+
+    Args:
+        folder: made by ``monteclora train``.
+        split: by default test where it has labels, else validation.
+        progress: whether to draw a progress bar on standard error.
+
+    Raises:
+        CheckpointError: not a run, an unfinished or a damaged one, or the page cannot be written.
+        ConfigError: an argument does not fit the run.
+        DataError: the split is missing or wrong.
+    """
+    loaded = load_run(folder)
+    run = RunFolder(folder)
+    result = evaluate_loaded(loaded, split, progress=progress)
+    finished: Mapping[str, Any] = run.finished or {}
+    predictions = result.scored.predictions
+    evaluation, examples = None, []
+    if isinstance(predictions, Predictions) and predictions.labels is not None:
+        evaluation = Evaluation.of(predictions.probs, predictions.labels)
+        examples = _most_uncertain(result)
+    report = RunReport(
+        name=loaded.recipe.name,
+        method=loaded.recipe.method.name,
+        status=FINISHED,
+        evaluation=evaluation,
+        training=training_curve(run),
+        uncertainty={result.split: Uncertainty(predictions.total, predictions.epistemic)},
+        uncertain_examples=examples,
+        seconds=finished["seconds"],
+        peak_bytes=finished["peak_memory_bytes"],
+        trained_parameters=finished["trained_parameters"],
+        notes=result.notes,
+    )
+    page = run_page(
+        report,
+        subtitle=f"{loaded.recipe.model.name} on {run.environment['data']['name']}",
+        trained=_trained(loaded.recipe, result),
+        environment=environment_facts(run),
+        reproduce=[f"monteclora train {run.recipe_file}", f"monteclora report {folder} --split {result.split}"],
+    )
+    return write_page(folder / PAGE, page)
+
+
+def training_curve(run: RunFolder) -> TrainingCurve:
+    """What a run logged of its training."""
+    logged = [event for event in run.metrics.read() if event["event"] == "train"]
+    drawn = bool(logged) and all("kl" in event for event in logged)
+    return TrainingCurve(
+        steps=[event["step"] for event in logged],
+        loss=[event["loss"] for event in logged],
+        kl=[event["kl"] for event in logged] if drawn else None,
+        pi_norm_squared=[event["pi_squared_norm"] for event in logged] if drawn else None,
+    )
+
+
+def environment_facts(run: RunFolder) -> dict[str, str]:
+    """Versions, device, threads and seed, for the foot of a page."""
+    environment = run.environment
+    facts = {"monteclora": environment["monteclora"], "Python": environment["python"]}
+    facts |= {name: environment["packages"][name] for name in _VERSIONS}
+    return facts | {
+        "device": environment["device"],
+        "threads": str(environment["threads"]),
+        "seed": str(run.recipe.seed),
+    }
+
+
+def _trained(recipe: Recipe, result: EvaluationResult) -> Sequence[str]:
+    training = recipe.training
+    drawn = f" The predictions are means over {result.num_samples} posterior draws." if result.num_samples else ""
+    metrics = result.posterior or result.point
+    listed = ", ".join(f"{METRICS[name].label} {value:.3f}" for name, value in metrics.items())
+    return [
+        f"Method {recipe.method.name}, {training.epochs:g} epochs at batch size {training.batch_size}, peak learning "
+        f"rate {training.learning_rate:g}, seed {recipe.seed}.",
+        f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn} "
+        f"{listed}.",
+    ]
+
+
+def _most_uncertain(result: EvaluationResult) -> list[UncertainExample]:
+    """The rows with the largest total uncertainty, as their table has them."""
+    rows = sorted(result.scored.table.to_pylist(), key=lambda row: -row["total"])[:_EXAMPLES]
+    return [
+        UncertainExample(
+            text=" / ".join(str(row[name]) for name in ("text", "text_pair", "prompt") if row.get(name)),
+            label=str(row["label"]),
+            prediction=str(row["prediction"]),
+            confidence=row["confidence"],
+            total=row["total"],
+            epistemic=row["epistemic"],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from monteclora.cli import main
+
+
+@pytest.mark.parametrize("run", ["texts", "lora", "questions", "pairs"])
+def test_the_page_of_a_run(run: str, trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained[run]
+    assert main(["report", str(folder)]) == 0
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "What was trained" in page
+    assert "15 rows of the test split" in page
+    assert ("Accuracy" in page) is (run != "pairs")
+    assert ("perplexity" in page) is (run == "pairs")
+    assert ("posterior draws" in page) is (run != "lora")
+    assert "<svg" in page
+    assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_what_is_no_run_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "it is not a run" in capsys.readouterr().err
