@@ -89,6 +89,15 @@ def test_completions_are_the_most_likely_tokens_one_by_one(trained, tmp_path):
         assert row["epistemic"] > 0
 
 
+def test_a_file_needs_the_columns_that_the_run_was_trained_on(trained, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"sentence1": "w1", "sentence2": "w2"}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl has no column 'text', which the run was trained on"):
+        quietly(trained["texts"], pairs, tmp_path / "out.jsonl")
+    other = write_rows(tmp_path / "other.jsonl", [{"instruction": "w1"}])
+    with pytest.raises(DataError, match=r"other\.jsonl has no column 'prompt', which the run was trained on"):
+        quietly(trained["pairs"], other, tmp_path / "out.jsonl")
+
+
 def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1"}, {"prompt": "w1 w2 w3 w4 w5 w6 w7"}])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from monteclora.config import build
+from monteclora.data.columns import Columns
 from monteclora.errors import ConfigError, DataError
 from monteclora.tasks import DataSpec, load, load_inputs
 
@@ -132,6 +133,20 @@ def test_rows_to_be_predicted_have_no_label(tmp_path):
     assert load_inputs(path, DataSpec(task="helpdesk"), "classification").column_names == ["text"]
     with pytest.raises(DataError, match=r"Set data\.text_columns"):
         load_inputs(jsonl(tmp_path / "x.jsonl", [{"body": "a"}]), DataSpec(task="helpdesk"), "classification")
+
+
+def test_chats_to_be_answered_may_end_with_the_user(tmp_path):
+    trained = Columns("causal_lm", ("messages",), None, conversation=True)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = jsonl(tmp_path / "new.jsonl", [{"messages": turns}, {"messages": turns[:1]}])
+    rows = load_inputs(path, DataSpec(task="a.jsonl"), "causal_lm", trained)
+    assert rows["messages"][:] == [turns, turns[:1]]
+
+
+def test_single_texts_are_no_pairs_of_a_task(tmp_path):
+    path = jsonl(tmp_path / "new.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match="has the texts text, and mrpc reads sentence1, sentence2"):
+        load_inputs(path, DataSpec(task="mrpc"), "classification")
 
 
 @pytest.mark.parametrize("task", ["nowhere.csv", "data/nowhere.json", "mprc"])

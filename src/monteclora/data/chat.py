@@ -41,12 +41,14 @@ class Written:
         start: where the prompt's own text begins, in characters of the first segment: behind the system prompt.
         asking: the segment that asks for the last answer that is learned.
         end: where the prompt's own text ends, in characters of that segment.
+        templated: whether a chat template wrote it, which then writes a beginning-of-sequence token where there is one.
     """
 
     segments: tuple[Segment, ...]
     start: int
     asking: int
     end: int
+    templated: bool = False
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -90,18 +92,20 @@ class Writer:
         """The text of a row with an answer.
 
         Args:
-            row: ``prompt`` and ``completion``; or ``messages``, perhaps with ``extra``, see
-                :mod:`monteclora.data.rows`.
+            row: ``prompt`` and ``completion``; ``completion`` alone, of a corpus; or ``messages``, perhaps with
+                ``extra``, see :mod:`monteclora.data.conversations`.
 
         Raises:
             ConfigError: the template does not tell what is learned, or there is none for a conversation.
             jinja2.TemplateError: the conversation does not fit the template.
         """
-        if not self.tokenizer.chat_template:
-            prompt = _plain_prompt(row)
+        corpus = "completion" in row and "prompt" not in row
+        if corpus or not self.tokenizer.chat_template:
+            prompt = "" if corpus else _plain_prompt(row)
             if self.tokenizer.eos_token is None:
                 raise ConfigError("the model's tokenizer has no end-of-sequence token", "Use another model.")
-            segments = ((prompt + "\n", False), (row["completion"], True), (self.tokenizer.eos_token, True))
+            asking = "" if corpus else prompt + "\n"
+            segments = ((asking, False), (row["completion"], True), (self.tokenizer.eos_token, True))
             return Written(segments, 0, 0, len(prompt))
         return self._turns(*_conversation(row))
 
@@ -113,7 +117,7 @@ class Writer:
         messages, _, tools = _conversation(row)
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         text = self._render(messages, tools, prompt=True)
-        return Written(((text, False),), _text_start(text, messages), 0, _text_end(text, messages))
+        return Written(((text, False),), _text_start(text, messages), 0, _text_end(text, messages), templated=True)
 
     def _turns(self, messages: list[dict[str, Any]], learned: Sequence[bool], tools: list[Any] | None) -> Written:
         """The learned turns with their ends, and what lies between them."""
@@ -136,7 +140,7 @@ class Writer:
             segments += [(before[len(done) :], False), (answer, True), (turn[len(answer) :], False)]
             done = before + turn
         start = _text_start(segments[0][0], messages) if segments else 0
-        return Written(tuple(segments), start, asking, max(end, 0))
+        return Written(tuple(segments), start, asking, max(end, 0), templated=True)
 
     @cached_property
     def _appends_prompt(self) -> bool:

@@ -217,7 +217,7 @@ def _tokens(written: Written, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     while any(learned) and not learned[-1]:
         del ids[-1], learned[-1]
     start = len(tokenised(written.segments[0][0][: written.start])) if written.segments else 0
-    bos = _leading_bos(tokenizer)
+    bos = None if written.templated else _leading_bos(tokenizer)
     if bos is not None and ids[:1] != [bos]:
         ids, learned = [bos, *ids], [False, *learned]
         start, end, answer = start + 1, end + 1, answer + 1
@@ -226,8 +226,8 @@ def _tokens(written: Written, tokenizer: PreTrainedTokenizerBase) -> Tokens:
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that this tokenizer puts before a plain text; chat templates write their own."""
-    if tokenizer.chat_template or tokenizer.bos_token_id is None:
+    """The token that this tokenizer puts before a plain text."""
+    if tokenizer.bos_token_id is None:
         return None
     return tokenizer.bos_token_id if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
 
