@@ -95,7 +95,12 @@ def masks(tmp_path: Path, row: dict[str, Any], options: dict[str, Any], template
 def trl_masks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], list[int]]]:
     rows = datasets.Dataset.from_list([{"messages": messages} for messages in LIKE_TRL.values()])
     config = SFTConfig(
-        str(tmp_path_factory.mktemp("trl")), assistant_only_loss=True, report_to=[], use_cpu=True, max_length=500
+        str(tmp_path_factory.mktemp("trl")),
+        assistant_only_loss=True,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=500,
     )
     tokenizer = byte_tokenizer(HEADED, pad_token="<|endoftext|>")
     trainer = SFTTrainer(llama(vocab_size=300), args=config, train_dataset=rows, processing_class=tokenizer)
