@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from monteclora.data.columns import Columns, find_columns
+from monteclora.data.columns import Columns, find_columns, input_columns
 from monteclora.data.files import Table
 from monteclora.errors import DataError
 
@@ -22,7 +22,15 @@ def table(*columns):
         (("prompt", "completion"), Columns("causal_lm", ("prompt",), "completion")),
         (("instruction", "output"), Columns("causal_lm", ("instruction",), "output")),
         (("instruction", "input", "output"), Columns("causal_lm", ("instruction", "input"), "output")),
-        (("messages", "id"), Columns("causal_lm", ("messages",), None)),
+        (("messages", "id"), Columns("causal_lm", ("messages",), None, conversation=True)),
+        (("Messages", "tools"), Columns("causal_lm", ("Messages",), None, conversation=True, tools="tools")),
+        (("conversations",), Columns("causal_lm", ("conversations",), None, conversation=True)),
+        (
+            ("instruction", "input", "output", "system", "history"),
+            Columns("causal_lm", ("instruction", "input"), "output", system="system", history="history"),
+        ),
+        (("instruction", "context", "response"), Columns("causal_lm", ("instruction", "context"), "response")),
+        (("question", "answer"), Columns("causal_lm", ("question",), "answer")),
     ],
 )
 def test_usual_names_are_recognised(names, expected):
@@ -57,3 +65,38 @@ def test_a_missing_column_names_those_there_are_and_the_option(names, options, p
     with pytest.raises(DataError) as caught:
         find_columns(table(*names), **options)
     assert part in str(caught.value)
+
+
+PAIRS = Columns("classification", ("sentence1", "sentence2"), "label")
+ALPACA = Columns("causal_lm", ("instruction", "input"), "output", system="system")
+
+
+@pytest.mark.parametrize(
+    ("trained", "names", "expected"),
+    [
+        (PAIRS, ("Sentence1", "sentence2", "x"), Columns("classification", ("Sentence1", "sentence2"), None)),
+        (ALPACA, ("instruction", "output"), Columns("causal_lm", ("instruction",), None)),
+        (
+            ALPACA,
+            ("system", "input", "instruction"),
+            Columns("causal_lm", ("instruction", "input"), None, system="system"),
+        ),
+    ],
+)
+def test_rows_to_be_predicted_have_the_columns_of_the_training_data(trained, names, expected):
+    assert input_columns(table(*names), trained) == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "names", "part"),
+    [
+        (PAIRS, ("text",), "no column 'sentence1', which the run was trained on; it has text"),
+        (PAIRS, ("sentence1", "text"), "no column 'sentence2'"),
+        (Columns("classification", ("text",), "label"), ("sentence1", "sentence2"), "no column 'text'"),
+        (ALPACA, ("prompt",), "no column 'instruction'"),
+        (Columns("causal_lm", (), "text"), ("text",), "trained on texts without prompts"),
+    ],
+)
+def test_rows_without_the_columns_of_the_training_data_are_refused(trained, names, part):
+    with pytest.raises(DataError, match=part):
+        input_columns(table(*names), trained)

@@ -4,7 +4,8 @@ import datasets
 import pytest
 import torch
 
-from monteclora.data.encoding import IGNORED, collator, describe_rows, encode, encode_completion
+from monteclora.data.chat import use_template
+from monteclora.data.encoding import IGNORED, collator, describe_rows, encode, encode_options, encode_prompt
 from monteclora.errors import ConfigError, DataError
 from tests.data.tiny import CHATML, byte_tokenizer
 
@@ -96,11 +97,63 @@ def test_a_long_prompt_loses_its_beginning():
     assert (encoded.shortened, encoded.completions_cut, encoded.dropped) == (1, 0, 0)
 
 
-def test_a_completion_that_is_too_long_alone_is_counted():
+def test_a_long_completion_loses_its_end_and_leaves_the_question():
     tokenizer = byte_tokenizer()
-    encoded = encode(causal(("q", "y" * 100), ("q", "ok")), "causal_lm", tokenizer, 60)
-    assert (encoded.shortened, encoded.completions_cut) == (1, 1)
-    assert learned_text(encoded.dataset[0], tokenizer) == "y" * 59, "one token stays to predict the first"
+    encoded = encode(causal(("Capital 0?", "y" * 120), ("q", "ok")), "causal_lm", tokenizer, 128)
+    assert (encoded.shortened, encoded.prompts_cut, encoded.completions_cut) == (1, 0, 1)
+    prompt = "<|im_start|>user\nCapital 0?<|im_end|>\n<|im_start|>assistant\n"
+    room = 128 - len(tokenizer(prompt)["input_ids"])
+    assert encoded_text(encoded.dataset[0], tokenizer) == prompt + "y" * room
+    assert learned_text(encoded.dataset[0], tokenizer) == "y" * room
+
+
+HEAD, FOOT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("truncation", "left"), [("prompt_start", "345"), ("prompt_end", "123")])
+def test_which_end_of_a_long_prompt_is_cut(truncation, left):
+    tokenizer = byte_tokenizer()
+    expected = HEAD + left + FOOT + "ok<|im_end|>"
+    length = len(tokenizer(expected)["input_ids"])
+    encoded = encode(causal(("12345", "ok"), ("q", "ok")), "causal_lm", tokenizer, length, truncation)
+    assert encoded_text(encoded.dataset[0], tokenizer) == expected
+    assert (encoded.shortened, encoded.prompts_cut, encoded.completions_cut, encoded.dropped) == (1, 1, 0, 0)
+
+
+def test_rows_without_room_for_the_whole_prompt_are_dropped_where_only_the_completion_may_be_cut():
+    tokenizer = byte_tokenizer()
+    rows = causal(("p" * 60, "answer"), ("q", "y" * 60), ("q", "a"))
+    encoded = encode(rows, "causal_lm", tokenizer, 60, "completion")
+    assert (encoded.kept, encoded.dropped, encoded.prompts_cut, encoded.completions_cut) == ([1, 2], 1, 0, 1)
+    dropped = encode(rows, "causal_lm", tokenizer, 60, "drop")
+    assert (dropped.kept, dropped.shortened, dropped.dropped) == ([2], 0, 2)
+
+
+def test_the_system_prompt_stays_and_a_row_it_fills_alone_is_dropped():
+    tokenizer = byte_tokenizer()
+    turns = [("system", "be brief"), ("user", "x" * 80), ("assistant", "ok")]
+    rows = datasets.Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in turns]}])
+    found = encode(rows, "causal_lm", tokenizer, 70)
+    text = encoded_text(found.dataset[0], tokenizer)
+    assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nx")
+    assert text.endswith("x<|im_end|>\n<|im_start|>assistant\nok<|im_end|>")
+    assert (len(found.dataset[0]["input_ids"]), found.prompts_cut) == (70, 1)
+    with pytest.raises(DataError, match="none of the 1 rows has a token left"):
+        encode(rows, "causal_lm", tokenizer, 36)
+
+
+def test_a_long_prompt_to_be_answered_keeps_the_template_and_its_end():
+    tokenizer = byte_tokenizer()
+    ids, cut = encode_prompt({"prompt": "x" * 80 + "?"}, tokenizer, 50)
+    assert (len(ids), cut) == (50, True)
+    text = tokenizer.decode(ids)
+    assert text.startswith(HEAD + "x")
+    assert text.endswith("x?" + FOOT)
+    turns = [{"role": "user", "content": "q"}]
+    whole, cut = encode_prompt({"messages": turns}, tokenizer, 50)
+    assert (tokenizer.decode(whole), cut) == (HEAD + "q" + FOOT, False)
+    answered = [*turns, {"role": "assistant", "content": "left out"}]
+    assert encode_prompt({"messages": answered}, tokenizer, 50)[0] == whole
 
 
 def test_a_long_conversation_keeps_its_last_turn_whole():
@@ -114,6 +167,49 @@ def test_rows_without_anything_to_learn():
     tokenizer = byte_tokenizer()
     with pytest.raises(DataError, match="none of the 1 rows has a token left to learn within 1 tokens"):
         encode(causal(("q", "a")), "causal_lm", tokenizer, 1)
+
+
+APPENDS = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+STRIPS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+    "assistant\n' }}", "assistant\n<think>' }}"
+)
+FORGETS = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
+
+
+def test_a_template_that_always_asks_for_an_answer_teaches_only_the_answer():
+    tokenizer = byte_tokenizer(APPENDS)
+    row = encode(conversation("one", "eins", "two", "zwei"), "causal_lm", tokenizer, 200).dataset[0]
+    assert learned_text(row, tokenizer) == "eins<|im_end|>zwei<|im_end|>"
+    single = encode(causal(("q", "a")), "causal_lm", tokenizer, 200).dataset[0]
+    assert encoded_text(single, tokenizer) == HEAD + "q" + FOOT + "a<|im_end|>"
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(ConfigError, match="the end of an answer cannot be told"):
+        encode(causal(("q", "a")), "causal_lm", tokenizer, 200)
+
+
+def test_a_template_that_strips_thoughts_is_refused_with_what_helps():
+    with pytest.raises(ConfigError, match="writes an answer otherwise than it asks for it") as caught:
+        encode(causal(("q", "<think>t</think>a")), "causal_lm", byte_tokenizer(STRIPS), 200)
+    assert caught.value.hint.startswith("Set data.chat_template")
+    rows = conversation("one", "<think>t</think>eins", "two", "<think>t</think>zwei")
+    with pytest.raises(ConfigError, match="rewrites earlier turns") as caught:
+        encode(rows, "causal_lm", byte_tokenizer(FORGETS), 200)
+    assert "one prompt and one completion" in caught.value.hint
+
+
+def test_another_chat_template(tmp_path):
+    tokenizer = byte_tokenizer(None)
+    tokenizer.eos_token = "<|endoftext|>"
+    use_template(tokenizer, "chatml")
+    row = encode(causal(("q", "a")), "causal_lm", tokenizer, 200).dataset[0]
+    assert encoded_text(row, tokenizer) == HEAD + "q" + FOOT + "a<|im_end|>"
+    assert tokenizer.eos_token == "<|im_end|>", "what ends a turn ends an answer"
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}({{ m['content'] }}){{ eos_token }}{% endfor %}")
+    use_template(tokenizer, str(tmp_path / "own.jinja"))
+    row = encode(causal(("q", "a")), "causal_lm", tokenizer, 200).dataset[0]
+    assert learned_text(row, tokenizer) == "(a)<|im_end|>"
+    with pytest.raises(ConfigError, match=r"cannot read the chat template .*none\.jinja: No such file"):
+        use_template(tokenizer, str(tmp_path / "none.jinja"))
 
 
 def test_templates_that_cannot_be_masked_are_refused():
@@ -135,7 +231,7 @@ def test_more_than_the_model_reads_is_refused():
 def test_one_completion_is_encoded_as_the_training_rows_are():
     tokenizer = byte_tokenizer()
     row = encode(causal(("q" * 50, "a")), "causal_lm", tokenizer, 30).dataset[0]
-    assert encode_completion("q" * 50, "a", tokenizer, 30) == row
+    assert encode_options("q" * 50, ["a"], tokenizer, 30)[0] == [row]
 
 
 def test_batches_are_padded_to_their_longest_row():

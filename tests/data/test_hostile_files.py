@@ -159,12 +159,17 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "a label that is not a number": (
         file("x.jsonl", jsonl('{"text": "t", "label": NaN}\n')),
-        "line 5 has the label nan",
+        "line 5 has no label (nan)",
     ),
     "a label that is a list": (
         file("x.jsonl", jsonl({"text": "t", "label": ["a"] * 9999})),
         "line 5 has the label ['a'",
     ),
+    "scores as labels": (
+        file("x.csv", "text,label\na,2.5\nb,4\n"),
+        "x.csv look like scores (2 different numbers, as 2.5)",
+    ),
+    "N/A as a label": (file("x.csv", CSV + "t,N/A\n"), "x.csv, line 6 has no label (N/A)"),
     "no label": (file("x.jsonl", jsonl({"text": "t", "label": None})), "x.jsonl, line 5 has no label"),
     "no text": (file("x.csv", CSV + "  ,a\n"), "x.csv, line 6 has no text in the column 'text'"),
     "numbers as text": (

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
 
-from monteclora.data.models import STARTERS, StarterModel, load_model, load_tokenizer, resolve_model
+from monteclora.data.models import STARTERS, StarterModel, load_model, load_tokenizer, refuse_encoder, resolve_model
 from monteclora.errors import ConfigError, UnsafeCodeError
 from tests.data.tiny import byte_tokenizer
 
@@ -31,6 +32,43 @@ def test_a_folder_is_a_model(llama):
     assert model.dtype == torch.bfloat16
     assert model.name_or_path == str(llama)
     assert load_tokenizer(source).pad_token == "<|im_end|>", "the end token pads where there is none"
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (transformers.BertConfig(), True),
+        (transformers.RobertaConfig(), True),
+        (transformers.ElectraConfig(), True),
+        (transformers.ModernBertConfig(), True),
+        (transformers.BertConfig(is_decoder=True), False),
+        (transformers.BartConfig(), False),
+        (transformers.GPT2Config(), False),
+        (transformers.LlamaConfig(), False),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else value.model_type,
+)
+def test_an_encoder_is_no_causal_model(llama, config, refused):
+    with pytest.raises(ConfigError, match="is an encoder") if refused else nullcontext():
+        refuse_encoder(resolve_model(str(llama)), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (transformers.LlamaConfig(max_position_embeddings=48), 48),
+        (transformers.GPT2Config(n_positions=40), 40),
+        (transformers.BertConfig(max_position_embeddings=32), 32),
+        (transformers.RobertaConfig(max_position_embeddings=34, pad_token_id=1), 32),
+        (transformers.LlamaConfig(max_position_embeddings=2048), 512),
+        (transformers.BloomConfig(), 512),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else value.model_type,
+)
+def test_no_more_tokens_are_read_than_there_are_positions(tmp_path, config, positions):
+    config.save_pretrained(tmp_path)
+    byte_tokenizer(max_length=512).save_pretrained(tmp_path)
+    assert load_tokenizer(resolve_model(str(tmp_path))).model_max_length == positions
 
 
 def test_the_head_depends_on_the_seed_only(llama):
@@ -157,5 +195,5 @@ def test_the_real_minilm():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(22.7e6, rel=0.01)
     inputs = tokenizer(["A man is eating food."], ["A man eats something."], return_tensors="pt")
     assert model(**inputs).logits.shape == (1, 2)
-    with pytest.raises(ConfigError, match="minilm is no causal_lm model"):
+    with pytest.raises(ConfigError, match=r"minilm is an encoder \(bert\): each of its positions sees the answer"):
         load_model(source, "causal_lm")

@@ -118,7 +118,7 @@ def test_a_hub_data_set_by_name(monkeypatch):
     data = load(DataSpec(task="owner/reviews:small"))
     assert data.label_names == ("neg", "pos")
     assert list(data.splits) == ["train", "validation"]
-    assert data.notes == ("test: left out, its labels are hidden",)
+    assert data.notes[0] == "test: left out, its labels are hidden"
     hub_with(monkeypatch, {"corpus": good})
     with pytest.raises(DataError, match="has the splits corpus and none of"):
         load(DataSpec(task="owner/reviews"))

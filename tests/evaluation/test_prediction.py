@@ -77,7 +77,7 @@ def test_completions_are_the_most_likely_tokens_one_by_one(trained, tmp_path):
     loaded = load_run(trained["pairs"])
     end = loaded.tokenizer.eos_token_id
     for row in rows:
-        ids = loaded.tokenizer(row["prompt"] + "\n")["input_ids"][-15:]  # max_length 16, and the end of the answer
+        ids = loaded.tokenizer(row["prompt"] + "\n")["input_ids"][-16:]  # max_length
         answer = []
         while len(answer) < 4 and (not answer or answer[-1] != end):
             with torch.no_grad():
@@ -87,6 +87,15 @@ def test_completions_are_the_most_likely_tokens_one_by_one(trained, tmp_path):
         assert 0 < row["confidence"] <= 1
         assert row["total"] == pytest.approx(row["aleatoric"] + row["epistemic"], abs=1e-9)
         assert row["epistemic"] > 0
+
+
+def test_a_file_needs_the_columns_that_the_run_was_trained_on(trained, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"sentence1": "w1", "sentence2": "w2"}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl has no column 'text', which the run was trained on"):
+        quietly(trained["texts"], pairs, tmp_path / "out.jsonl")
+    other = write_rows(tmp_path / "other.jsonl", [{"instruction": "w1"}])
+    with pytest.raises(DataError, match=r"other\.jsonl has no column 'prompt', which the run was trained on"):
+        quietly(trained["pairs"], other, tmp_path / "out.jsonl")
 
 
 def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
@@ -101,14 +110,14 @@ def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
 
 
 def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
-    from monteclora.data.encoding import encode_completion
+    from monteclora.data.encoding import encode_options
 
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
     (prompt,), notes = encode_prompts(
         load_inputs(file, loaded.recipe.data, loaded.kind), loaded.tokenizer, loaded.recipe.data.max_length, 4
     )
-    whole = encode_completion("w1 w2", "w9", loaded.tokenizer, 16)
+    whole = encode_options("w1 w2", ["w9"], loaded.tokenizer, 16)[0][0]
     learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)
     assert prompt["input_ids"] == whole["input_ids"][:learned]
     assert notes == ()

@@ -14,7 +14,7 @@ import pytest
 from monteclora.errors import CheckpointError
 from monteclora.runs.recipe import load_recipe, recipe_sha256
 from monteclora.runs.result import RunResult
-from monteclora.runs.resumption import claim, overrides_of
+from monteclora.runs.resumption import overrides_of
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.tree import load_tree
 from monteclora.training.run import train
@@ -180,8 +180,24 @@ def test_a_checksum_of_another_version_is_no_other_recipe(
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    recipe = load_recipe({"name": "a", "model": {"name": "m"}, "data": {"task": "helpdesk"}, "method": {}})
-    with pytest.raises(CheckpointError, match="holds files and is no run"):
-        claim(RunFolder(tmp_path), recipe)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+    for name in ("notes.txt", "recipe.yaml"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        run = RunFolder(folder)
+        with pytest.raises(CheckpointError, match="holds files and is no run"), run.locked():
+            pytest.fail("the folder was taken")
+        assert [entry.name for entry in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "mine"
+
+
+def test_a_finished_run_whose_data_changed_since_is_refused(recipe: MakeRecipe, tmp_path: Path) -> None:
+    made = recipe(max_steps=1)
+    rows = Path(made["data"]["task"]).read_text().splitlines(keepends=True)
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(rows[:-1]))
+    made["data"]["task"] = str(data)
+    assert quietly(made).steps == quietly(made).steps == 1
+    data.write_text("".join(rows[1:]))
+    with pytest.raises(CheckpointError, match=r"train rows of .*train\.jsonl changed since .* and it is finished"):
+        quietly(made)

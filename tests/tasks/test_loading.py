@@ -5,6 +5,7 @@ import json
 import pytest
 
 from monteclora.config import build
+from monteclora.data.columns import Columns
 from monteclora.errors import ConfigError, DataError
 from monteclora.tasks import DataSpec, load, load_inputs
 
@@ -134,6 +135,20 @@ def test_rows_to_be_predicted_have_no_label(tmp_path):
         load_inputs(jsonl(tmp_path / "x.jsonl", [{"body": "a"}]), DataSpec(task="helpdesk"), "classification")
 
 
+def test_chats_to_be_answered_may_end_with_the_user(tmp_path):
+    trained = Columns("causal_lm", ("messages",), None, conversation=True)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = jsonl(tmp_path / "new.jsonl", [{"messages": turns}, {"messages": turns[:1]}])
+    rows = load_inputs(path, DataSpec(task="a.jsonl"), "causal_lm", trained)
+    assert rows["messages"][:] == [turns, turns[:1]]
+
+
+def test_single_texts_are_no_pairs_of_a_task(tmp_path):
+    path = jsonl(tmp_path / "new.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match="has the texts text, and mrpc reads sentence1, sentence2"):
+        load_inputs(path, DataSpec(task="mrpc"), "classification")
+
+
 @pytest.mark.parametrize("task", ["nowhere.csv", "data/nowhere.json", "mprc"])
 def test_a_task_that_is_nothing(task):
     with pytest.raises((ConfigError, DataError)) as caught:
@@ -166,7 +181,8 @@ def test_the_train_split_alone_is_what_training_had(tmp_path):
 def test_what_was_found_out_about_a_file_is_told(tmp_path):
     (tmp_path / "a.csv").write_text("text;label\none;a\ntwo;b\n")
     notes = load(DataSpec(task=str(tmp_path / "a.csv"), validation_fraction=0.0)).notes
-    assert notes == (f"{tmp_path / 'a.csv'}: fields are separated by semicolons",)
+    assert notes[0] == f"{tmp_path / 'a.csv'}: fields are separated by semicolons"
+    assert notes[1:] == ("train: 2 labels: a 1, b 1", "train: labels with a single row (2): a, b")
 
 
 def test_a_validation_file_of_hidden_labels_leaves_validation_to_be_carved(tmp_path):

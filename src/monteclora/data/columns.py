@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from monteclora.config import brief, nearest
 from monteclora.data.files import Table
 from monteclora.data.kinds import Kind
 from monteclora.errors import DataError
 
-__all__ = ["Columns", "find_columns", "listed"]
+__all__ = ["Columns", "find_columns", "input_columns", "listed"]
 
 _TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -20,7 +20,15 @@ _TEXT_PAIRS = (
 )
 _TEXTS = ("text", "sentence", "message")
 _LABELS = ("label", "intent", "class", "category", "target")
-_COMPLETIONS = (("prompt", "completion"), ("instruction", "output"))
+_MESSAGES = ("messages", "conversations", "conversation")
+_COMPLETIONS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+)
+_INPUTS = ("input", "context")
 
 
 @dataclass(frozen=True)
@@ -28,13 +36,32 @@ class Columns:
     """The columns in use, in the order the model reads them.
 
     ``text`` holds one or two names for classification; for ``causal_lm`` those of the prompt (``instruction``
-    and perhaps ``input``), or ``messages`` alone. ``target`` is the label or completion column; None where
-    the messages hold the completion or where rows to be predicted have none.
+    and perhaps ``input``, none for a corpus), or of messages alone where it is a ``conversation``. ``target`` is the
+    label or completion column; None where the messages hold the completion or where rows to be predicted have none.
+    ``system``, ``history`` and ``tools`` go with a prompt or a conversation, where there are such columns; rows of one
+    ``group`` are never parted.
     """
 
     kind: Kind
     text: tuple[str, ...]
     target: str | None
+    conversation: bool = False
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    group: str | None = None
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Those that every file must have; a prompt's second column may be missing."""
+        text = self.text if self.kind == "classification" else self.text[:1]
+        return tuple(name for name in (*text, self.target) if name is not None)
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Those that are read."""
+        names = (*self.text, self.target, self.system, self.history, self.tools, self.group)
+        return frozenset(name for name in names if name is not None)
 
 
 def find_columns(
@@ -45,13 +72,14 @@ def find_columns(
     completion_column: str | None = None,
     kind: Kind | None = None,
     with_target: bool = True,
+    messages_column: str | None = None,
 ) -> Columns:
     """The columns that a task uses.
 
     Args:
         table: the data.
-        text_columns, label_column, prompt_column, completion_column: names from the recipe; what is left out
-            is recognised, whatever its capitals.
+        text_columns, label_column, prompt_column, completion_column, messages_column: names from the recipe; what is
+            left out is recognised, whatever its capitals. A completion column without a prompt column is a corpus.
         kind: the kind of task, where it is known already.
         with_target: False for rows to be predicted, which need no label or completion.
 
@@ -63,9 +91,12 @@ def find_columns(
         ("label_column", label_column),
         ("prompt_column", prompt_column),
         ("completion_column", completion_column),
+        ("messages_column", messages_column),
     ):
         if name is not None and name not in table.columns:
             raise _missing(table, option, name)
+    if messages_column:
+        return _conversation(table, messages_column)
     if kind != "causal_lm" and not prompt_column and not completion_column:
         text = tuple(text_columns) or _first_group(table, (*_TEXT_PAIRS, *((name,) for name in _TEXTS)))
         label = label_column or _first(table, _LABELS)
@@ -76,19 +107,64 @@ def find_columns(
     return _completion_columns(table, prompt_column, completion_column, with_target)
 
 
+def input_columns(table: Table, trained: Columns) -> Columns:
+    """The columns of rows to be predicted by what was trained on ``trained``: the same ones, whatever their capitals.
+
+    Raises:
+        DataError: one is missing, or the training data have no prompts.
+    """
+    if not trained.text:
+        raise DataError("the run was trained on texts without prompts", "Rows can be predicted after prompts only.")
+    found = {name: _first(table, (name.lower(),)) if name not in table.columns else name for name in trained.used}
+    text = tuple(found[name] or name for name in trained.text)
+    columns = replace(
+        trained,
+        text=tuple(name for name in text if name in table.columns),
+        target=None,
+        group=None,
+        system=found.get(trained.system or ""),
+        history=found.get(trained.history or ""),
+        tools=found.get(trained.tools or ""),
+    )
+    for name in replace(trained, target=None).required:
+        if found[name] is None:
+            raise DataError(
+                f"{table.name} has no column {name!r}, which the run was trained on; it has {listed(table)}",
+                "Name the columns as in the training data.",
+            )
+    return columns
+
+
+def _conversation(table: Table, column: str) -> Columns:
+    return Columns("causal_lm", (column,), None, conversation=True, tools=_first(table, ("tools",)))
+
+
 def _completion_columns(table: Table, prompt: str | None, completion: str | None, with_target: bool) -> Columns:
-    messages = _first(table, ("messages",))
+    messages = _first(table, _MESSAGES)
     if messages and not prompt and not completion:
-        return Columns("causal_lm", (messages,), None)
+        return _conversation(table, messages)
     for prompt_name, completion_name in _COMPLETIONS:
         found_prompt = prompt or _first(table, (prompt_name,))
         found_completion = completion or _first(table, (completion_name,))
         if found_prompt and (found_completion or not with_target):
-            extra = _first(table, ("input",)) if found_prompt.lower() == "instruction" else None
-            text = (found_prompt, extra) if extra else (found_prompt,)
-            return Columns("causal_lm", text, found_completion if with_target else None)
-    if prompt or completion:
-        raise _unrecognised(table, "completion_column" if prompt else "prompt_column")
+            extra = _first(table, _INPUTS) if found_prompt.lower() == "instruction" else None
+            return Columns(
+                "causal_lm",
+                (found_prompt, extra) if extra else (found_prompt,),
+                found_completion if with_target else None,
+                system=_first(table, ("system",)),
+                history=_first(table, ("history",)),
+                tools=_first(table, ("tools",)),
+            )
+    if completion and not prompt:
+        return Columns("causal_lm", (), completion)
+    if _first(table, ("chosen",)) and _first(table, ("rejected",)):
+        raise DataError(
+            f"{table.name} holds preferences (chosen and rejected), which are not supported",
+            "Set data.prompt_column, and data.completion_column to the chosen answers.",
+        )
+    if prompt:
+        raise _unrecognised(table, "completion_column")
     pairs = "text_columns and data.label_column, or data.prompt_column and data.completion_column"
     raise _unrecognised(table, pairs)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from monteclora.data.table import Row, Table, check_columns, with_rows
+from monteclora.data.table import Attempt, Table, check_columns, with_rows
 from monteclora.data.text import encoding_of, text_lines
 from monteclora.errors import DataError
 
@@ -48,20 +48,24 @@ def open_delimited(path: Path, suffix: str) -> Table:
         names.pop()
     columns = check_columns(str(path), names)
 
-    def rows() -> Iterator[Row]:
+    def attempts() -> Iterator[Attempt]:
         records = _records(path, dialect)
         next(records)
         for number, values in records:
             if len(values) > len(columns) and not any(values[len(columns) :]):
                 del values[len(columns) :]  # columns without a name and without content
             if len(values) != len(columns):
-                raise DataError(
-                    f"{path}, line {number} has {len(values)} fields where the header has {len(columns)}",
-                    "Put fields that hold the separator in double quotes.",
+                yield (
+                    number,
+                    DataError(
+                        f"{path}, line {number} has {len(values)} fields where the header has {len(columns)}",
+                        "Put fields that hold the separator in double quotes.",
+                    ),
                 )
-            yield number, dict(zip(columns, values, strict=True))
+            else:
+                yield number, dict(zip(columns, values, strict=True))
 
-    table = Table(str(path), columns, rows, notes=_notes(path, dialect, usual))
+    table = Table.of_attempts(str(path), columns, attempts, notes=_notes(path, dialect, usual))
     return with_rows(table, "has a header and no rows")
 
 

@@ -8,19 +8,21 @@ Learned are the completion and the token that ends its turn, nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from monteclora.data.chat import Segment, Writer, Written
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Kept, Tokens, Truncation, prompt_excess, truncate
 from monteclora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "RowView", "collator", "describe_rows", "encode", "encode_completion"]
+__all__ = ["IGNORED", "Encoded", "RowView", "collator", "describe_rows", "encode", "encode_options", "encode_prompt"]
 
 IGNORED = -100
 """The label of a token that is not learned; torch's cross-entropy skips it."""
@@ -28,17 +30,16 @@ IGNORED = -100
 _ROWS = 1000
 """So many are tokenised at once."""
 
-Segment = tuple[str, bool]
-
 
 @dataclass(frozen=True)
 class Encoded:
     """Token ids ready for the collator, and what was cut.
 
     ``dataset`` has ``input_ids``, ``attention_mask``, what else the tokenizer gives, and ``labels``: one id a
-    row for classification, one a token for causal LM. ``shortened`` counts the rows that were too long,
-    ``completions_cut`` those of them that lost part of what is learned; ``dropped`` counts the rows left out
-    because nothing to learn was left, ``kept`` the numbers of the others, from 0 (None where all are).
+    row for classification, one a token for causal LM. ``shortened`` counts the rows that were too long and are
+    kept, ``prompts_cut`` those of them whose prompt lost some of its text, ``completions_cut`` those that lost part of
+    what is learned; ``dropped`` counts the rows left out because nothing to learn was left, or nothing of the prompt,
+    ``kept`` the numbers of the others, from 0 (None where all are).
     """
 
     dataset: Dataset
@@ -46,21 +47,28 @@ class Encoded:
     completions_cut: int = 0
     dropped: int = 0
     kept: Sequence[int] | None = None
+    prompts_cut: int = 0
 
     def row_of(self, index: int) -> int:
         """The number, among the rows that were encoded, of the one that stands at ``index`` of ``dataset``."""
         return index if self.kept is None else self.kept[index]
 
 
-def encode(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(
+    rows: Dataset,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: Truncation = "prompt_start",
+) -> Encoded:
     """Tokenise rows of a :class:`~monteclora.tasks.loading.TaskData`.
 
     Args:
         rows: with ``text``, perhaps ``text_pair`` and ``label``; ``prompt``, ``completion``; or ``messages``.
         kind: what the rows are for.
         tokenizer: of the model.
-        max_length: most tokens of a row. Longer texts lose their end (the longer text of a pair first),
-            longer prompts their beginning; a completion loses its end only if it alone is too long.
+        max_length: most tokens of a row. Longer texts to classify lose their end (the longer text of a pair first).
+        truncation: of rows with completions that are longer, see :func:`~monteclora.data.truncation.truncate`.
 
     Raises:
         ConfigError: ``max_length`` is more than the model reads, or conversations need a chat template that
@@ -74,16 +82,50 @@ def encode(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_le
         )
     if kind == "classification":
         return _encode_classification(rows, tokenizer, max_length)
-    return _encode_causal(rows, tokenizer, max_length)
+    return _encode_causal(rows, tokenizer, max_length, truncation)
 
 
-def encode_completion(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[int]]:
-    """One prompt and completion as :func:`encode` does it: ``input_ids``, ``attention_mask``, ``labels``."""
-    segments = _segments({"prompt": prompt, "completion": completion}, tokenizer)
-    ids, learned = _tokens(segments, tokenizer)
-    return _row(*_shorten(ids, learned, max_length, tokenizer.bos_token_id))
+def encode_options(
+    prompt: str, completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict[str, list[int]]], int]:
+    """A prompt with each of its completions as :func:`encode` does it, and by how many tokens the longest was too long.
+
+    All lose the same part of the prompt's text, so that they differ in the completion alone.
+
+    Raises:
+        DataError: no row is left.
+    """
+    writer = Writer(tokenizer)
+    rows = [_tokens(writer.row({"prompt": prompt, "completion": text}), tokenizer) for text in completions]
+    longest = max(rows, key=lambda row: len(row.ids))
+    excess = len(longest.ids) - max_length
+    if excess > 0:
+        cut = prompt_excess(longest, max_length)
+        rows = [row.without(row.start, cut) for row in rows]
+    if not all(any(row.learned[1:max_length]) for row in rows):
+        raise DataError(f"no option has a token left within {max_length} tokens", "Set a larger data.max_length.")
+    return [_row(row.ids[:max_length], row.learned[:max_length]) for row in rows], excess
+
+
+def encode_prompt(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation = "prompt_start"
+) -> tuple[list[int], bool]:
+    """The token ids that ask for an answer, as training had them before it, and whether the prompt's text was cut.
+
+    Args:
+        row: with ``prompt``, or ``messages`` that may end with an answer, which is left out.
+        tokenizer: of the model.
+        max_length: most tokens.
+        truncation: ``prompt_end`` cuts the prompt's end, any other its start.
+
+    Raises:
+        DataError: the template and the system prompt alone are longer.
+    """
+    found = _tokens(Writer(tokenizer).prompt(row), tokenizer)
+    kept = truncate(found, max_length, truncation if truncation == "prompt_end" else "prompt_start")
+    if not kept.ids:
+        raise DataError(f"a prompt has no room within {max_length} tokens", "Shorten its system prompt.")
+    return kept.ids, kept.prompt_cut
 
 
 def collator(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
@@ -117,26 +159,29 @@ def _encode_classification(rows: Dataset, tokenizer: PreTrainedTokenizerBase, ma
     return Encoded(datasets.concatenate_datasets(parts) if parts else datasets.Dataset.from_dict({}), shortened)
 
 
-def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def _encode_causal(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation
+) -> Encoded:
     import datasets
     import jinja2
 
+    writer = Writer(tokenizer)
     parts: list[Dataset] = []
     encoded: list[dict[str, list[int]]] = []
     kept_rows: list[int] = []
-    shortened = completions_cut = 0
+    shortened = prompts_cut = completions_cut = 0
     for number, row in enumerate(rows, start=1):
         try:
-            segments = _segments(row, tokenizer)
+            whole = _tokens(writer.row(row), tokenizer)
         except jinja2.TemplateError as error:
             raise DataError(f"row {number} does not fit the chat template: {error}", "Correct its messages.") from None
-        ids, learned = _tokens(segments, tokenizer)
-        kept_ids, kept = _shorten(ids, learned, max_length, tokenizer.bos_token_id)
-        shortened += len(kept_ids) < len(ids)
-        completions_cut += sum(kept) < sum(learned)
+        kept: Kept = truncate(whole, max_length, truncation)
         # The first token has no predecessor that could predict it.
-        if any(kept[1:]):
-            encoded.append(_row(kept_ids, kept))
+        if any(kept.learned[1:]):
+            shortened += len(kept.ids) < len(whole.ids)
+            prompts_cut += kept.prompt_cut
+            completions_cut += sum(kept.learned) < sum(whole.learned)
+            encoded.append(_row(kept.ids, kept.learned))
             kept_rows.append(number - 1)
         if encoded and (number == len(rows) or len(encoded) == _ROWS):
             parts.append(datasets.Dataset.from_list(encoded))
@@ -148,90 +193,43 @@ def _encode_causal(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
         )
     dropped = len(rows) - len(kept_rows)
     dataset = datasets.concatenate_datasets(parts)
-    return Encoded(dataset, shortened, completions_cut, dropped, kept_rows if dropped else None)
+    return Encoded(dataset, shortened, completions_cut, dropped, kept_rows if dropped else None, prompts_cut)
 
 
-def _segments(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The text of a row in pieces, each with whether it is learned."""
-    if not tokenizer.chat_template:
-        if "messages" in row:
-            raise ConfigError(
-                "the data holds conversations and the model's tokenizer has no chat template",
-                "Use an instruction-tuned model, or give prompt and completion columns.",
-            )
-        if tokenizer.eos_token is None:
-            raise ConfigError("the model's tokenizer has no end-of-sequence token", "Use another model.")
-        return [(row["prompt"] + "\n", False), (row["completion"], True), (tokenizer.eos_token, True)]
-    messages = row.get("messages") or [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["completion"]},
-    ]
-    return list(_chat_segments(messages, tokenizer))
+def _tokens(written: Written, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokens of a row, each segment by itself, up to the last that is learned (all of a prompt)."""
 
+    def tokenised(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        return ids
 
-def _chat_segments(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Segment]:
-    """The conversation as the chat template writes it; the assistant's turns and their end are learned."""
-    done = ""
-    for end, message in enumerate(messages, start=1):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[: end - 1], tokenizer, prompt=True)
-        after = _render(messages[:end], tokenizer, prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ConfigError(
-                "the model's chat template rewrites earlier turns, the tokens to learn cannot be told",
-                "Use one prompt and one completion a row.",
-            )
-        turn = after[len(before) :]
-        # Templates put a line break after the end of a turn; nothing ever generates it.
-        learned = turn.rstrip()
-        yield before[len(done) :], False
-        yield learned, True
-        yield turn[len(learned) :], False
-        done = after
-
-
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return str(text)
-
-
-def _tokens(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     learned: list[bool] = []
-    for text, is_learned in segments:
-        new = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    end = answer = 0
+    for number, (text, is_learned) in enumerate(written.segments):
+        new = tokenised(text)
         ids += new
         learned += [is_learned] * len(new)
+        if number == written.asking:
+            answer = len(ids)
+            end = answer - len(tokenised(text[written.end :]))
     # What follows the last learned token teaches nothing.
-    while learned and not learned[-1]:
+    while any(learned) and not learned[-1]:
         del ids[-1], learned[-1]
-    bos = _leading_bos(tokenizer)
+    start = len(tokenised(written.segments[0][0][: written.start])) if written.segments else 0
+    bos = None if written.templated else _leading_bos(tokenizer)
     if bos is not None and ids[:1] != [bos]:
         ids, learned = [bos, *ids], [False, *learned]
-    return ids, learned
+        start, end, answer = start + 1, end + 1, answer + 1
+    start = max(start, int(ids[:1] == [tokenizer.bos_token_id]))
+    return Tokens(ids, learned, start, max(end, start), max(answer, start))
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that this tokenizer puts before a plain text; chat templates write their own."""
-    if tokenizer.chat_template or tokenizer.bos_token_id is None:
+    """The token that this tokenizer puts before a plain text."""
+    if tokenizer.bos_token_id is None:
         return None
     return tokenizer.bos_token_id if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
-
-
-def _shorten(
-    ids: list[int], learned: list[bool], max_length: int, bos_token_id: int | None
-) -> tuple[list[int], list[bool]]:
-    """At most ``max_length`` tokens: what comes first goes first, the beginning-of-sequence token stays."""
-    excess = len(ids) - max_length
-    if excess <= 0:
-        return ids, learned
-    head = int(ids[0] == bos_token_id)
-    last_turn = max((i + 1 for i, is_learned in enumerate(learned) if not is_learned), default=0)
-    # One token must stay before the last turn, to predict its first.
-    cut = min(excess, max(last_turn - max(head, 1), 0))
-    ids, learned = ids[:head] + ids[head + cut :], learned[:head] + learned[head + cut :]
-    return ids[:max_length], learned[:max_length]
 
 
 def _row(ids: list[int], learned: list[bool]) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from monteclora.data.table import Row, Table, check_columns, with_rows
+from monteclora.data.table import Attempt, Table, check_columns, with_rows
 from monteclora.errors import ConfigError, DataError
 
 __all__ = ["open_excel"]
@@ -45,13 +45,14 @@ def open_excel(path: Path) -> Table:
         names.pop()
     columns = check_columns(str(path), names)
 
-    def rows() -> Iterator[Row]:
+    def attempts() -> Iterator[Attempt]:
         read = cells()
         next(read)
         for number, values in read:
             if any(value is not None for value in values[len(columns) :]):
-                raise DataError(f"{path}, row {number} has a value beyond the header", "Name its column.")
+                yield number, DataError(f"{path}, row {number} has a value beyond the header", "Name its column.")
+                continue
             filled = (*values, *[None] * len(columns))[: len(columns)]
             yield number, dict(zip(columns, filled, strict=True))
 
-    return with_rows(Table(str(path), columns, rows, unit="row"), "has a header and no rows")
+    return with_rows(Table.of_attempts(str(path), columns, attempts, unit="row"), "has a header and no rows")

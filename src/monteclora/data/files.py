@@ -14,11 +14,11 @@ from monteclora.data.delimited import open_delimited
 from monteclora.data.excel import open_excel
 from monteclora.data.json_files import open_json, open_jsonl
 from monteclora.data.parquet import open_parquet
-from monteclora.data.table import Row, Table
+from monteclora.data.table import Attempt, Row, Table
 from monteclora.data.text import COMPRESSIONS
 from monteclora.errors import DataError
 
-__all__ = ["ENDINGS", "Row", "Table", "has_data_ending", "open_table"]
+__all__ = ["ENDINGS", "Attempt", "Row", "Table", "has_data_ending", "open_table"]
 
 _TEXT = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _BINARY = (".parquet", ".xlsx")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from monteclora.config import brief
-from monteclora.data.table import Row, Table, with_rows
+from monteclora.data.table import Attempt, Table
 from monteclora.data.text import encoding_of, text_lines
 from monteclora.errors import DataError
 
@@ -21,17 +21,23 @@ def open_jsonl(path: Path) -> Table:
     """Open a file of one JSON object a line. Its columns are the keys of all rows, in the order of their first use."""
     encoding = encoding_of(path, guess=False)
 
-    def rows() -> Iterator[Row]:
+    def attempts() -> Iterator[Attempt]:
         for number, line in text_lines(path, encoding):
             if line.strip():
-                yield number, _json_object(path, number, line)
+                try:
+                    yield number, _json_object(path, number, line)
+                except DataError as error:
+                    yield number, error
 
     columns = _keys(path, encoding)
     if columns is None:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     notes = () if encoding == "utf-8" else (f"{path}: the encoding is {encoding}",)
-    table = Table(str(path), columns, rows, notes=notes)
-    return table if columns else with_rows(table, "has no row with a key")
+    table = Table.of_attempts(str(path), columns, attempts, notes=notes)
+    if not columns:
+        for _ in table.rows():  # raises what is wrong with the first row, unless that is {}
+            raise DataError(f"{path} has no row with a key", _HINT)
+    return table
 
 
 def _keys(path: Path, encoding: str) -> tuple[str, ...] | None:
@@ -126,11 +132,10 @@ _MESSAGE_KEYS = {"role", "from"}  # a list of these is a conversation, and the o
 
 
 def _list_table(path: Path, listed: list[Any]) -> Table:
-    def rows() -> Iterator[Row]:
+    def attempts() -> Iterator[Attempt]:
         for number, row in enumerate(listed, start=1):
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, row {number} is not a JSON object", _HINT)
-            yield number, row
+            wrong = DataError(f"{path}, row {number} is not a JSON object", _HINT)
+            yield number, row if isinstance(row, dict) else wrong
 
     columns = dict.fromkeys(key for row in listed if isinstance(row, dict) for key in row)
-    return Table(str(path), tuple(columns), rows, unit="row")
+    return Table.of_attempts(str(path), tuple(columns), attempts, unit="row")

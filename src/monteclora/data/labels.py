@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from monteclora.config import brief
 from monteclora.errors import DataError
 
-__all__ = ["LabelSet", "label_key"]
+__all__ = ["LabelSet", "describe_labels", "label_key", "refuse_scores"]
 
 _INTEGER = re.compile(r"-?\d{1,4000}", re.ASCII)  # int() reads no more
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_WHOLE = re.compile(r"(-?\d{1,4000})\.0+", re.ASCII)
+_MISSING = frozenset(("nan", "n/a", "#n/a", "<na>", "null"))  # as spreadsheets, R, pandas and SQL write it
+_BOOLEANS = frozenset(("True", "False", "TRUE", "FALSE"))  # of Python and spreadsheets; JSON: lower case
+_MOST_NUMBERS = 100  # of different whole numbers; scores rather than classes when most rows have their own
 
 
 def label_key(value: Any) -> str:
-    """A label as text: surrounding blanks removed, booleans in lower case, whole numbers without a fraction.
+    """A label as text, the same whatever kind of file it came from.
+
+    Surrounding blanks are removed, characters composed (NFC), booleans written in lower case, and whole numbers without
+    a fraction.
 
     Raises:
-        ValueError: there is no label, it is not text, a whole number or a boolean, or it holds what cannot be printed;
-            the message says which.
+        ValueError: there is no label (nothing, or a mark such as ``NaN`` or ``N/A``), it is not text, a whole number or
+            a boolean, or it holds what cannot be printed; the message says which.
     """
     match value:
         case bool():
@@ -29,13 +39,30 @@ def label_key(value: Any) -> str:
             return str(value)
         case float() if value.is_integer():
             return str(int(value))
+        case float() if math.isnan(value):
+            raise ValueError("has no label (nan)")
         case str() if _CONTROL.search(value.strip()):
             raise ValueError(f"has the label {brief(value)}, which holds a control character")
+        case str() if value.strip().lower() in _MISSING:
+            raise ValueError(f"has no label ({value.strip()})")
         case str() if value.strip():
-            return value.strip()
+            return _normal(value)
         case None | str():
             raise ValueError("has no label")
+        case float():
+            raise ValueError(
+                f"has the label {brief(value)}: labels are names or whole numbers, and scores (regression) are not "
+                "supported"
+            )
     raise ValueError(f"has the label {brief(value)}: labels are names or whole numbers")
+
+
+def _normal(text: str) -> str:
+    name = unicodedata.normalize("NFC", text.strip())
+    if name in _BOOLEANS:
+        return name.lower()
+    whole = _WHOLE.fullmatch(name)
+    return whole[1] if whole else name
 
 
 class LabelSet:
@@ -49,7 +76,7 @@ class LabelSet:
     def __init__(self, names: Sequence[str], ids_count: bool = True) -> None:
         self.names = tuple(names)
         ids = {str(i): i for i in range(len(self.names))} if ids_count else {}
-        self._ids = ids | {name: i for i, name in enumerate(self.names)}
+        self._ids = ids | {_normal(name): i for i, name in enumerate(self.names)}
 
     @classmethod
     def from_labels(cls, keys: Iterable[str]) -> LabelSet:
@@ -71,6 +98,74 @@ class LabelSet:
         return self._ids[key]
 
 
+def refuse_scores(keys: Iterable[str], name: str) -> None:
+    """Refuse labels that are measurements: numbers with a fraction, or whole numbers that hardly occur twice.
+
+    Args:
+        keys: of the training rows.
+        name: of the data.
+
+    Raises:
+        DataError: they are; classes that are written as such numbers can be listed.
+    """
+    counts = Counter(keys)
+    if not counts or not all(map(_is_number, counts)):
+        return
+    fractions = [key for key in counts if not _INTEGER.fullmatch(key)]
+    many = len(counts) > _MOST_NUMBERS and 2 * len(counts) > counts.total()
+    if fractions or many:
+        example = brief(fractions[0] if fractions else next(iter(counts)), quotes=False)
+        raise DataError(
+            f"the labels of {name} look like scores ({len(counts):,} different numbers, as {example}), and regression "
+            "is not supported",
+            "Name another data.label_column; if they are classes, list them in data.label_names.",
+        )
+
+
+def _is_number(key: str) -> bool:
+    try:
+        float(key)
+    except ValueError:
+        return False
+    return True
+
+
+def describe_labels(names: Sequence[str], splits: Mapping[str, Sequence[int]], most: int = 20) -> list[str]:
+    """The labels of each split for people: how often each occurs, and what looks like a mistake.
+
+    Args:
+        names: of the classes.
+        splits: the ids of the rows, by split.
+        most: so many labels are listed at most, the most frequent first.
+    """
+    notes = []
+    counts = {split: Counter(ids) for split, ids in splits.items()}
+    for split, found in counts.items():
+        listed = ", ".join(f"{brief(names[i], quotes=False)} {n:,}" for i, n in found.most_common(most))
+        more = f", and {len(found) - most:,} more" if len(found) > most else ""
+        notes.append(f"{split}: {len(found):,} labels: {listed}{more}")
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[" ".join(re.sub(r"[\W_]+", " ", name.casefold()).split()) or name].append(name)
+    near = [group for group in alike.values() if len(group) > 1]
+    if near:
+        notes.append(f"labels that differ in capitals or punctuation alone: {_groups(near)}")
+    train = counts.get("train", Counter())
+    if once := [names[i] for i, n in train.items() if n == 1]:
+        notes.append(f"train: labels with a single row ({len(once):,}): {_listed(once)}")
+    for split, found in counts.items():
+        if split != "train" and (absent := [names[i] for i in train if i not in found]):
+            notes.append(f"{split}: labels without a row ({len(absent):,}): {_listed(absent)}")
+    return notes
+
+
+def _groups(groups: Sequence[Sequence[str]], most: int = 10) -> str:
+    return "; ".join(_listed(group) for group in groups[:most]) + (", ..." if len(groups) > most else "")
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(brief(name, quotes=False) for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
 def _shortened(names: Sequence[str], most: int = 20) -> str:
-    listed = ", ".join(brief(name, quotes=False) for name in names[:most])
-    return f"the {len(names)} labels {listed}" + (", ..." if len(names) > most else "")
+    return f"the {len(names)} labels {_listed(names, most)}"

@@ -17,9 +17,11 @@ from monteclora.errors import ConfigError, UnsafeCodeError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["STARTERS", "ModelSource", "StarterModel", "load_model", "load_tokenizer", "resolve_model"]
+__all__ = ["STARTERS", "ModelSource", "StarterModel", "load_model", "load_tokenizer", "refuse_encoder", "resolve_model"]
+
+_SHIFTED = frozenset(("camembert", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def _at(name: str, path: Path, where: Literal["package", "folder"], remedy: str 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer; one without a padding token pads with its end-of-sequence token.
 
+    Its ``model_max_length`` is at most the number of positions that the model has.
+
     Raises:
         ConfigError: it cannot be found, or it has neither token.
         UnsafeCodeError: it needs code that comes with it, and ``trust_remote_code`` is False.
@@ -141,7 +145,42 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of {source.name} has no token to pad with", "Use another model.")
         tokenizer.pad_token = tokenizer.eos_token
+    positions = _positions(source, trust_remote_code)
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
+
+
+def _positions(source: ModelSource, trust_remote_code: bool) -> int | None:
+    """How many tokens the model has positions for; None where its configuration does not say."""
+    import transformers
+
+    with _as_our_errors(source), _quiet():
+        config = transformers.AutoConfig.from_pretrained(
+            _ordinary_path(source), trust_remote_code=trust_remote_code
+        ).get_text_config()
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    # these number positions from behind the padding token on
+    shifted = config.model_type in _SHIFTED and config.pad_token_id is not None
+    return found - config.pad_token_id - 1 if shifted else found
+
+
+def refuse_encoder(source: ModelSource, config: PretrainedConfig) -> None:
+    """Refuse a model that sees the tokens after the one it predicts. transformers loads encoders as causal LMs too.
+
+    Raises:
+        ConfigError: it is an encoder.
+    """
+    import transformers
+
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not (getattr(config, "is_decoder", False) or config.is_encoder_decoder):
+        raise ConfigError(
+            f"{source.name} is an encoder ({config.model_type}): each of its positions sees the answer",
+            "Use a causal language model, or give texts with labels.",
+        )
 
 
 def load_model(
@@ -185,6 +224,8 @@ def load_model(
     with _as_our_errors(source), _quiet():
         path = _ordinary_path(source)
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **config_options)
+        if kind == "causal_lm":
+            refuse_encoder(source, config)
         if pad_token_id is not None:
             config.pad_token_id = pad_token_id
         if quantization:

@@ -1,18 +1,21 @@
 """The rows of a table, checked one by one, as columns of a ``datasets.Dataset``.
 
 Classification: ``text``, perhaps ``text_pair``, ``label`` (an id). Causal LM: ``prompt`` and
-``completion``, with ``options`` and ``answer`` where the task has them; or ``messages``.
+``completion``, with ``options`` and ``answer`` where the task has them; ``completion`` alone of a corpus; or
+``messages``, with ``extra`` where conversations have more than text (see :mod:`monteclora.data.conversations`).
 """
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from monteclora.config import brief
 from monteclora.data.columns import Columns, listed
+from monteclora.data.conversations import Conversation, read_conversation, with_prompt
 from monteclora.data.files import Table
 from monteclora.data.labels import LabelSet, label_key
 from monteclora.errors import DataError
@@ -21,20 +24,43 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-__all__ = ["CheckedRows", "read_rows"]
+__all__ = ["CheckedRows", "Reading", "read_rows"]
 
-_ROLES = ("system", "user", "assistant", "tool")
+_OPTIONAL = frozenset(("extra",))  # columns of some rows only
+_PREFERENCE = (False, "false", "False", "FALSE")
 _MOST_ROWS, _MOST_CHARACTERS = 10_000, 2**24  # held as Python objects before they become an Arrow table
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    Attributes:
+        on_bad_row: what a row that cannot be read does: ``stop`` everything, or be ``skip``ped.
+        roles: names of roles in conversations, by which of ours they are.
+        learned_turns: of conversations: ``all`` turns of the assistant, or the ``last``.
+        with_answer: whether conversations must end with an answer; those that do not are left out.
+    """
+
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    roles: Mapping[str, str] = field(default_factory=dict)
+    learned_turns: Literal["all", "last"] = "all"
+    with_answer: bool = True
+
+
+@dataclass(frozen=True)
 class CheckedRows:
-    """Checked columns of a table, their row numbers, and the labels as they stand in the file."""
+    """Checked columns of a table, their row numbers, and the labels as they stand in the file.
+
+    ``groups`` has what is in the group column of each row, where there is one; ``notes`` says what was left out.
+    """
 
     table: Table
     chunks: list[pa.Table]
     numbers: array[int]
     label_keys: list[str]
+    groups: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def to_dataset(self, labels: LabelSet | None) -> Dataset:
         """The rows as a dataset; with ``labels``, a column of ids. DataError for a label outside the set."""
@@ -42,7 +68,7 @@ class CheckedRows:
         import pyarrow as pa
         from datasets.table import InMemoryTable
 
-        data = pa.concat_tables(self.chunks)
+        data = pa.concat_tables(self.chunks, promote_options="default")
         if labels is not None and self.label_keys:
             rows = zip(self.label_keys, self.numbers, strict=True)
             ids = array("q", (labels.id_of(key, self.table.place(number)) for key, number in rows))
@@ -51,33 +77,141 @@ class CheckedRows:
         return datasets.Dataset(InMemoryTable(data), fingerprint=uuid4().hex)
 
 
-def read_rows(table: Table, columns: Columns) -> CheckedRows:
+def read_rows(table: Table, columns: Columns, reading: Reading | None = None) -> CheckedRows:
     """Read the columns in use.
 
+    Args:
+        table: the data.
+        columns: those in use.
+        reading: how.
+
     Raises:
-        DataError: a column is missing, a text or label is empty or of the wrong type, or a conversation is
-            malformed; the message names the file and the line.
+        DataError: a column is missing, no row is left, or rows are to be read that have an empty text or label, one of
+            the wrong type, or a malformed conversation; the message names the file and the line of the first, and how
+            many there are.
     """
-    needed = (*columns.text, *((columns.target,) if columns.target else ()))
-    absent = [name for name in needed if name not in table.columns]
+    absent = [name for name in columns.required if name not in table.columns]
     if absent:
         raise DataError(
             f"{table.name} has no column {absent[0]!r}; it has {listed(table)}",
             "Give every file of a task the same columns.",
         )
-    read = _classification_row if columns.kind == "classification" else _causal_row
-    keys: dict[str, str] = {}  # one object for all rows of a label
-    label_keys: list[str] = []
-    numbers = array("q")
-    chunks = _Chunks()
-    for number, row in table.rows():
-        place = table.place(number)
-        chunks.add(read(row, columns, place), place)
-        numbers.append(number)
-        if columns.kind == "classification" and columns.target:
-            key = _label(row.get(columns.target), place)
-            label_keys.append(keys.setdefault(key, key))
-    return CheckedRows(table, chunks.finish(), numbers, label_keys)
+    reader = _Reader(table, columns, reading or Reading())
+    for number, attempt in table.each():
+        reader.add(number, attempt)
+    return reader.finish()
+
+
+class _Reader:
+    """Rows as they are read, and what is wrong with the others."""
+
+    def __init__(self, table: Table, columns: Columns, reading: Reading) -> None:
+        self._table, self._columns, self._reading = table, columns, reading
+        self._keys: dict[str, str] = {}  # one object for all rows of a label
+        self._label_keys: list[str] = []
+        self._groups: list[str] = []
+        self._numbers = array("q")
+        self._chunks = _Chunks()
+        self._bad = _Listed()
+        self._first: DataError | None = None
+        self._unanswered = _Listed()
+        self._ignored: set[str] = set()
+
+    def add(self, number: int, attempt: dict[str, Any] | DataError) -> None:
+        """Read a row, or note what is wrong with it."""
+        try:
+            if isinstance(attempt, DataError):
+                raise attempt
+            self._read(number, attempt)
+        except DataError as error:
+            self._first = self._first or error
+            self._bad.add(number)
+
+    def _read(self, number: int, row: dict[str, Any]) -> None:
+        columns, place = self._columns, self._table.place(number)
+        if columns.kind == "classification":
+            found: dict[str, Any] | None = _classification_row(row, columns, place)
+            key = _label(row.get(columns.target), place) if columns.target else None
+        else:
+            found, key = self._causal_row(row, place), None
+        group = str(row.get(columns.group)) if columns.group else None
+        if found is None:
+            self._unanswered.add(number)
+            return
+        self._chunks.add(found, place)
+        self._numbers.append(number)
+        if key is not None:
+            self._label_keys.append(self._keys.setdefault(key, key))
+        if group is not None:
+            self._groups.append(self._keys.setdefault(group, group))
+
+    def _causal_row(self, row: dict[str, Any], place: str) -> dict[str, Any] | None:
+        columns = self._columns
+        first = row.get(columns.text[0]) if columns.text else None
+        target = row.get(columns.target) if columns.target else None
+        around = columns.system or columns.history or columns.tools
+        if not columns.conversation and not around and not isinstance(first, list) and not isinstance(target, list):
+            return _completion_row(row, columns, place)
+        tools = row.get(columns.tools) if columns.tools else None
+        conversation = Conversation(place, self._reading.roles, tools)
+        if columns.conversation:
+            read_conversation(first, conversation)
+        else:
+            if not isinstance(first, list):
+                first = _prompt(row, columns, place)
+            if columns.target and not isinstance(target, list):
+                target = _text(row, columns.target, place)
+            system, history = (row.get(name) if name else None for name in (columns.system, columns.history))
+            with_prompt(conversation, first, target, system, history)
+        self._ignored |= conversation.ignored
+        return conversation.finish(self._reading.learned_turns == "last", self._reading.with_answer)
+
+    def finish(self) -> CheckedRows:
+        """All rows. Raises DataError where some are wrong, and that is to stop, or none is left."""
+        table, read = self._table, len(self._numbers) + self._bad.count + self._unanswered.count
+        notes = []
+        if self._first is not None:
+            many = f"{self._bad.count:,} of {read:,} rows are wrong: {self._bad.listed(table.unit)}"
+            if self._reading.on_bad_row == "stop" or not self._numbers:
+                message = self._first.message + (f" ({many})" if self._bad.count > 1 else "")
+                raise DataError(message, f"{self._first.hint} data.on_bad_row skip leaves such rows out.")
+            notes.append(f"{table.name}: {many}, and are left out. The first: {self._first.message}")
+        if self._unanswered.count:
+            where = f"{self._unanswered.count:,} of {read:,} rows ({self._unanswered.listed(table.unit)})"
+            if not self._numbers:
+                raise DataError(
+                    f"{table.place(self._unanswered.first)}: the last message is not the assistant's, nor is it in any "
+                    "other row",
+                    "Give conversations that end with an answer.",
+                )
+            notes.append(f"{table.name}: {where} do not end with an answer of the assistant, and are left out")
+        if self._ignored:
+            notes.append(f"{table.name}: keys of messages that are not used: {', '.join(sorted(self._ignored))}")
+        return CheckedRows(table, self._chunks.finish(), self._numbers, self._label_keys, self._groups, tuple(notes))
+
+
+class _Listed:
+    """Counts rows, and keeps the numbers of the first ten."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[int] = []
+
+    def add(self, number: int) -> None:
+        """Count a row."""
+        self.count += 1
+        if len(self._first) < 10:
+            self._first.append(number)
+
+    @property
+    def first(self) -> int:
+        """The number of the first row."""
+        return self._first[0]
+
+    def listed(self, unit: str) -> str:
+        """The numbers in words."""
+        numbers = ", ".join(map(str, self._first))
+        return f"{unit if self.count == 1 else unit + 's'} {numbers}{', ...' if self.count > len(self._first) else ''}"
 
 
 class _Chunks:
@@ -88,10 +222,11 @@ class _Chunks:
         self._rows: list[dict[str, Any]] = []
         self._characters = 0
         self._names: tuple[str, ...] | None = None
+        self._more: set[str] = set()
 
     def add(self, row: dict[str, Any], place: str) -> None:
         """Add a row. Raises DataError when it has other columns than the first."""
-        names = tuple(row)
+        names = tuple(name for name in row if name not in _OPTIONAL)
         if self._names is None:
             self._names = names
         if names != self._names:
@@ -100,6 +235,7 @@ class _Chunks:
                 f"{place} and the rows before it do not both have {odd}", "Give it to all rows, or to none."
             )
         self._rows.append(row)
+        self._more.update(name for name in row if name in _OPTIONAL)
         self._characters += sum(len(value) for value in row.values())
         if len(self._rows) >= _MOST_ROWS or self._characters >= _MOST_CHARACTERS:
             self._flush()
@@ -115,7 +251,9 @@ class _Chunks:
 
         message = pa.struct([("role", pa.string()), ("content", pa.string())])
         types = {"messages": pa.list_(message), "options": pa.list_(pa.string())}
-        schema = pa.schema([(name, types.get(name, pa.string())) for name in self._names or ()])
+        schema = pa.schema(
+            [(name, types.get(name, pa.string())) for name in (*(self._names or ()), *sorted(self._more))]
+        )
         self._done.append(pa.Table.from_pylist(self._rows, schema))
         self._rows, self._characters = [], 0
 
@@ -125,17 +263,24 @@ def _classification_row(row: dict[str, Any], columns: Columns, place: str) -> di
     return {ours: _text(row, name, place) for ours, name in zip(names, columns.text, strict=False)}
 
 
-def _causal_row(row: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
-    if columns.text == ("messages",):
-        return {"messages": _messages(row.get("messages"), place)}
-    first, *more = columns.text
-    prompt = "\n\n".join([_text(row, first, place), *(_text(row, name, place) for name in more if row.get(name))])
-    result: dict[str, Any] = {"prompt": prompt}
+def _completion_row(row: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"prompt": _prompt(row, columns, place)} if columns.text else {}
     if columns.target:
+        label = row.get("label")
+        if columns.text and isinstance(label, bool | str) and label in _PREFERENCE:
+            raise DataError(
+                f"{place} has the label {brief(label)}: completions that are marked as bad would be learned as good",
+                "Keep the rows whose label is true; preferences are not supported.",
+            )
         result["completion"] = _text(row, columns.target, place)
-        if isinstance(row.get("options"), list):
+        if columns.text and isinstance(row.get("options"), list):
             result |= _options(row, result["completion"], place)
     return result
+
+
+def _prompt(row: dict[str, Any], columns: Columns, place: str) -> str:
+    first, *more = columns.text
+    return "\n\n".join([_text(row, first, place), *(_text(row, name, place) for name in more if row.get(name))])
 
 
 def _options(row: dict[str, Any], completion: str, place: str) -> dict[str, Any]:
@@ -170,18 +315,3 @@ def _label(value: Any, place: str) -> str:
         return label_key(value)
     except ValueError as error:
         raise DataError(f"{place} {error}", "Correct the label or remove the row.") from None
-
-
-def _messages(value: Any, place: str) -> list[dict[str, str]]:
-    hint = 'Write messages as [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].'
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise DataError(f"{place}: messages is not a list of objects", hint)
-    for message in value:
-        if message.get("role") not in _ROLES:
-            raise DataError(f"{place}: the role {brief(message.get('role'))} is not one of {', '.join(_ROLES)}", hint)
-        _text(message, "content", place)
-    if not value or value[-1]["role"] != "assistant":
-        raise DataError(f"{place}: the last message is not the assistant's", hint)
-    if value[0]["role"] == "assistant":
-        raise DataError(f"{place}: the first message is the assistant's, it answers nothing", hint)
-    return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monteclora.data.files import Row, Table, open_table
+from monteclora.data.files import Attempt, Table, open_table
 from monteclora.errors import DataError, UnsafeCodeError
 
 if TYPE_CHECKING:
@@ -72,18 +72,19 @@ def _split_file(root: Path, task: str, split: str) -> Path:
 def convert(table: Table, columns: tuple[str, ...], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Table:
     """``table`` with ``function`` applied to each row; DataError for a row that lacks a column or that it refuses."""
 
-    def rows() -> Iterator[Row]:
-        for number, row in table.rows():
-            try:
-                yield number, function(row)
-            except KeyError as error:
-                raise DataError(
-                    f"{table.place(number)} has no column {error}", "Is this the file of another task?"
-                ) from None
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{table.place(number)}: {error}", "Correct the row or remove it.") from None
+    def converted(number: int, row: dict[str, Any]) -> dict[str, Any] | DataError:
+        try:
+            return function(row)
+        except KeyError as error:
+            return DataError(f"{table.place(number)} has no column {error}", "Is this the file of another task?")
+        except (ValueError, TypeError) as error:
+            return DataError(f"{table.place(number)}: {error}", "Correct the row or remove it.")
 
-    return replace(table, columns=columns, rows=rows, class_names={})
+    def attempts() -> Iterator[Attempt]:
+        for number, row in table.each():
+            yield number, row if isinstance(row, DataError) else converted(number, row)
+
+    return Table.of_attempts(table.name, columns, attempts, unit=table.unit, notes=table.notes)
 
 
 def hub_splits(name: str, config: str | None) -> dict[str, Table]:

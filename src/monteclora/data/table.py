@@ -13,6 +13,7 @@ from monteclora.errors import DataError
 __all__ = ["Row", "Table", "check_columns", "with_rows"]
 
 Row = tuple[int, dict[str, Any]]
+Attempt = tuple[int, dict[str, Any] | DataError]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Table:
 
     ``unit`` is what the row numbers count: lines of a text file from 1 (a csv header is line 1), or rows from
     1. ``class_names`` holds the label names that come with the data, by column. ``notes`` says in words what was found
-    out about the file.
+    out about the file. ``attempts``, where a broken row can be passed over, gives the error in its place.
     """
 
     name: str
@@ -30,6 +31,25 @@ class Table:
     unit: Literal["line", "row"] = "line"
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    attempts: Callable[[], Iterator[Attempt]] | None = None
+
+    @classmethod
+    def of_attempts(
+        cls, name: str, columns: tuple[str, ...], attempts: Callable[[], Iterator[Attempt]], **more: Any
+    ) -> Table:
+        """A table of rows that may be broken; to read its ``rows`` raises the first error."""
+
+        def rows() -> Iterator[Row]:
+            for number, row in attempts():
+                if isinstance(row, DataError):
+                    raise row
+                yield number, row
+
+        return cls(name, columns, rows, attempts=attempts, **more)
+
+    def each(self) -> Iterator[Attempt]:
+        """The rows with their numbers, those that are broken as the error that says how."""
+        return iter(self.rows()) if self.attempts is None else self.attempts()
 
     def place(self, number: int) -> str:
         """How messages name a row: ``reviews.csv, line 12``."""
@@ -47,6 +67,6 @@ def check_columns(name: str, columns: list[str]) -> tuple[str, ...]:
 
 def with_rows(table: Table, message: str) -> Table:
     """``table``, or DataError when it has no row."""
-    if next(table.rows(), None) is None:
+    if next(table.each(), None) is None:
         raise DataError(f"{table.name} {message}", "Give a file with rows.")
     return table

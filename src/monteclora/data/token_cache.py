@@ -15,6 +15,7 @@ import pyarrow as pa
 from monteclora.data.encoding import Encoded, encode
 from monteclora.data.gguf import cache_folder
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Truncation
 from monteclora.errors import CheckpointError
 from monteclora.system.atomic import write_file
 
@@ -24,28 +25,35 @@ if TYPE_CHECKING:
 
 __all__ = ["encode_once"]
 
-_FORMAT = 1  # to be raised with every change of what encode() gives
+_FORMAT = 2  # to be raised with every change of what encode() gives
 _ATTRIBUTES = ("special_tokens_map", "model_input_names", "model_max_length", "truncation_side", "chat_template")
 _ROWS = 10_000
 
 logger = logging.getLogger(__name__)
 
 
-def encode_once(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode_once(
+    rows: Dataset,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: Truncation = "prompt_start",
+) -> Encoded:
     """As :func:`~monteclora.data.encoding.encode`; from the cache if the same was encoded before.
 
-    The key is the content of the rows, of the tokenizer and of its chat template, ``max_length`` and the versions of
-    what tokenises. A damaged file is made anew; where the cache cannot be written, nothing is kept.
+    The key is the content of the rows, of the tokenizer and of its chat template, ``max_length``, ``truncation`` and
+    the versions of what tokenises. A damaged file is made anew; where the cache cannot be written, nothing is kept.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:  # a tokenizer in Python: its content cannot be told
-        return encode(rows, kind, tokenizer, max_length)
-    folder, key = cache_folder() / "tokens", _key(rows, kind, tokenizer, json.loads(fast.to_str()), max_length)
+        return encode(rows, kind, tokenizer, max_length, truncation)
+    folder = cache_folder() / "tokens"
+    key = _key(rows, kind, tokenizer, json.loads(fast.to_str()), max_length, truncation)
     for path in sorted(folder.glob(f"{key}-*.arrow")):
         found = _read(path)
         if found is not None:
             return found
-    made = encode(rows, kind, tokenizer, max_length)
+    made = encode(rows, kind, tokenizer, max_length, truncation)
     try:
         _write(folder, key, made)
     except CheckpointError as error:
@@ -54,7 +62,12 @@ def encode_once(rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, m
 
 
 def _key(
-    rows: Dataset, kind: Kind, tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], max_length: int
+    rows: Dataset,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    content: dict[str, Any],
+    max_length: int,
+    truncation: Truncation,
 ) -> str:
     # how the last call cut and padded is in the content too
     lasting = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
@@ -62,6 +75,7 @@ def _key(
         "format": _FORMAT,
         "kind": kind,
         "max_length": max_length,
+        "truncation": truncation,
         "tokenizer": [type(tokenizer).__name__, lasting, *(getattr(tokenizer, name) for name in _ATTRIBUTES)],
         "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
     }

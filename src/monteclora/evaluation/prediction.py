@@ -87,7 +87,7 @@ def predict_file(
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
     loaded = load_run(run.folder if isinstance(run, RunResult) else run)
-    rows = load_inputs(file, loaded.recipe.data, loaded.kind)
+    rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
     kind, draws = KINDS[loaded.kind], loaded.draws(num_samples)
     notes: list[str] = []
     with (

@@ -166,7 +166,7 @@ def evaluate_loaded(
     data, split = _load_split(loaded, split)
     chosen = subset(data.split(split), rows, seed=0)
     source = data.sources[split]
-    notes = _to_be_known(loaded, split, source)
+    notes = [*_to_be_known(loaded, split, source), *(note for note in data.leaks if note.startswith(f"{split}:"))]
     if len(chosen) < source.rows:
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
     started = time.perf_counter()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monteclora.data.encoding import IGNORED, encode
+from monteclora.data.encoding import encode_prompt
+from monteclora.data.truncation import Truncation
 from monteclora.errors import ConfigError
 from monteclora.prediction.predictive import evaluating
 
@@ -19,15 +20,20 @@ __all__ = ["complete", "encode_prompts"]
 
 
 def encode_prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_new_tokens: int,
+    truncation: Truncation = "prompt_start",
 ) -> tuple[list[dict[str, list[int]]], tuple[str, ...]]:
     """The tokens up to where the answer begins, exactly as training had them; also what was cut, in words.
 
     Args:
-        rows: with ``prompt``; or ``messages``, whose last answer is what is asked for.
+        rows: with ``prompt``; or ``messages``, whose last answer, if they end with one, is what is asked for.
         tokenizer: of the model.
         max_length: most tokens of a prompt.
         max_new_tokens: how many tokens must find room behind them.
+        truncation: ``prompt_end`` cuts the end of longer prompts, any other their start.
 
     Raises:
         ConfigError: prompt and answer together are longer than the model reads.
@@ -39,22 +45,10 @@ def encode_prompts(
             f"has room for {max(limit - max_length, 0)}",
             "Ask for fewer.",
         )
-    encoded = encode(rows.map(_without_answer), "causal_lm", tokenizer, max_length)
-    prompts = []
-    for row in encoded.dataset:
-        end = len(row["labels"])
-        while row["labels"][end - 1] != IGNORED:  # the end of the empty answer
-            end -= 1
-        prompts.append({"input_ids": row["input_ids"][:end], "attention_mask": [1] * end})
-    cut = encoded.shortened
+    found = [encode_prompt(row, tokenizer, max_length, truncation) for row in rows]
+    prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in found]
+    cut = sum(is_cut for _, is_cut in found)
     return prompts, (f"{cut} of {len(rows)} prompts were truncated to {max_length} tokens",) if cut else ()
-
-
-def _without_answer(row: dict[str, Any]) -> dict[str, Any]:
-    if "messages" in row:
-        *before, last = row["messages"]
-        return {"messages": [*before, {**last, "content": ""}]}
-    return {"completion": ""}
 
 
 def complete(

@@ -50,6 +50,7 @@ def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -
             "name": data.name,
             "kind": data.kind,
             "label_names": data.label_names,
+            "columns": None if data.columns is None else dataclasses.asdict(data.columns),
             "splits": {
                 name: {"origin": source.origin, "rows": source.rows, "sha256": source.sha256}
                 for name, source in data.sources.items()

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from monteclora.adapters.sampler import Posterior
+from monteclora.data.columns import Columns
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
-from monteclora.data.models import load_tokenizer, resolve_model
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.forward import Collate
 from monteclora.runs.manifest import newest_complete
-from monteclora.runs.prepare import PreparedData, base_model, prepare_model
+from monteclora.runs.prepare import PreparedData, base_model, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import training_device
@@ -46,6 +46,7 @@ class LoadedRun:
         recipe: as it was trained.
         kind: of its task.
         label_names: in the order of the classes; None for a causal LM.
+        columns: of the training data, where it was no task with a name; earlier versions did not write them down.
         model: with the adapter at its posterior's mean (or without, for the base model), in evaluation mode.
         tokenizer: the model's.
         unfinished: how far a run came that did not come to its end; None for a finished one.
@@ -60,6 +61,7 @@ class LoadedRun:
     tokenizer: PreTrainedTokenizerBase
     unfinished: str | None = None
     is_base: bool = False
+    columns: Columns | None = None
 
     @property
     def has_posterior(self) -> bool:
@@ -102,6 +104,7 @@ class LoadedRun:
             tokenizer=self.tokenizer,
             collate=self.collate,
             max_length=self.recipe.data.max_length,
+            truncation=self.recipe.data.truncation,
             label_names=self.label_names or (),
             precision=self.precision,
             batch_size=batch_size or self.recipe.training.eval_batch_size,
@@ -139,13 +142,13 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
 def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
     adapter, unfinished = _adapter_of(run, allow_unfinished)
-    name, kind, labels = _task_of(run)
+    name, kind, labels, columns = _task_of(run)
     if base and not KINDS[kind].has_pretrained_head:
         raise ConfigError(
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
             "Ask for the base model of a causal LM run only.",
         )
-    tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
+    tokenizer = tokenizer_of(recipe)
     prepared = PreparedData(
         task=TaskData(name, kind, labels, splits={}, sources={}, description=""),
         tokenizer=tokenizer,
@@ -158,15 +161,18 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     if recipe.model.quantization == "none":
         model.to(training_device())
     model.requires_grad_(False).eval()
-    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base)
+    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, columns)
 
 
-def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
-    """Name, kind and labels of what the run was trained on, out of its environment."""
+def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None, Columns | None]:
+    """Name, kind, labels and columns of what the run was trained on, out of its environment."""
     facts = run.environment
     try:
         version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
         name, kind, labels = about["name"], about["kind"], about["label_names"]
+        columns = about.get("columns")
+        if columns is not None:
+            columns = Columns(**{**columns, "text": tuple(columns["text"])})
         _ = [source["sha256"] for source in about["splits"].values()]
         if kind not in KINDS or not KINDS[kind].accepts(labels) or not isinstance(name, str):
             raise ValueError("it names no kind of task with its labels")
@@ -177,7 +183,7 @@ def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None]:
         raise CheckpointError(
             f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
         )
-    return name, kind, tuple(labels) if labels else None
+    return name, kind, tuple(labels) if labels else None, columns
 
 
 def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | None]:

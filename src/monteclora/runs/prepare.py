@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from monteclora.adapters.quantised import keep_differentiable
+from monteclora.data.chat import use_template
 from monteclora.data.encoding import Encoded, collator
 from monteclora.data.models import load_model, load_tokenizer, resolve_model
 from monteclora.data.token_cache import encode_once
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PreparedData", "base_model", "prepare_data", "prepare_model"]
+__all__ = ["PreparedData", "base_model", "prepare_data", "prepare_model", "tokenizer_of"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         ConfigError: the model or task is unknown, or an option does not fit the task.
     """
     task = load(recipe.data, splits=("train", "validation"))
-    source = resolve_model(recipe.model.name)
+    resolve_model(recipe.model.name)  # a wrong name is told before rows are tokenised
     measures = KINDS[task.kind].measures()
     check_metric(measures, recipe.training.best_metric)
     task.split("train")
@@ -76,9 +77,10 @@ def prepare_data(recipe: Recipe) -> PreparedData:
             f"training.best_metric is {recipe.training.best_metric}, and there are no validation rows",
             "Give data.validation_file or a data.validation_fraction above 0.",
         )
-    tokenizer = load_tokenizer(source, recipe.model.trust_remote_code)
+    tokenizer = tokenizer_of(recipe)
+    length, truncation = recipe.data.max_length, recipe.data.truncation
     encoded = {
-        split: encode_once(rows, task.kind, tokenizer, recipe.data.max_length) for split, rows in task.splits.items()
+        split: encode_once(rows, task.kind, tokenizer, length, truncation) for split, rows in task.splits.items()
     }
     return PreparedData(
         task=task,
@@ -90,14 +92,28 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     )
 
 
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the recipe's chat template where it names one.
+
+    Raises:
+        ConfigError: it cannot be loaded, or there is no such template.
+    """
+    tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
+    if recipe.data.chat_template is not None:
+        use_template(tokenizer, recipe.data.chat_template)
+    return tokenizer
+
+
 def _cuts(encoded: dict[str, Encoded], max_length: int) -> list[str]:
     notes = []
     for split, found in encoded.items():
         rows = len(found.dataset) + found.dropped
         if found.shortened:
             notes.append(f"{split}: {found.shortened} of {rows} rows were truncated to {max_length} tokens")
+        if found.prompts_cut:
+            notes.append(f"{split}: {found.prompts_cut} of these lost part of the prompt")
         if found.completions_cut:
-            notes.append(f"{split}: {found.completions_cut} of these lost the end of what is to be learned")
+            notes.append(f"{split}: {found.completions_cut} of these lost part of what is to be learned")
         if found.dropped:
             notes.append(f"{split}: {found.dropped} of {rows} rows were left out, nothing of them is left to learn")
     return notes

@@ -11,8 +11,9 @@ from monteclora.runs.environment import changes
 from monteclora.runs.manifest import Checkpoint, newest_complete
 from monteclora.runs.recipe import Recipe, changed_values, differences, load_recipe, recipe_sha256
 from monteclora.runs.run_folder import RunFolder
+from monteclora.tasks import SplitSource
 
-__all__ = ["claim", "note_environment", "overrides_of", "resume_point"]
+__all__ = ["check_data", "claim", "note_environment", "overrides_of", "resume_point"]
 
 # what takes effect from the step it is changed at; all else is in the weights, their shapes or the noise already
 _ADJUSTABLE = ("data.", "training.", "method.kl_weight", "method.coop_weight", "method.lora_dropout")
@@ -37,11 +38,26 @@ def claim(run: RunFolder, recipe: Recipe, *, override: bool = False) -> None:
             return
         if before == recipe:
             return
-    elif run.holds_other_files:
-        raise CheckpointError(
-            f"the folder {run.path} holds files and is no run", "Choose another name or output, or an empty folder."
-        )
     run.write_recipe(recipe)
+
+
+def check_data(run: RunFolder, sources: Mapping[str, SplitSource]) -> None:
+    """Make sure that a finished run was trained on the rows that its recipe names now.
+
+    Args:
+        run: a finished one.
+        sources: of the splits as they are loaded now.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    before = run.environment["data"]["splits"]
+    for split, source in sources.items():
+        if split in before and before[split]["sha256"] != source.sha256:
+            raise CheckpointError(
+                f"the {split} rows of {source.origin} changed since {run.path} was trained, and it is finished",
+                "Restore them, or choose another name or output to train on these.",
+            )
 
 
 def _check_changes(run: RunFolder, changed: list[str], override: bool) -> None:

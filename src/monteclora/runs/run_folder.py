@@ -20,6 +20,9 @@ from monteclora.system.atomic import write_file
 
 __all__ = ["RunFolder"]
 
+_MARKS = frozenset((".lock", "environment.json", "metrics.jsonl", "checkpoints", "adapter"))
+"""What training puts beside a recipe: a recipe alone in a folder may be somebody's only copy."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -111,18 +114,25 @@ class RunFolder:
 
     @property
     def holds_other_files(self) -> bool:
-        """Whether there is anything in the folder but the lock."""
-        return any(entry.name != ".lock" for entry in self.path.glob("*"))
+        """Whether there is anything in the folder, and no run: no recipe, or one that training did not put there."""
+        entries = {entry.name for entry in self.path.glob("*")}
+        is_run = self.recipe_file.name in entries and bool(entries & _MARKS)
+        return bool(entries - {".lock"}) and not is_run
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training this run at the same time.
 
         Raises:
-            CheckpointError: another one does, or the folder cannot be made.
+            CheckpointError: another one does, the folder holds other files and is no run, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.holds_other_files:
+                raise CheckpointError(
+                    f"the folder {self.path} holds files and is no run",
+                    "Choose another name or output, or an empty folder.",
+                )
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Truncation
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.completions import CompletionScores
 from monteclora.prediction.forward import Collate
@@ -42,6 +43,7 @@ class Predictor:
         tokenizer: the model's.
         collate: pads a list of encoded rows to a batch.
         max_length: most tokens of a row.
+        truncation: of longer rows with completions; rows are scored even where training left them out.
         label_names: in the order of the classes; empty for a language model.
         precision: a context in which the matmuls have the precision that the model was trained with.
         batch_size: sequences per forward pass.
@@ -60,6 +62,7 @@ class Predictor:
     bins: int
     posterior: Sampler | None = None
     progress: Progress | None = None
+    truncation: Truncation = "prompt_start"
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:

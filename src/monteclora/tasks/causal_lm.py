@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from monteclora.data.encoding import encode, encode_completion
+from monteclora.data.encoding import encode, encode_options
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Truncation
 from monteclora.errors import DataError
 from monteclora.metrics.registry import measure
 from monteclora.prediction.classes import predict_classes
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["CausalLM"]
-
-_UNLIMITED = 2**31
 
 
 class CausalLM:
@@ -55,7 +54,7 @@ class CausalLM:
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The greedy completion at the mean; the most probable next token with its probability and uncertainty."""
         tokenizer = predictor.tokenizer
-        prompts, notes = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens)
+        prompts, notes = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens, predictor.truncation)
         completions = [""] * len(rows)
         arguments = {**predictor.arguments(), "progress": None}
         with predictor.precision():
@@ -82,7 +81,7 @@ def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
     for number, row in enumerate(rows):
         options = _options(number, row)
         completions = option_completions(row["completion"], row["answer"], options)
-        sequences, excess = _encode_options(predictor, row["prompt"], completions)
+        sequences, excess = encode_options(row["prompt"], completions, predictor.tokenizer, predictor.max_length)
         encoded.append(sequences)
         labels.append(options.index(row["answer"]))
         cut += excess > 0
@@ -114,28 +113,9 @@ def _options(number: int, row: Mapping[str, Any]) -> list[str]:
     return options
 
 
-def _encode_options(
-    predictor: Predictor, prompt: str, completions: Sequence[str]
-) -> tuple[list[dict[str, list[int]]], int]:
-    """A prompt with each of its completions, and by how many tokens the longest was too long.
-
-    All lose the same beginning of the prompt, so that they differ in the completion alone.
-    """
-    tokenizer = predictor.tokenizer
-    whole = [encode_completion(prompt, completion, tokenizer, _UNLIMITED) for completion in completions]
-    excess = max(len(row["input_ids"]) for row in whole) - predictor.max_length
-    if excess <= 0:
-        return whole, excess
-    lengths = [len(row["input_ids"]) - excess for row in whole]
-    cut = [
-        encode_completion(prompt, completion, tokenizer, length)
-        for completion, length in zip(completions, lengths, strict=True)
-    ]
-    return cut, excess
-
-
 def _score_completions(predictor: Predictor, rows: Dataset) -> Scored:
-    encoded = encode(rows, "causal_lm", predictor.tokenizer, predictor.max_length)
+    truncation: Truncation = "prompt_start" if predictor.truncation == "drop" else predictor.truncation
+    encoded = encode(rows, "causal_lm", predictor.tokenizer, predictor.max_length, truncation)
     if encoded.dropped:
         raise DataError(
             f"{encoded.dropped} of {len(rows)} rows have no token to score within {predictor.max_length}",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from monteclora.data.columns import Columns, find_columns
+from monteclora.config import brief
+from monteclora.data.columns import Columns, find_columns, input_columns, listed
+from monteclora.data.conversations import ROLES
 from monteclora.data.files import Table, open_table
 from monteclora.data.kinds import Kind
-from monteclora.data.labels import LabelSet
-from monteclora.data.rows import CheckedRows, read_rows
+from monteclora.data.labels import LabelSet, describe_labels, refuse_scores
+from monteclora.data.rows import CheckedRows, Reading, read_rows
 from monteclora.data.sources import SPLITS, local_splits
-from monteclora.data.splitting import carve_validation, content_sha256, subset
+from monteclora.data.splitting import carve_validation, content_sha256, shared_inputs, subset
+from monteclora.data.truncation import Truncation
 from monteclora.errors import ConfigError, DataError
 from monteclora.tasks.local import file_tables, hub_tables, is_hub_name, looks_like_file
 from monteclora.tasks.registry import Task, get_task
@@ -34,9 +37,19 @@ class DataSpec:
         folder: where task files are, ``<folder>/<task>/<split>.jsonl.gz``; by default ``MONTECLORA_DATA``.
         train_file, validation_file, test_file: own files in place of a task.
         text_columns, label_column: for classification; recognised by their names when left out.
-        prompt_column, completion_column: for causal language modelling; likewise.
+        prompt_column, completion_column: for causal language modelling; likewise. A completion column without a
+            prompt column is a corpus, of which every token is learned.
+        messages_column: of conversations; likewise.
+        roles: names of roles in conversations, by which of ``system``, ``user``, ``assistant``, ``tool`` they are.
+        learned_turns: of a conversation: ``all`` turns of the assistant, or the ``last``.
+        group_column: rows with the same value in it are never parted by the validation split.
+        on_bad_row: what a row that cannot be read does: ``stop``, or be left out and counted (``skip``).
         label_names: the labels in the order of their ids; by default those that occur in the training data.
         max_length: most tokens of a row.
+        truncation: what a prompt with its completion loses where it is longer: the prompt's text its start
+            (``prompt_start``) or its end (``prompt_end``), and the completion its end where it alone takes more than
+            half; only the completion's end (``completion``); or the row is left out (``drop``).
+        chat_template: in place of the model's: the path of a Jinja file, or ``chatml``.
         train_rows, validation_rows: use only that many rows.
         validation_fraction: the share of the training rows of each label set aside where there is no
             validation split; 0 for none.
@@ -52,8 +65,15 @@ class DataSpec:
     label_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    messages_column: str | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    learned_turns: Literal["all", "last"] = "all"
+    group_column: str | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
     label_names: list[str] = field(default_factory=list)
     max_length: int = 128
+    truncation: Truncation = "prompt_start"
+    chat_template: str | None = None
     train_rows: int | None = None
     validation_rows: int | None = None
     validation_fraction: float = 0.1
@@ -69,8 +89,12 @@ class DataSpec:
             found.append(("train_file", "and task are both given: keep one"))
         if len(self.text_columns) > 2:
             found.append(("text_columns", "must name one or two columns"))
-        if self.label_column and (self.prompt_column or self.completion_column):
-            found.append(("label_column", "is for classification, prompt_column and completion_column are not"))
+        if self.label_column and (self.prompt_column or self.completion_column or self.messages_column):
+            found.append(("label_column", "is for classification, prompt, completion and messages columns are not"))
+        if self.messages_column and (self.prompt_column or self.completion_column):
+            found.append(("messages_column", "and prompt_column or completion_column are given: keep one"))
+        if wrong := sorted(set(self.roles.values()) - set(ROLES)):
+            found.append(("roles", f"maps to {', '.join(wrong)}, expected one of {', '.join(ROLES)}"))
         if len(self.label_names) == 1 or len(set(self.label_names)) < len(self.label_names):
             found.append(("label_names", "must be two or more different names"))
         if self.max_length < 2:
@@ -97,7 +121,8 @@ class TaskData:
     """Loaded data.
 
     ``splits`` holds datasets with the columns that :mod:`monteclora.data.rows` describes; ``notes`` says in
-    words what was set aside or left out.
+    words what was set aside or left out, ``leaks`` what of other splits stands in the training rows. ``columns`` are
+    those of own data, which rows to be predicted must have too; None for a task with a name.
     """
 
     name: str
@@ -107,6 +132,8 @@ class TaskData:
     sources: Mapping[str, SplitSource]
     description: str
     notes: tuple[str, ...] = ()
+    columns: Columns | None = None
+    leaks: tuple[str, ...] = ()
 
     def split(self, name: str) -> Dataset:
         """The rows of one split. Raises DataError that names the splits there are."""
@@ -125,6 +152,7 @@ class _Plan:
     label_names: tuple[str, ...]
     description: str
     has_validation: bool
+    own: bool = False
 
 
 def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
@@ -140,8 +168,11 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
         UnsafeCodeError: the data set is a program.
     """
     plan = _plan(spec, splits)
-    checked = {split: read_rows(table, plan.columns) for split, table in plan.tables.items()}
+    reading = Reading(spec.on_bad_row, spec.roles, spec.learned_turns)
+    checked = {split: read_rows(table, plan.columns, reading) for split, table in plan.tables.items()}
     notes = [note for table in plan.tables.values() for note in table.notes]
+    notes += [note for rows in checked.values() for note in rows.notes]
+    notes += _unused(plan)
     hidden = _hidden(checked)
     notes += [f"{split}: left out, its labels are hidden" for split in hidden]
     checked = {split: rows for split, rows in checked.items() if split not in hidden}
@@ -152,17 +183,20 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
     has_validation = plan.has_validation and "validation" not in hidden
     if "train" in data and not has_validation and spec.validation_fraction:
         data["train"], data["validation"] = carve_validation(
-            data["train"], spec.validation_fraction, spec.seed, origins["train"]
+            data["train"], spec.validation_fraction, spec.seed, origins["train"], checked["train"].groups
         )
         origins["validation"] = origins["train"]
         notes.append(
             f"validation: {len(data['validation'])} rows ({spec.validation_fraction:.0%}, seed {spec.seed}) "
             f"set aside from {origins['train']}"
         )
+    leaks = _leaks(data)
     for split, count in (("train", spec.train_rows), ("validation", spec.validation_rows)):
         if split in data:
             data[split] = subset(data[split], count, spec.seed)
     ordered = {split: data[split] for split in SPLITS if split in data and _wanted(split, splits)}
+    if labels is not None:
+        notes += describe_labels(labels.names, {split: rows["label"] for split, rows in ordered.items()})
     return TaskData(
         name=plan.name,
         kind=plan.columns.kind,
@@ -170,20 +204,66 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
         splits=ordered,
         sources={s: SplitSource(origins[s], len(rows), content_sha256(rows)) for s, rows in ordered.items()},
         description=plan.description,
-        notes=tuple(notes),
+        notes=(*notes, *leaks),
+        columns=plan.columns if plan.own else None,
+        leaks=leaks,
     )
 
 
-def load_inputs(path: str | Path, spec: DataSpec, kind: Kind) -> Dataset:
+def load_inputs(path: str | Path, spec: DataSpec, kind: Kind, trained: Columns | None = None) -> Dataset:
     """The rows of a file to be predicted: ``text`` and ``text_pair``, ``prompt`` or ``messages``, no labels.
+
+    Args:
+        path: of the file.
+        spec: of the training data.
+        kind: of the task.
+        trained: the columns of the training data, where they are known; the file must have the same ones.
 
     Raises:
         DataError: as :func:`load`.
     """
     table = open_table(path)
-    text, prompt = spec.text_columns, spec.prompt_column
-    columns = find_columns(table, text, prompt_column=prompt, kind=kind, with_target=False)
-    return read_rows(table, columns).to_dataset(None)
+    if trained is not None:
+        columns = input_columns(table, trained)
+    else:
+        text, prompt = spec.text_columns, spec.prompt_column
+        columns = find_columns(table, text, prompt_column=prompt, kind=kind, with_target=False)
+        _check_pair(table, columns, spec)
+    return read_rows(table, columns, Reading(roles=spec.roles, with_answer=False)).to_dataset(None)
+
+
+def _check_pair(table: Table, columns: Columns, spec: DataSpec) -> None:
+    """A task with a name reads one text or two."""
+    if spec.task is None or looks_like_file(spec.task) or is_hub_name(spec.task) or columns.kind != "classification":
+        return
+    expected = get_task(spec.task).text_columns
+    if len(columns.text) != len(expected):
+        raise DataError(
+            f"{table.name} has the texts {', '.join(columns.text)}, and {spec.task} reads {', '.join(expected)}",
+            "Name the columns so.",
+        )
+
+
+def _unused(plan: _Plan) -> list[str]:
+    """Columns of own data that are not read; those of options belong to a completion."""
+    if not plan.own:
+        return []
+    used = plan.columns.used | ({"options", "answer", "label"} if plan.columns.kind == "causal_lm" else set())
+    names = dict.fromkeys(name for table in plan.tables.values() for name in table.columns if name not in used)
+    shown = ", ".join(brief(name, quotes=False) for name in list(names)[:20]) + (", ..." if len(names) > 20 else "")
+    return [f"columns that are not used: {shown}"] if names else []
+
+
+def _leaks(data: Mapping[str, Dataset]) -> tuple[str, ...]:
+    """What of the other splits stands in the training rows too."""
+    found = []
+    for split in SPLITS[1:]:
+        if "train" in data and split in data and (count := shared_inputs(data["train"], data[split])):
+            found.append(
+                f"{split}: {count:,} of {len(data[split]):,} rows have the texts or prompt of a training row "
+                "(data.group_column keeps such rows together)"
+            )
+    return tuple(found)
 
 
 def _wanted(split: str, splits: Sequence[str] | None) -> bool:
@@ -204,13 +284,26 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
     if not tables:
         raise ConfigError("no data is given", "Set data.task or data.train_file.")
     first = next(iter(tables.values()))
-    columns = find_columns(first, spec.text_columns, spec.label_column, spec.prompt_column, spec.completion_column)
+    columns = find_columns(
+        first,
+        spec.text_columns,
+        spec.label_column,
+        spec.prompt_column,
+        spec.completion_column,
+        messages_column=spec.messages_column,
+    )
+    if spec.group_column is not None and spec.group_column not in first.columns:
+        raise DataError(
+            f"{first.name} has no column {spec.group_column!r}; it has {listed(first)}",
+            "Set data.group_column to one of them.",
+        )
+    columns = replace(columns, group=spec.group_column)
     names = tuple(spec.label_names) or first.class_names.get(columns.target or "", ())
     if splits is not None:
         # Without names, and for a validation split that is not there, the training rows are needed as well.
         helpers = () if names and "validation" in tables else ("train",)
         tables = {split: table for split, table in tables.items() if split in (*splits, *helpers)}
-    return _Plan(name, tables, columns, names, description, has_validation)
+    return _Plan(name, tables, columns, names, description, has_validation, own=True)
 
 
 def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
@@ -241,6 +334,7 @@ def _label_set(plan: _Plan, checked: Mapping[str, CheckedRows]) -> LabelSet | No
         return LabelSet(plan.label_names)
     if "train" not in checked:
         raise DataError(f"{plan.name} has no training rows to take the label names from", "Set data.label_names.")
+    refuse_scores(checked["train"].label_keys, plan.name)
     return LabelSet.from_labels(checked["train"].label_keys)
 
 

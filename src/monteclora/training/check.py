@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 
 from monteclora.data.encoding import RowView, describe_rows
 from monteclora.data.kinds import Kind
-from monteclora.data.models import ModelSource, resolve_model
+from monteclora.data.models import ModelSource, refuse_encoder, resolve_model
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
@@ -170,6 +170,8 @@ def _empty_model(recipe: Recipe, data: PreparedData) -> nn.Module:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"cannot read the configuration of {source.name}: {reason}", source.remedy) from error
+    if data.task.kind == "causal_lm":
+        refuse_encoder(source, config)
     auto: Any = getattr(transformers, KINDS[data.task.kind].auto_class)
     if data.task.label_names:
         config.num_labels = len(data.task.label_names)

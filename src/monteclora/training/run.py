@@ -18,12 +18,13 @@ from monteclora.runs.manifest import Checkpoint, checkpoint_folder
 from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.result import RunResult
-from monteclora.runs.resumption import claim, note_environment, overrides_of, resume_point
+from monteclora.runs.resumption import check_data, claim, note_environment, overrides_of, resume_point
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.atomic import discard_remains, new_folder
 from monteclora.system.devices import PeakMemory, is_main_process, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
+from monteclora.tasks import load
 from monteclora.training import sharding
 from monteclora.training.phases import phases_of, train_phase
 
@@ -75,6 +76,8 @@ def train(
             stack.enter_context(quiet_libraries())
             finished = _train(recipe, run, console, override)
         else:
+            with quiet_libraries():
+                check_data(run, load(recipe.data, ("train", "validation")).sources)
             console.print(f"{run.path} is finished: nothing to train", highlight=False)
     return _result(recipe, run, finished)
 
