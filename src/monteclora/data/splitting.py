@@ -40,7 +40,7 @@ def carve_validation(
     if groups:
         chosen = _whole_groups(groups, fraction, seed)
     else:
-        labels = train["label"] if "label" in train.column_names else [None] * len(train)
+        labels = train["label"][:] if "label" in train.column_names else [None] * len(train)
         ranks = _ranks(train, seed, "validation")
         by_label: dict[Any, list[int]] = defaultdict(list)
         for index, label in enumerate(labels):

@@ -67,7 +67,7 @@ class CausalLM:
                     predictor.progress(len(indices))
         tokens: list[str] = [tokenizer.decode([int(token)]) for token in found.probs.argmax(1)]
         columns = {
-            **{name: rows[name] for name in rows.column_names},
+            **{name: rows[name][:] for name in rows.column_names},
             "completion": completions,
             "next_token": tokens,
             "confidence": found.probs.max(1),
@@ -90,14 +90,14 @@ def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
             predict_options(predictor.model, encoded, sampler=sampler, **predictor.arguments())
             for sampler in predictor.samplers
         ]
-    probs = found[-1].probs
+    probs, choices = found[-1].probs, rows["options"][:]
     columns = {
-        "prompt": rows["prompt"],
-        "options": rows["options"],
-        "label": rows["answer"],
-        "prediction": [row[i] for row, i in zip(rows["options"], probs.argmax(1), strict=True)],
+        "prompt": rows["prompt"][:],
+        "options": choices,
+        "label": rows["answer"][:],
+        "prediction": [row[i] for row, i in zip(choices, probs.argmax(1), strict=True)],
         "confidence": probs.max(1),
-        "probabilities": [p[: len(row)].tolist() for p, row in zip(probs, rows["options"], strict=True)],
+        "probabilities": [p[: len(row)].tolist() for p, row in zip(probs, choices, strict=True)],
     }
     notes = truncated(cut, len(rows), predictor.max_length)
     return scored(predictor, "options", found, np.asarray(labels), columns, notes)

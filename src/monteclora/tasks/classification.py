@@ -42,9 +42,9 @@ class Classification:
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Class probabilities against labels."""
         found, notes = classify(predictor, rows, predictor.samplers)
-        labels, names = np.asarray(rows["label"]), predictor.label_names
+        labels, names = np.asarray(rows["label"][:]), predictor.label_names
         columns = {
-            **{name: rows[name] for name in ("text", "text_pair") if name in rows.column_names},
+            **{name: rows[name][:] for name in ("text", "text_pair") if name in rows.column_names},
             "label": [names[i] for i in labels],
             **_chosen(predictor, found[-1]),
         }
@@ -54,7 +54,7 @@ class Classification:
         """The most probable label of each text, with the probability of every label."""
         (found,), notes = classify(predictor, rows, predictor.samplers[-1:])
         columns = {
-            **{name: rows[name] for name in rows.column_names},
+            **{name: rows[name][:] for name in rows.column_names},
             **_chosen(predictor, found),
             **uncertainties(found),
         }

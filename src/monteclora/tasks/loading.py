@@ -196,7 +196,7 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
             data[split] = subset(data[split], count, spec.seed)
     ordered = {split: data[split] for split in SPLITS if split in data and _wanted(split, splits)}
     if labels is not None:
-        notes += describe_labels(labels.names, {split: rows["label"] for split, rows in ordered.items()})
+        notes += describe_labels(labels.names, {split: rows["label"][:] for split, rows in ordered.items()})
     return TaskData(
         name=plan.name,
         kind=plan.columns.kind,
@@ -340,7 +340,7 @@ def _label_set(plan: _Plan, checked: Mapping[str, CheckedRows]) -> LabelSet | No
 
 def _check_classes(data: Mapping[str, Dataset], labels: LabelSet | None, name: str) -> None:
     if labels is not None and "train" in data:
-        present = set(data["train"]["label"])
+        present = set(data["train"].unique("label"))
         if len(present) < 2:
             only = ", ".join(labels.names[i] for i in present)
             raise DataError(f"all training rows of {name} have the label {only}", "Give rows of two labels or more.")
