@@ -58,10 +58,6 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "shuffled": ("helpdesk-minilm-monteclora", {**_STEPS, "training.group_by_length": "false"}),
-    "skipped": (
-        "helpdesk-minilm-monteclora",
-        {**_STEPS, "training.non_finite": "skip", "training.max_skipped": "60", "training.learning_rate": "1e30"},
-    ),
 }
 _PROGRAM = (
     "import sys, json, torch; torch.set_num_threads(1); from monteclora import train;"
