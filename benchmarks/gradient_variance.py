@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import monteclora
-from monteclora.adapters.model import active_posteriors
+from monteclora.adapters.active import active_posteriors
 from monteclora.data.models import load_tokenizer, resolve_model
 from monteclora.tasks.registry import get_task
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from monteclora.system.version import VERSION
 
 if TYPE_CHECKING:
+    from monteclora.adapters.active import posterior_sampling, variational_loss
     from monteclora.adapters.config import MonteCLoRAConfig
     from monteclora.adapters.export import export_merged, export_samples
-    from monteclora.adapters.model import from_pretrained, get_peft_model, posterior_sampling, variational_loss
+    from monteclora.adapters.model import from_pretrained, get_peft_model
     from monteclora.evaluation.run import evaluate
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
@@ -32,10 +33,10 @@ _HOME = {
     "export_samples": "adapters.export",
     "from_pretrained": "adapters.model",
     "get_peft_model": "adapters.model",
-    "posterior_sampling": "adapters.model",
+    "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
     "train": "training.run",
-    "variational_loss": "adapters.model",
+    "variational_loss": "adapters.active",
 }
 
 __version__ = VERSION

@@ -221,7 +221,7 @@ def test_unloading_gives_the_blocks_their_own_checkpointing_back(mode: str) -> N
 
 @pytest.mark.parametrize("mode", ["off", *MODES])
 def test_only_rho_and_eta_trainable(mode: str) -> None:
-    from monteclora.adapters.model import train_posterior_only
+    from monteclora.adapters.active import train_posterior_only
 
     def step(mode: str) -> dict[str, Tensor]:
         model = wrapped(llama, base={"use_cache": False})

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import monteclora
 from monteclora import MonteCLoRAConfig, posterior_sampling, variational_loss
-from monteclora.adapters.model import MonteCLoRAModel, active_posteriors
+from monteclora.adapters.active import active_posteriors
+from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.errors import ConfigError
 from tests.models import (
     TARGETS,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import monteclora
 from monteclora import MonteCLoRAConfig, posterior_sampling, variational_loss
-from monteclora.adapters.model import train_posterior_only
+from monteclora.adapters.active import train_posterior_only
 from monteclora.errors import ConfigError
 from tests.models import (
     Perceptron,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from monteclora import MonteCLoRAConfig, get_peft_model, variational_loss
-from monteclora.adapters.model import active_posteriors
+from monteclora.adapters.active import active_posteriors
 from tests.models import batch_for, config_for, llama, wrapped
 
 WARNING = "3 optimiser steps were taken on a MonteCLoRA adapter without its regulariser"

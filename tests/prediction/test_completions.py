@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from monteclora.adapters.model import posterior_sampling
+from monteclora.adapters.active import posterior_sampling
 from monteclora.adapters.sampler import Posterior
 from monteclora.data.encoding import IGNORED
 from monteclora.prediction.completions import score_completions

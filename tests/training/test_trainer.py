@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 import monteclora
 from monteclora import MonteCLoRATrainer, MonteCLoRATrainerMixin, variational_loss
-from monteclora.adapters.model import train_posterior_only
+from monteclora.adapters.active import train_posterior_only
 from monteclora.errors import ConfigError, DivergenceError
 from tests.models import (
     PAD,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from monteclora.adapters.model import posterior_sampling
+from monteclora.adapters.active import posterior_sampling
 
 __all__ = ["Posterior"]
 

@@ -76,7 +76,7 @@ class MonteCLoRA(AdapterMethod):
 
     def begin_phase(self, model: nn.Module, phase: PhaseName) -> None:
         """The phases of docs/method.md section 6."""
-        from monteclora.adapters.model import active_posteriors, train_posterior_only
+        from monteclora.adapters.active import active_posteriors, train_posterior_only
 
         if phase == "posterior":
             train_posterior_only(model)
@@ -93,7 +93,7 @@ class MonteCLoRA(AdapterMethod):
         """The regulariser, docs/method.md section 4."""
         import torch
 
-        from monteclora.adapters.model import active_posteriors
+        from monteclora.adapters.active import active_posteriors
 
         parts = [posterior.regulariser() for posterior in active_posteriors(model) if posterior.enabled]
         if not parts:
@@ -103,7 +103,7 @@ class MonteCLoRA(AdapterMethod):
 
     def kept_whole(self, model: nn.Module) -> list[nn.Module]:
         """Rho and eta: the draws of all layers are made of them before the first block runs."""
-        from monteclora.adapters.model import active_posteriors
+        from monteclora.adapters.active import active_posteriors
 
         return list(active_posteriors(model))
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from monteclora.adapters.model import posterior_sampling, sampled_posteriors
+from monteclora.adapters.active import posterior_sampling, sampled_posteriors
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
 

@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer
 
-from monteclora.adapters.model import MonteCLoRAModel, active_posteriors, one_draw
+from monteclora.adapters.active import active_posteriors, one_draw
+from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.errors import ConfigError, DivergenceError
 from monteclora.posterior import Regulariser
 from monteclora.system.randomness import preserved_generators

@@ -1,0 +1,145 @@
+"""The active posteriors of a wrapped model: their loss, their draws, and their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from monteclora.adapters.scope import PosteriorSampler
+from monteclora.adapters.tuner import MonteCLoRATuner
+from monteclora.errors import ConfigError
+from monteclora.posterior import AdapterPosterior
+
+__all__ = [
+    "active_posteriors",
+    "one_draw",
+    "posterior_sampling",
+    "sampled_posteriors",
+    "train_posterior_only",
+    "variational_loss",
+]
+
+
+def _tuner(model: nn.Module) -> MonteCLoRATuner:
+    for module in model.modules():
+        if isinstance(module, MonteCLoRATuner):
+            return module
+    hint = "Wrap it with monteclora.get_peft_model first."
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        hint = "Load a saved adapter with monteclora.from_pretrained, which loads the posterior too."
+    raise ConfigError(f"{type(model).__name__} has no MonteCLoRA adapter", hint)
+
+
+def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
+    """The posteriors of the model's active adapters; ``model`` may be wrapped (DDP, compiled).
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    return _tuner(model).active_posteriors()
+
+
+def variational_loss(model: nn.Module) -> Tensor:
+    """What to add to the task's loss, once for each optimiser step: the weighted KL terms and cooperative loss.
+
+    Args:
+        model: the wrapped model.
+
+    Returns:
+        A scalar, differentiable in rho and eta of the active adapters (docs/method.md section 4); zero while their
+        posteriors are switched off.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    posteriors = active_posteriors(model)
+    losses = [posterior.regulariser().loss for posterior in posteriors if posterior.enabled]
+    if losses:
+        return torch.stack(losses).sum()
+    return torch.zeros((), device=posteriors[0].rho.device if posteriors else None)
+
+
+@contextmanager
+def one_draw(model: nn.Module, index: int | None = None) -> Iterator[int]:
+    """Inside the block every training forward pass of ``model`` makes the same draw, whichever adapter is active.
+
+    A policy and a frozen copy of it then have the same noise, so that their log-probabilities differ by what was
+    learned and by nothing else.
+
+    Args:
+        model: the wrapped model.
+        index: number of the draw; None is the next one.
+
+    Yields:
+        The number of the draw.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    scope, posteriors = _tuner(model).scope, active_posteriors(model)
+    held = max((posterior.draws for posterior in posteriors), default=0) if index is None else index
+    before, scope.held = scope.held, held
+    try:
+        yield held
+    finally:
+        scope.held = before
+
+
+@contextmanager
+def posterior_sampling(
+    model: nn.Module, seed: int = 0, *, num_samples: int = 1, resample: bool = True, first: int = 0
+) -> Iterator[None]:
+    """Inside the block, eval-mode forward passes draw from the posterior.
+
+    The draws are numbered: forward pass i uses draw ``first + i`` of the stream ``seed``, whatever the batch, the
+    device's global generators or training have done.
+
+    Args:
+        model: the wrapped model, in evaluation mode.
+        seed: the stream.
+        num_samples: S > 1 makes S draws a forward pass; call the model with the batch repeated S times along its
+            first dimension (draw by draw).
+        resample: False keeps the first draw for the whole block, as a generation with a cache needs.
+        first: number of the first draw.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter, or none that is active.
+    """
+    posteriors = sampled_posteriors(model)
+    sampler = PosteriorSampler(seed, num_samples, resample=resample, first=first)
+    with _tuner(model).scope.sampling(posteriors, sampler):
+        yield
+
+
+def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
+    """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter, none that is active, or all are merged or disabled.
+    """
+    tuner = _tuner(model)
+    posteriors = tuner.active_posteriors()
+    if not posteriors:
+        raise ConfigError(
+            f"active adapters are {tuner.active_adapters}, which have no posterior",
+            "Choose a MonteCLoRA adapter with model.set_adapter(name).",
+        )
+    if not any(tuner.in_use(posterior) for posterior in posteriors):
+        raise ConfigError(
+            f"active adapters are {tuner.active_adapters}, which are merged or disabled: every draw would be the mean",
+            "Call model.unmerge_adapter(), or sample outside model.disable_adapter().",
+        )
+    return posteriors
+
+
+def train_posterior_only(model: nn.Module) -> None:
+    """Freeze everything but rho and eta of the active adapters: the second phase of post-hoc training (section 6)."""
+    posteriors = active_posteriors(model)
+    model.requires_grad_(False)
+    for posterior in posteriors:
+        posterior.enabled = True
+        posterior.requires_grad_(True)
