@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["carve_validation", "content_sha256", "shared_inputs", "subset"]
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
 
 def carve_validation(
     train: Dataset, fraction: float, seed: int, name: str, groups: Sequence[str] = ()
@@ -122,5 +124,4 @@ def _canonical_rows(rows: Dataset) -> Iterator[bytes]:
     names = sorted(rows.column_names)
     for batch in rows.iter(batch_size=1000):
         for values in zip(*(batch[name] for name in names), strict=True):
-            row = dict(zip(names, values, strict=True))
-            yield json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
+            yield _CANONICAL.encode(dict(zip(names, values, strict=True))).encode()
