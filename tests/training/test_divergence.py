@@ -140,14 +140,16 @@ def test_which_of_the_accumulated_batches(
 
 
 def test_the_rows_are_those_of_the_data(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also where one with nothing to learn was left out before them."""
+    """Also where one that is too long was left out before them."""
     lines = [{"prompt": "w1", "completion": "w2 " * (12 if number == 1 else 3)} for number in range(9)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(
-        "monteclora.data.encoding._shorten", lambda ids, learned, *rest: (ids, learned if len(ids) < 10 else [False])
-    )
     made = recipe(kind="causal_lm", batch_size=2, epochs=1, non_finite="skip")
-    made["data"] = {"task": str(tmp_path / "text.jsonl"), "validation_fraction": 0, "max_length": 24}
+    made["data"] = {
+        "task": str(tmp_path / "text.jsonl"),
+        "validation_fraction": 0,
+        "max_length": 10,
+        "truncation": "drop",
+    }
     Planted(monkeypatch, "gradient", {1, 2, 3, 4})
     quietly(made)
     rows = [row for event in skipped(tmp_path / "run") for row in event["rows"]]
