@@ -27,7 +27,8 @@ OPENBOOKQA = {
 GSM8K = {"question": "Tom has 3 pens and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7 pens.\n#### 7"}
 HUMANEVAL = {
     "task_id": "Made/0",
-    "prompt": 'import math\n\n\ndef area(r: float) -> float:\n    """The area of a circle.\n    >>> area(0)\n    0.0\n    """\n',
+    "prompt": 'import math\n\n\ndef area(r: float) -> float:\n    """The area of a circle.\n    >>> area(0)\n    0.0\n'
+    '    """\n',
     "canonical_solution": "    return math.pi * r * r\n",
     "test": "def check(candidate):\n    assert candidate(0) == 0\n    assert abs(candidate(2) - 12.566370614) < 1e-6\n",
     "entry_point": "area",
@@ -39,7 +40,8 @@ MAGICODER = {
 }
 PAIR = {"sentence1": "One is here.", "sentence2": "Two is there.", "idx": 0}
 INSTRUCTION = {
-    "instruction": "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false",
+    "instruction": "Please answer the following question with true or false, question: is ice cold?\n\n"
+    "Answer format: true/false",
     "input": "",
     "output": "the correct answer is true",
     "answer": "true",

@@ -110,7 +110,7 @@ def score_options(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How to score a row: ``prefix`` is read once, ``rests`` after it; of the prefix, tokens from ``start`` on count."""
+    """How to score a row: ``prefix`` is read once, ``rests`` after it; tokens of the prefix count from ``start`` on."""
 
     prefix: list[int]
     start: int

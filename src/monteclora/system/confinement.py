@@ -1,4 +1,4 @@
-"""What a child process of the sandbox gives up before it runs a program. Linux on x86-64 and AArch64, no imports of ours.
+"""What a child process of the sandbox gives up before it runs a program, on Linux (x86-64 and AArch64).
 
 The child runs this file by itself, without the package.
 """

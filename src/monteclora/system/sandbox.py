@@ -1,22 +1,23 @@
 """Programs that a model wrote, run and tested with as little trust as can be.
 
-A check takes two child processes. One runs the program, the other the tests; the parent runs neither. The tests call the
-program's function over a pipe, and only values of plain types (numbers, text, lists, tuples, dicts, sets) come back, so
-that the program can neither see nor change the tests, nor say that it passed: the verdict comes from the process of the
-tests, over a pipe that the program's process does not have, with a secret that only the parent and the tests know.
+A check takes two child processes. One runs the program, the other the tests; the parent runs neither. The tests call
+the program's function over a pipe, and only values of plain types (numbers, text, lists, tuples, dicts, sets) come
+back, so that the program can neither see nor change the tests, nor say that it passed: the verdict comes from the
+process of the tests, over a pipe that the program's process does not have, with a secret that only the parent and the
+tests know.
 
 Both children run under
-    a system call filter (seccomp): no network, no process beside their own, no signal to others, no file opened for
-    writing, made, renamed or removed; what is not known to be needed fails;
+    a system call filter (seccomp): no network, no process beside their own, no signal to others, no file made, opened
+    for writing, renamed or removed; what is not known to be needed fails;
     limits of memory, processor time, open files and size of written files, and a time after which both are killed;
     a user of their own, where the parent is root and Python can be read by others;
     Landlock, where the kernel has it: no file can be read but Python's own and the system's libraries.
 Without the filter nothing is run.
 
-What this does not protect against: a defect of the kernel; the other processes of this machine slowing down, for as long
-as the time allowed; measuring them through the processor's caches; and, without Landlock, a program that reads what its
-user may read (it has no way to send it anywhere). Code of the data set itself, the tests, is taken as trusted to judge
-fairly; it runs under the same confinement. For programs that somebody wrote to break out, use a virtual machine as well.
+What this does not protect against: a defect of the kernel; a slower machine for as long as a program is allowed to run;
+measurements of other processes through the processor's caches; and, without Landlock, a program that reads what its
+user may read (it has no way to send it anywhere). The code of the data set, the tests, is trusted to judge fairly; it
+runs under the same confinement. For programs that somebody wrote to break out, use a virtual machine as well.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def require_sandbox() -> None:
     """Raise UnsafeCodeError where programs cannot be confined."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
         raise UnsafeCodeError(
-            f"programs are run on Linux ({' or '.join(MACHINES)}) only, this is {platform.system()} {platform.machine()}",
+            f"programs are run on Linux ({' or '.join(MACHINES)}), this is {platform.system()} {platform.machine()}",
             "Use such a machine, or a container or virtual machine with it.",
         )
 

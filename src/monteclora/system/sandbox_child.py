@@ -2,12 +2,13 @@
 
     python -I sandbox_child.py program|tests SETTINGS
 
-They talk in lines of JSON over two pipes. All that the program's process can do is answer a call with a value of a plain
-type; whether that value is right is decided in the process of the tests, which the program never enters.
+They talk in lines of JSON over two pipes. All that the program's process can do is answer a call with a value of a
+plain type; whether that value is right is decided in the process of the tests, which the program never enters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from confinement import confine  # noqa: E402
+from confinement import confine
 
 del sys.path[0]
 
@@ -102,7 +103,7 @@ def run_program(channel: Channel) -> None:
 
 
 def run_tests(channel: Channel, task: dict[str, str]) -> dict[str, Any]:
-    """Test the function at the other end of the channel; what came of it, with the token that proves where it is from."""
+    """Test the function at the other end of the channel; what came of it, with the token that proves its origin."""
     verdict: dict[str, Any] = {"token": task["token"], "passed": False, "reason": "", "in_force": None}
     try:
         hello = channel.receive()
@@ -169,8 +170,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(BrokenPipeError, EOFError):
         main()
-    except (BrokenPipeError, EOFError):
-        pass
     os._exit(0)

@@ -17,7 +17,7 @@ from monteclora.metrics.registry import measure
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.completions import score_completions
 from monteclora.prediction.forward import batches
-from monteclora.prediction.generation import complete, encode_prompts
+from monteclora.prediction.generation import Decoding, complete, encode_prompts
 from monteclora.prediction.options import OptionRow, score_options
 from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
 from monteclora.tasks.commonsense import option_completions
@@ -61,7 +61,7 @@ class CausalLM:
         with predictor.precision():
             found = predict_classes(predictor.model, prompts, sampler=predictor.samplers[-1], **arguments)
             for indices in batches(prompts, predictor.batch_size):
-                texts = complete(predictor.model, tokenizer, [prompts[i] for i in indices], max_new_tokens)
+                texts = complete(predictor.model, tokenizer, [prompts[i] for i in indices], Decoding(max_new_tokens))
                 for index, text in zip(indices, texts, strict=True):
                     completions[index] = text
                 if predictor.progress is not None:

@@ -1,7 +1,7 @@
 """Programs: Magicoder-OSS-Instruct (Wei et al. 2023) to learn from, HumanEval (Chen et al. 2021) to be tested on.
 
-Judging an answer to HumanEval runs what the model wrote, in a sandbox (:mod:`monteclora.system.sandbox`), and only where
-that is allowed.
+Judging an answer to HumanEval runs what the model wrote, in a sandbox (:mod:`monteclora.system.sandbox`), and only
+where that is allowed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ register(
         text_columns=("prompt", "canonical_solution"),
         label_names=None,
         splits=("test",),
-        description="164 Python functions to write; pass@1 and pass@k of generated programs, with --allow-code-execution",
+        description="164 Python functions to write; pass@k of generated programs, with --allow-code-execution",
         loader=_load_humaneval,
         generation=Generation(
             problems=_problems,

@@ -185,7 +185,7 @@ def _load_published(name: str, split: str, folder: Path | None) -> Table:
     if split not in local_splits(name, folder):
         raise DataError(
             f"{name} is not at hand, and it is not on the hub",
-            f"Put {name}.json of AGI-Edgerunners/LLM-Adapters (GitHub, ft-training_set) into a folder, and set data.folder "
+            f"Put {name}.json of AGI-Edgerunners/LLM-Adapters (ft-training_set) into a folder, and set data.folder "
             f"or {DATA_FOLDER_VARIABLE} to it.",
         )
     return convert(open_split(name, split, folder), _COLUMNS, _standard_row)
