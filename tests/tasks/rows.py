@@ -77,10 +77,12 @@ def write_split(folder: Path, task: str, split: str, rows) -> None:
     (folder / task / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
 
 
-def data_folder(folder: Path, count: int = 12) -> Path:
+def data_folder(folder: Path, count: int = 24) -> Path:
     """Every task of the hub with ``count`` rows a split; labels take turns."""
     for task, row in ROWS.items():
         rows = [{**row, **({"label": i % 2} if task in CLASSIFICATION else {})} for i in range(count)]
+        for name in {"question", "goal", "sentence", "sentence1", "problem", "instruction", "question_stem"} & {*row}:
+            rows = [{**made, name: f"{i}: {made[name]}"} for i, made in enumerate(rows)]  # equal rows stay together
         for split in SPLITS.get(task, ("train", "validation", "test")):
             write_split(folder, task, split, rows)
     return folder
