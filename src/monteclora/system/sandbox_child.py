@@ -27,9 +27,9 @@ def encode(value: Any) -> Any:
     """A plain value for JSON; TypeError for any other, and for what only pretends to be one."""
     if value is None or type(value) in (bool, str, float, int):
         return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind.__new__(kind, value)
+    for plain in (str, int, float):
+        if isinstance(value, plain):
+            return plain(value)
     if isinstance(value, list):
         return [encode(item) for item in value]
     if isinstance(value, dict):
