@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from monteclora.adapters.export import export_merged, export_samples
     from monteclora.adapters.model import from_pretrained, get_peft_model
     from monteclora.evaluation.run import evaluate
+    from monteclora.evaluation.text import load
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
     from monteclora.training.run import train
@@ -33,6 +34,7 @@ _HOME = {
     "export_samples": "adapters.export",
     "from_pretrained": "adapters.model",
     "get_peft_model": "adapters.model",
+    "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
     "train": "training.run",
@@ -52,6 +54,7 @@ __all__ = [
     "export_samples",
     "from_pretrained",
     "get_peft_model",
+    "load",
     "posterior_sampling",
     "predict",
     "train",

@@ -178,7 +178,7 @@ class BrierParts:
 
 
 def brier_decomposition(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS) -> BrierParts:
-    """The parts of the Brier score in its sum form (``metrics.brier``), over equal-width bins of each class's probability.
+    """The parts of the Brier score in its sum form (``metrics.brier``), in equal-width bins of each class's p.
 
     The variation within bins counts to the resolution (Stephenson, Coelho & Jolliffe 2008), so that the parts add up
     to the score exactly, whatever the bins.

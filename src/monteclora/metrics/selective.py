@@ -163,7 +163,7 @@ def abstention_threshold(
 
 
 def upper_bound(errors: int, trials: int, level: float) -> float:
-    """The one-sided Clopper-Pearson upper bound of a probability from ``errors`` of ``trials`` (Clopper & Pearson 1934)."""
+    """The one-sided Clopper-Pearson (1934) upper bound of a probability, from ``errors`` of ``trials``."""
     return 1.0 if errors >= trials else float(stats.beta.ppf(level, errors + 1, trials - errors))
 
 

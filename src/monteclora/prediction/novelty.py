@@ -1,0 +1,160 @@
+"""How unlike its training rows a model finds a row: the energy of its logits and the distance to the nearest rows.
+
+Both are taken at the adapter's mean in one forward pass. Features are the last hidden states of the tuned body, averaged
+over the tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from monteclora.errors import CheckpointError, DataError
+from monteclora.metrics.ood import nearest_distance
+from monteclora.prediction.forward import Collate, FloatArray, batches, to_device
+from monteclora.prediction.predictive import evaluating
+from monteclora.system.atomic import write_file
+
+__all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_rows"]
+
+NOVELTY_FILE = "novelty.safetensors"
+MOST_BYTES = 4_000_000
+"""Of reference features: callers subsample the training rows to :func:`most_rows` of this size."""
+_NEIGHBOUR = 3  # the nearest alone may be a stray training row; see docs/abstaining.md for what was measured
+_QUANTILE = 0.95
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a forward pass at the mean shows of B rows.
+
+    Attributes:
+        features: float64 (B, D), mean of the last hidden states over a row's tokens.
+        energy: float64 (B,), minus the log-sum-exp of the logits (Liu et al., NeurIPS 2020).
+    """
+
+    features: FloatArray
+    energy: FloatArray
+
+
+def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64) -> Seen:
+    """The features and energies of encoded rows.
+
+    Args:
+        model: a classifier that returns ``hidden_states``, as every model of transformers does.
+        rows: with ``input_ids`` and ``attention_mask``; ``labels`` are ignored.
+        collate: pads a list of rows to a batch.
+        batch_size: rows per forward pass.
+
+    Raises:
+        DataError: there is no row.
+    """
+    if not rows:
+        raise DataError("there are no rows to look at", "Give at least one.")
+    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+    features: FloatArray | None = None
+    energy = np.empty(len(rows))
+    with evaluating(model):
+        for indices in batches(inputs, batch_size):
+            batch = to_device(collate([inputs[i] for i in indices]), model)
+            found = model(**batch, output_hidden_states=True)
+            mask = batch["attention_mask"].unsqueeze(-1).double()
+            pooled = (found.hidden_states[-1].double() * mask).sum(1) / mask.sum(1)
+            if features is None:
+                features = np.empty((len(rows), pooled.shape[1]))
+            features[indices] = pooled.cpu().numpy()
+            energy[indices] = -torch.logsumexp(found.logits.double(), -1).cpu().numpy()
+    assert features is not None
+    return Seen(features, energy)
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Scores rows against training rows; see :meth:`fit`.
+
+    Attributes:
+        features: of training rows, float16 (N, D).
+        centre, spread: float64 (2,), mean and standard deviation of distance and energy over held-out rows.
+        limit: 0.95 quantile of the held-out rows' scores.
+    """
+
+    features: NDArray[np.float16]
+    centre: FloatArray
+    spread: FloatArray
+    limit: float
+
+    @classmethod
+    def fit(cls, training: Seen, held_out: Seen) -> Novelty:
+        """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are.
+
+        Raises:
+            DataError: there are fewer than three training rows.
+        """
+        if len(training.features) < _NEIGHBOUR:
+            raise DataError(
+                f"novelty needs {_NEIGHBOUR} training rows or more, and there are {len(training.features)}",
+                "Train on more rows.",
+            )
+        kept = training.features.astype(np.float16)
+        parts = _parts(held_out, kept)
+        centre, spread = parts.mean(1), np.maximum(parts.std(1), 1e-12)
+        scores = ((parts - centre[:, None]) / spread[:, None]).sum(0)
+        return cls(kept, centre, spread, float(np.quantile(scores, _QUANTILE, method="inverted_cdf")))
+
+    def of(self, seen: Seen) -> FloatArray:
+        """The novelty of rows, float64 (B,): above 0 where a row is more novel than 95 % of the held-out rows.
+
+        The sum of the standardised distance to the third-nearest training row and the standardised energy, minus the
+        limit.
+        """
+        parts = _parts(seen, self.features)
+        found: FloatArray = ((parts - self.centre[:, None]) / self.spread[:, None]).sum(0) - self.limit
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the reference; raises CheckpointError where the disk refuses."""
+        tensors = {
+            "features": self.features,
+            "centre": self.centre,
+            "spread": self.spread,
+            "limit": np.array([self.limit]),
+        }
+        write_file(path, save(tensors, metadata={"format": "1"}))
+
+    @classmethod
+    def load(cls, path: Path) -> Novelty:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        try:
+            found = load(path.read_bytes())
+            features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
+            if features.ndim != 2 or centre.shape != (2,) or spread.shape != (2,) or limit.shape != (1,):
+                raise ValueError("its tensors have other shapes")
+            if not all(np.isfinite(values).all() for values in found.values()):
+                raise ValueError("it holds numbers that are not finite")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error})", "Remove it; it is made again when needed."
+            ) from None
+        return cls(features, centre, spread, float(limit[0]))
+
+
+def most_rows(width: int) -> int:
+    """How many training rows are kept for features of this width."""
+    return max(_NEIGHBOUR, MOST_BYTES // (2 * width))
+
+
+def _parts(seen: Seen, reference: NDArray[np.float16]) -> FloatArray:
+    return np.stack([nearest_distance(seen.features, reference, _NEIGHBOUR), seen.energy])
