@@ -42,7 +42,7 @@ def test_novelty_is_its_definition(run):
     found = novelty_of(model)
 
     def parts(seen):
-        return nearest_distance(seen.features, training.features.astype(np.float16), k=3), seen.energy
+        return nearest_distance(seen.features, training.features.astype(np.float16), k=1), seen.energy
 
     expected = [
         sum(
@@ -90,3 +90,15 @@ def test_a_language_model_answers_prompts(trained):
 def test_what_is_no_list_of_texts_is_refused(trained, wrong):
     with pytest.raises(ConfigError, match="takes a list of one text or more"):
         monteclora.load(trained["texts"]).predict(wrong)
+
+
+def test_features_are_the_pretrained_models_and_energies_the_tuned_ones(run):
+    loaded = monteclora.load(run).run
+    rows = load_task(loaded.recipe.data, None).split("test")
+    seen, batch = see(loaded, rows), loaded.tokenizer(rows["text"][:1], return_tensors="pt")
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    logits = loaded.model(**batch).logits
+    assert seen.energy[0] == pytest.approx(-float(logits.logsumexp(-1)), abs=1e-5)
+    with loaded.model.disable_adapter():
+        states = loaded.model(**batch, output_hidden_states=True).hidden_states[-1]
+    np.testing.assert_allclose(seen.features[0], states[0].mean(0).numpy(), atol=1e-5)

@@ -105,8 +105,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _abstention(path: Path, stored: dict[str, Any]) -> Abstention:
     try:
         kinds = {"examples": int, "answered": int, "errors": int}
-        names = [field.name for field in dataclasses.fields(Abstention)]
-        return Abstention(**{name: kinds.get(name, float)(stored[name]) for name in names})
+        values: dict[str, Any] = {
+            field.name: kinds.get(field.name, float)(stored[field.name]) for field in dataclasses.fields(Abstention)
+        }
+        return Abstention(**values)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({reason})", "Remove it; it is made again when needed.") from None

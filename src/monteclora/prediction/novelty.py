@@ -1,7 +1,7 @@
-"""How unlike its training rows a model finds a row: the energy of its logits and the distance to the nearest rows.
+"""How unlike its training rows a row is: the energy of its logits and the distance to the nearest training row.
 
-Both are taken at the adapter's mean in one forward pass. Features are the last hidden states of the tuned body, averaged
-over the tokens of a row.
+The energy is that of the tuned model at its mean. Features are the last hidden states of the model without its adapter,
+averaged over the tokens of a row: training has not pulled them towards the training rows' labels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
@@ -29,16 +30,17 @@ __all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_row
 NOVELTY_FILE = "novelty.safetensors"
 MOST_BYTES = 4_000_000
 """Of reference features: callers subsample the training rows to :func:`most_rows` of this size."""
-_NEIGHBOUR = 3  # the nearest alone may be a stray training row; see docs/abstaining.md for what was measured
+_NEIGHBOUR = 1  # see docs/abstaining.md for what was measured
 _QUANTILE = 0.95
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a forward pass at the mean shows of B rows.
+    """What forward passes show of B rows.
 
     Attributes:
-        features: float64 (B, D), mean of the last hidden states over a row's tokens.
+        features: float64 (B, D), mean over a row's tokens of the last hidden states without the adapter; a model that
+            was trained whole has none, and its own hidden states are taken.
         energy: float64 (B,), minus the log-sum-exp of the logits (Liu et al., NeurIPS 2020).
     """
 
@@ -48,6 +50,8 @@ class Seen:
 
 def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64) -> Seen:
     """The features and energies of encoded rows.
+
+    The adapter is switched off meanwhile for part of the time: no other thread may use the model.
 
     Args:
         model: a classifier that returns ``hidden_states``, as every model of transformers does.
@@ -66,15 +70,27 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
     with evaluating(model):
         for indices in batches(inputs, batch_size):
             batch = to_device(collate([inputs[i] for i in indices]), model)
-            found = model(**batch, output_hidden_states=True)
+            found = model(**batch, output_hidden_states=not isinstance(model, PeftModel))
             mask = batch["attention_mask"].unsqueeze(-1).double()
-            pooled = (found.hidden_states[-1].double() * mask).sum(1) / mask.sum(1)
+            states = _pretrained_states(model, batch) if isinstance(model, PeftModel) else found.hidden_states[-1]
+            pooled = (states.double() * mask).sum(1) / mask.sum(1)
             if features is None:
                 features = np.empty((len(rows), pooled.shape[1]))
             features[indices] = pooled.cpu().numpy()
             energy[indices] = -torch.logsumexp(found.logits.double(), -1).cpu().numpy()
     assert features is not None
     return Seen(features, energy)
+
+
+def _pretrained_states(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            states: torch.Tensor = model(**batch, output_hidden_states=True).hidden_states[-1]
+    finally:
+        for parameter, required in trainable:  # peft makes the adapter trainable when it switches it on again
+            parameter.requires_grad_(required)
+    return states
 
 
 @dataclass(frozen=True)
@@ -97,13 +113,7 @@ class Novelty:
         """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are.
 
         Raises:
-            DataError: there are fewer than three training rows.
         """
-        if len(training.features) < _NEIGHBOUR:
-            raise DataError(
-                f"novelty needs {_NEIGHBOUR} training rows or more, and there are {len(training.features)}",
-                "Train on more rows.",
-            )
         kept = training.features.astype(np.float16)
         parts = _parts(held_out, kept)
         centre, spread = parts.mean(1), np.maximum(parts.std(1), 1e-12)
@@ -113,7 +123,7 @@ class Novelty:
     def of(self, seen: Seen) -> FloatArray:
         """The novelty of rows, float64 (B,): above 0 where a row is more novel than 95 % of the held-out rows.
 
-        The sum of the standardised distance to the third-nearest training row and the standardised energy, minus the
+        The sum of the standardised distance to the nearest training row and the standardised energy, minus the
         limit.
         """
         parts = _parts(seen, self.features)
@@ -122,7 +132,7 @@ class Novelty:
 
     def save(self, path: Path) -> None:
         """Write the reference; raises CheckpointError where the disk refuses."""
-        tensors = {
+        tensors: dict[str, NDArray[Any]] = {
             "features": self.features,
             "centre": self.centre,
             "spread": self.spread,
@@ -153,7 +163,7 @@ class Novelty:
 
 def most_rows(width: int) -> int:
     """How many training rows are kept for features of this width."""
-    return max(_NEIGHBOUR, MOST_BYTES // (2 * width))
+    return max(1, MOST_BYTES // (2 * width))
 
 
 def _parts(seen: Seen, reference: NDArray[np.float16]) -> FloatArray:
