@@ -87,7 +87,9 @@ def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
         cut += excess > 0
     with predictor.precision():
         found = [
-            predict_options(predictor.model, encoded, sampler=sampler, **predictor.arguments())
+            predictor.calibrated(
+                predict_options(predictor.model, encoded, sampler=sampler, **predictor.arguments()), sampler
+            )
             for sampler in predictor.samplers
         ]
     probs, choices = found[-1].probs, rows["options"][:]
