@@ -85,7 +85,7 @@ def test_activations_are_those_that_a_step_keeps(recipe: MakeRecipe) -> None:
     made = recipe(kind="causal_lm", micro_batch_size=8)
     found = load_recipe(made)
     data = prepare_data(found)
-    model = prepare_model(found, data).train()
+    model = prepare_model(found, data.task.kind, data.task.label_names, data.tokenizer).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -86,7 +86,7 @@ def test_validation_is_that_of_the_saved_adapter(recipe: MakeRecipe, assets: Pat
 def test_causal_lm_validation_is_the_mean_over_learned_tokens(recipe: MakeRecipe) -> None:
     result = quietly(recipe(kind="causal_lm", eval_batch_size=4))
     data = prepare_data(result.recipe)
-    model = prepare_model(result.recipe, data)
+    model = prepare_model(result.recipe, data.task.kind, data.task.label_names, data.tokenizer)
     trained = from_pretrained(model.unload(), result.adapter).eval()
     total, tokens = 0.0, 0
     for row in data.validation:
@@ -149,7 +149,9 @@ def test_lora_and_monteclora_are_paired(recipe: MakeRecipe, tmp_path: Path) -> N
     for method in ("lora", "monteclora"):
         found = load_recipe(recipe(method=method, name=method))
         torch.rand(17 if method == "lora" else 3)  # whatever happened before must not matter
-        models[method] = prepare_model(found, prepare_data(found)).state_dict()
+        data = prepare_data(found)
+        model = prepare_model(found, data.task.kind, data.task.label_names, data.tokenizer)
+        models[method] = model.state_dict()
         quietly(recipe(method=method, name=method))
     for name, tensor in models["lora"].items():
         assert torch.equal(tensor, models["monteclora"][name]), name

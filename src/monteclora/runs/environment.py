@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -60,7 +61,7 @@ def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -
     }
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two environments and may change the numbers, each as ``torch 2.9 -> 2.13``."""
     flat = [
         {**{f: facts.get(f) for f in ("monteclora", "python", "device", "threads")}, **facts.get("packages", {})}

@@ -20,13 +20,12 @@ from monteclora.prediction.forward import Collate
 from monteclora.prediction.registry import get_sampler
 from monteclora.prediction.sampler import MEAN, Checked, Sampler
 from monteclora.runs.manifest import newest_complete
-from monteclora.runs.prepare import PreparedData, base_model, prepare_model, tokenizer_of
+from monteclora.runs.prepare import base_model, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import training_device
 from monteclora.system.progress import Progress
 from monteclora.system.quiet import quiet_libraries
-from monteclora.tasks import TaskData
 from monteclora.tasks.base import Predictor
 from monteclora.tasks.kinds import KINDS
 
@@ -167,30 +166,27 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
 def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
     adapter, unfinished = _adapter_of(run, allow_unfinished)
-    name, kind, labels, columns = _task_of(run)
+    kind, labels, columns = _task_of(run)
     if base and not KINDS[kind].has_pretrained_head:
         raise ConfigError(
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
             "Ask for the base model of a causal LM run only.",
         )
     tokenizer = tokenizer_of(recipe)
-    prepared = PreparedData(
-        task=TaskData(name, kind, labels, splits={}, sources={}, description=""),
-        tokenizer=tokenizer,
-        encoded={},
-        collate=collator(kind, tokenizer),
-        measures=KINDS[kind].measures(),
-        notes=(),
-    )
-    model = base_model(recipe, prepared) if base else _trained(recipe, prepared, adapter)
+    model: nn.Module
+    if base:
+        model = base_model(recipe, kind, labels, tokenizer)
+    else:  # as training had it, which draws anew what neither the model's files nor the saved ones hold
+        model = prepare_model(recipe, kind, labels, tokenizer)
+        get_method(recipe.method.name).load(model, adapter)
     if recipe.model.quantization == "none":
         model.to(training_device())
     model.requires_grad_(False).eval()
     return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, columns)
 
 
-def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None, Columns | None]:
-    """Name, kind, labels and columns of what the run was trained on, out of its environment."""
+def _task_of(run: RunFolder) -> tuple[Kind, tuple[str, ...] | None, Columns | None]:
+    """Kind, labels and columns of what the run was trained on, out of its environment."""
     facts = run.environment
     try:
         version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
@@ -208,7 +204,7 @@ def _task_of(run: RunFolder) -> tuple[str, Kind, tuple[str, ...] | None, Columns
         raise CheckpointError(
             f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
         )
-    return name, kind, tuple(labels) if labels else None, columns
+    return kind, tuple(labels) if labels else None, columns
 
 
 def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | None]:
@@ -229,10 +225,3 @@ def _is_finished(run: RunFolder) -> bool:
         return run.finished is not None
     except (UnicodeDecodeError, LookupError, TypeError) as error:
         raise CheckpointError(f"{run.metrics.path} is damaged ({type(error).__name__})", _RESTORE) from None
-
-
-def _trained(recipe: Recipe, prepared: PreparedData, folder: Path) -> nn.Module:
-    """The model as training had it, which draws anew what neither the model's files nor the saved ones hold."""
-    model = prepare_model(recipe, prepared)
-    get_method(recipe.method.name).load(model, folder)
-    return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.data.chat import use_template
 from monteclora.data.encoding import Encoded, collator
+from monteclora.data.kinds import Kind
 from monteclora.data.models import load_model, load_tokenizer, resolve_model
 from monteclora.data.token_cache import encode_once
 from monteclora.errors import ConfigError
@@ -119,29 +120,39 @@ def _cuts(encoded: dict[str, Encoded], max_length: int) -> list[str]:
     return notes
 
 
-def base_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
-    """The pretrained model, with the head that the task needs, drawn from the recipe's seed."""
-    labels = data.task.label_names
+def base_model(
+    recipe: Recipe, kind: Kind, label_names: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The pretrained model, with the head that the task needs, drawn from the recipe's seed.
+
+    Args:
+        recipe: names the model.
+        kind: of the task.
+        label_names: in the order of the classes; None for a causal LM.
+        tokenizer: the model's.
+    """
     seed_everything(recipe.seed)
     return load_model(
         resolve_model(recipe.model.name),
-        data.task.kind,
+        kind,
         dtype=recipe.model.dtype,
-        id2label=dict(enumerate(labels)) if labels else None,
+        id2label=dict(enumerate(label_names)) if label_names else None,
         trust_remote_code=recipe.model.trust_remote_code,
         quantization=None if recipe.model.quantization == "none" else recipe.model.quantization,
-        pad_token_id=data.tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def prepare_model(recipe: Recipe, data: PreparedData) -> nn.Module:
-    """The pretrained model with the method's adapter, what is trained in float32.
+def prepare_model(
+    recipe: Recipe, kind: Kind, label_names: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module:
+    """The pretrained model with the method's adapter, what is trained in float32. Arguments as :func:`base_model`.
 
     Raises:
         ConfigError: the model cannot be loaded or adapted, or would be trained in half precision.
     """
     method = get_method(recipe.method.name)
-    model = method.wrap(base_model(recipe, data), recipe.method, data.task.kind, recipe.seed)
+    model = method.wrap(base_model(recipe, kind, label_names, tokenizer), recipe.method, kind, recipe.seed)
     keep_differentiable(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):

@@ -8,12 +8,11 @@ from typing import Any
 
 from monteclora.errors import CheckpointError
 from monteclora.runs.environment import changes
-from monteclora.runs.manifest import Checkpoint, newest_complete
-from monteclora.runs.recipe import Recipe, changed_values, differences, load_recipe, recipe_sha256
+from monteclora.runs.manifest import Checkpoint
+from monteclora.runs.recipe import Recipe, changed_values
 from monteclora.runs.run_folder import RunFolder
-from monteclora.tasks import SplitSource
 
-__all__ = ["check_data", "claim", "note_environment", "overrides_of", "resume_point"]
+__all__ = ["accepted_sha256", "check_changes", "overrides_of", "resumed"]
 
 # what takes effect from the step it is changed at; all else is in the weights, their shapes or the noise already
 _ADJUSTABLE = ("data.", "training.", "method.kl_weight", "method.coop_weight", "method.lora_dropout")
@@ -22,45 +21,17 @@ _FIXED = ("training.mode",)
 logger = logging.getLogger(__name__)
 
 
-def claim(run: RunFolder, recipe: Recipe, *, override: bool = False) -> None:
-    """Make this the folder of ``recipe``: a new one, one that was begun with the same, or one where nothing was.
-
-    A recipe that is accepted on purpose is not put down yet: :func:`note_environment` does it when training goes on.
-
-    Raises:
-        CheckpointError: it holds a run of another recipe; the message names the keys that differ.
-    """
-    if run.recipe_file.is_file():
-        before = load_recipe(run.recipe_file)
-        changed = differences(before, recipe)
-        if changed and run.begun:
-            _check_changes(run, changed, override)
-            return
-        if before == recipe:
-            return
-    run.write_recipe(recipe)
-
-
-def check_data(run: RunFolder, sources: Mapping[str, SplitSource]) -> None:
-    """Make sure that a finished run was trained on the rows that its recipe names now.
+def check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
+    """Whether a run that was begun may go on although its recipe changed.
 
     Args:
-        run: a finished one.
-        sources: of the splits as they are loaded now.
+        run: it.
+        changed: dotted keys.
+        override: whether changes are accepted.
 
     Raises:
-        CheckpointError: they are others.
+        CheckpointError: it may not; the message names the keys.
     """
-    before = run.environment["data"]["splits"]
-    for split, source in sources.items():
-        if split in before and before[split]["sha256"] != source.sha256:
-            raise CheckpointError(
-                f"the {split} rows of {source.origin} changed since {run.path} was trained, and it is finished",
-                "Restore them, or choose another name or output to train on these.",
-            )
-
-
-def _check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
     begun = f"{run.path} was begun with another recipe: {', '.join(changed)} changed"
     fixed = [key for key in changed if key in _FIXED or not key.startswith(_ADJUSTABLE)]
     if run.finished is not None or (override and fixed):
@@ -73,43 +44,21 @@ def _check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
         raise CheckpointError(begun, hint)
 
 
-def resume_point(run: RunFolder, recipe: Recipe, *, override: bool = False) -> Checkpoint | None:
-    """The checkpoint to go on from; None where there is none.
+def resumed(
+    run: RunFolder, recipe: Recipe, facts: Mapping[str, Any], checkpoint: Checkpoint, *, override: bool = False
+) -> dict[str, Any]:
+    """The content of ``environment.json`` of a run that goes on: as it was begun, and what is not as it was.
 
-    Raises:
-        CheckpointError: it was written for another recipe, and that was never accepted.
-    """
-    found = newest_complete(run.checkpoints)
-    if found is None or override or found.recipe_sha256 == recipe_sha256(recipe):
-        return found
-    environment = run.environment
-    accepted = [entry["recipe_sha256"] for entry in _accepted(environment)]
-    if not differences(run.recipe, recipe):
-        accepted.append(environment["recipe_sha256"])  # an earlier version's checksum of the same recipe
-    if found.recipe_sha256 not in accepted:
-        raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {run.checkpoints}.")
-    return found
-
-
-def note_environment(
-    run: RunFolder, recipe: Recipe, facts: dict[str, Any], checkpoint: Checkpoint | None, *, override: bool = False
-) -> None:
-    """Write down what is trained on, on resuming also what is not as it was; and a recipe that was accepted.
+    Args:
+        run: it.
+        recipe: it goes on with.
+        facts: its environment as of now.
+        checkpoint: it goes on from.
+        override: whether other data are accepted.
 
     Raises:
         CheckpointError: the data are others than when the run began, and that was not accepted, or their labels are.
     """
-    if checkpoint is None:
-        run.write_environment(facts)
-    else:
-        _note_resumption(run, recipe, facts, checkpoint, override)
-    if run.recipe != recipe:
-        run.write_recipe(recipe)
-
-
-def _note_resumption(
-    run: RunFolder, recipe: Recipe, facts: dict[str, Any], checkpoint: Checkpoint, override: bool
-) -> None:
     before = run.environment
     data = _changed_data(run, before["data"], facts["data"], override)
     changed = changes(before, facts)
@@ -120,7 +69,7 @@ def _note_resumption(
     if data or values:
         entry["override"] = {"recipe_sha256": checkpoint.recipe_sha256, "recipe": values, "data": data}
         before |= {key: facts[key] for key in ("recipe_sha256", "seeds", "data")}
-    run.write_environment({**before, "resumed": [*before.get("resumed", []), entry]})
+    return {**before, "resumed": [*before.get("resumed", []), entry]}
 
 
 def _changed_data(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], override: bool) -> list[str]:
@@ -159,6 +108,11 @@ def _changed_recipe(
 
 def _accepted(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [entry["override"] for entry in environment.get("resumed", []) if "override" in entry]
+
+
+def accepted_sha256(environment: Mapping[str, Any]) -> list[str]:
+    """Checksums of the recipes that the run was trained with before changes that were accepted."""
+    return [entry["recipe_sha256"] for entry in _accepted(environment)]
 
 
 def overrides_of(environment: Mapping[str, Any]) -> list[str]:

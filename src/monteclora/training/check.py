@@ -141,7 +141,9 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         measured = None
         if memory.weights <= _LARGEST_TO_LOAD and _weights_at_hand(resolve_model(recipe.model.name)):
             del model
-            measured = _measure(prepare_model(recipe, data), recipe, data, micro)
+            measured = _measure(
+                prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer), recipe, data, micro
+            )
         return CheckReport(
             recipe=recipe,
             kind=data.task.kind,
@@ -164,7 +166,7 @@ def _empty_model(recipe: Recipe, data: PreparedData) -> nn.Module:
 
     source = resolve_model(recipe.model.name)
     if source.gguf_file is not None:
-        return prepare_model(recipe, data)
+        return prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
     try:
         config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=recipe.model.trust_remote_code)
     except (OSError, ValueError) as error:

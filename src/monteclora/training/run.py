@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,15 @@ from accelerate import PartialState
 from rich.console import Console
 
 from monteclora.methods import get_method
+from monteclora.runs.begin import Run, begin
 from monteclora.runs.environment import describe_environment
 from monteclora.runs.manifest import Checkpoint, checkpoint_folder
 from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.result import RunResult
-from monteclora.runs.resumption import check_data, claim, note_environment, overrides_of, resume_point
+from monteclora.runs.resumption import overrides_of
 from monteclora.runs.run_folder import RunFolder
-from monteclora.system.atomic import discard_remains, new_folder
+from monteclora.system.atomic import new_folder
 from monteclora.system.devices import PeakMemory, is_main_process, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
@@ -62,51 +62,44 @@ def train(
     """
     recipe = load_recipe(recipe, overrides)
     sharding.check_launch(recipe.model.quantization, recipe.training.precision)
-    run = RunFolder(recipe.folder)
     console = Console(stderr=True, quiet=not progress or not is_main_process())
-    with ExitStack() as stack:
-        if is_main_process():
-            stack.enter_context(run.locked())
-            discard_remains(run.path)
-            discard_remains(run.checkpoints)
-            claim(run, recipe, override=override)
+    with begin(recipe, override=override) as run:
         finished = run.finished
         if finished is None:
-            stack.enter_context(preserved_generators())
-            stack.enter_context(quiet_libraries())
-            finished = _train(recipe, run, console, override)
+            with preserved_generators(), quiet_libraries():
+                finished = _train(run, console)
         else:
             with quiet_libraries():
-                check_data(run, load(recipe.data, ("train", "validation")).sources)
-            console.print(f"{run.path} is finished: nothing to train", highlight=False)
-    return _result(recipe, run, finished)
+                run.check_data(load(recipe.data, ("train", "validation")).sources)
+            console.print(f"{run.folder.path} is finished: nothing to train", highlight=False)
+    return _result(run, finished)
 
 
-def _train(recipe: Recipe, run: RunFolder, console: Console, override: bool) -> dict[str, Any]:
+def _train(run: Run, console: Console) -> dict[str, Any]:
     """Train an unfinished run to its end; gives the last line of its metrics."""
+    recipe, folder = run.recipe, run.folder
     data = prepare_data(recipe)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    model = prepare_model(recipe, data)
+    model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
     trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    checkpoint = resume_point(run, recipe, override=override)
+    checkpoint = run.checkpoint()
     memory = PeakMemory(training_device())
     if is_main_process():
-        run.divergence_file.unlink(missing_ok=True)
-        facts = describe_environment(recipe, data.task, memory.device)
-        note_environment(run, recipe, facts, checkpoint, override=override)
-        for note in overrides_of(run.environment):
+        folder.divergence_file.unlink(missing_ok=True)
+        run.note(describe_environment(recipe, data.task, memory.device), checkpoint)
+        for note in overrides_of(folder.environment):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
-        run.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
-    model = _train_phases(recipe, run, data, model, frozenset(trained), checkpoint, console)
+        folder.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
+    model = _train_phases(recipe, folder, data, model, frozenset(trained), checkpoint, console)
     with sharding.gathered(model, trained):
         if is_main_process():
-            with new_folder(run.adapter) as stage:
+            with new_folder(folder.adapter) as stage:
                 get_method(recipe.method.name).save(model, stage)
     if is_main_process():
-        run.metrics.append(_conclusion(run, sum(trained.values()), memory))
+        folder.metrics.append(_conclusion(folder, sum(trained.values()), memory))
     PartialState().wait_for_everyone()
-    return run.metrics.read()[-1]
+    return folder.metrics.read()[-1]
 
 
 def _train_phases(
@@ -132,7 +125,7 @@ def _train_phases(
         first_step = outcome.step
         if outcome.kept_step != outcome.step:
             if sharding.is_sharded(model):  # its parameters take no whole ones any more
-                model = prepare_model(recipe, data)
+                model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
             get_method(recipe.method.name).load(model, checkpoint_folder(run.checkpoints, outcome.kept_step))
         if is_main_process():
             run.metrics.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
@@ -158,7 +151,9 @@ def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> 
     }
 
 
-def _result(recipe: Recipe, run: RunFolder, finished: Mapping[str, Any]) -> RunResult:
+def _result(run: Run, finished: Mapping[str, Any]) -> RunResult:
     same = ("kept_step", "metrics", "seconds", "peak_memory_bytes", "tokens", "trained_parameters")
     values = {name: finished[name] for name in same}
-    return RunResult(run.path, recipe, finished["step"], **values, skipped_steps=finished.get("skipped_steps", 0))
+    return RunResult(
+        run.folder.path, run.recipe, finished["step"], **values, skipped_steps=finished.get("skipped_steps", 0)
+    )

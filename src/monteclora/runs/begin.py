@@ -1,0 +1,130 @@
+"""Beginning a run, or going on with it: the one place that decides whether a folder holds the run of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from monteclora.errors import CheckpointError
+from monteclora.runs.manifest import Checkpoint, newest_complete
+from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_sha256
+from monteclora.runs.resumption import accepted_sha256, check_changes, resumed
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.atomic import discard_remains
+from monteclora.system.devices import is_main_process
+from monteclora.tasks import SplitSource
+
+__all__ = ["Run", "begin"]
+
+
+@contextmanager
+def begin(recipe: Recipe, *, override: bool = False) -> Iterator[Run]:
+    """Make the recipe's folder that of this run, and keep it for this process until the block ends.
+
+    A new folder, one in which the same run was begun, or one in which nothing was trained yet. Of several processes
+    of one run the first does it for all.
+
+    Args:
+        recipe: what is trained.
+        override: go on with an unfinished run whose recipe or data changed, see :func:`monteclora.train`.
+
+    Raises:
+        CheckpointError: the folder holds a run of another recipe (the message names the keys that differ) or other
+            files, another process trains it, or it cannot be made.
+    """
+    run = Run(RunFolder(recipe.folder), recipe, override)
+    if not is_main_process():
+        yield run
+        return
+    with run.folder.locked():
+        discard_remains(run.folder.path)
+        discard_remains(run.folder.checkpoints)
+        _claim(run)
+        yield run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that this process trains.
+
+    Attributes:
+        folder: its files.
+        recipe: what is trained.
+        override: whether changes of recipe and data since it was begun are accepted.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    override: bool = False
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The last line of the metrics of a run that came to its end, else None."""
+        return self.folder.finished
+
+    def check_data(self, sources: Mapping[str, SplitSource]) -> None:
+        """Make sure that the run, a finished one, was trained on the rows that its recipe names now.
+
+        Args:
+            sources: of the splits as they are loaded now.
+
+        Raises:
+            CheckpointError: they are others.
+        """
+        before = self.folder.environment["data"]["splits"]
+        for split, source in sources.items():
+            if split in before and before[split]["sha256"] != source.sha256:
+                raise CheckpointError(
+                    f"the {split} rows of {source.origin} changed since {self.folder.path} was trained, "
+                    "and it is finished",
+                    "Restore them, or choose another name or output to train on these.",
+                )
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from; None where there is none.
+
+        Raises:
+            CheckpointError: it was written for another recipe, and that was never accepted.
+        """
+        found = newest_complete(self.folder.checkpoints)
+        if found is None or self.override or found.recipe_sha256 == recipe_sha256(self.recipe):
+            return found
+        environment = self.folder.environment
+        accepted = accepted_sha256(environment)
+        if not differences(self.folder.recipe, self.recipe):
+            accepted.append(environment["recipe_sha256"])  # an earlier version's checksum of the same recipe
+        if found.recipe_sha256 not in accepted:
+            raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {self.folder.checkpoints}.")
+        return found
+
+    def note(self, facts: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+        """Write down what is trained on, on resuming also what is not as it was; and a recipe that was accepted.
+
+        Args:
+            facts: the content of ``environment.json`` as of now.
+            checkpoint: what the run goes on from.
+
+        Raises:
+            CheckpointError: the data are others than when the run began, and that was not accepted, or their labels
+                are.
+        """
+        if checkpoint is not None:
+            facts = resumed(self.folder, self.recipe, facts, checkpoint, override=self.override)
+        self.folder.write_environment(facts)
+        if self.folder.recipe != self.recipe:
+            self.folder.write_recipe(self.recipe)
+
+
+def _claim(run: Run) -> None:
+    """A recipe that is accepted on purpose is not put down yet: :meth:`Run.note` does it when training goes on."""
+    if run.folder.recipe_file.is_file():
+        before = load_recipe(run.folder.recipe_file)
+        changed = differences(before, run.recipe)
+        if changed and run.folder.begun:
+            check_changes(run.folder, changed, run.override)
+            return
+        if before == run.recipe:
+            return
+    run.folder.write_recipe(run.recipe)
