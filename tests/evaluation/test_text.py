@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import monteclora
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.reference import abstention_of, novelty_of, see
 from monteclora.evaluation.run import evaluate
@@ -20,7 +20,8 @@ TEXTS = [row["text"] for row in texts(7, seed=4)]
 
 @pytest.fixture
 def run(trained, tmp_path):
-    return shutil.copytree(trained["texts"], tmp_path / "run")
+    later = shutil.ignore_patterns("novelty.safetensors", "abstention.json")
+    return shutil.copytree(trained["texts"], tmp_path / "run", ignore=later)
 
 
 def test_answers_are_those_of_predict_file(run, tmp_path):
@@ -68,6 +69,17 @@ def test_what_was_stored_is_used_and_damage_is_named(run, monkeypatch):
     (run / "novelty.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match=r"novelty\.safetensors cannot be read"):
         model.predict(TEXTS)
+
+
+def test_without_the_rows_of_the_run_texts_are_answered_and_a_note_says_what_is_left_out(run, monkeypatch):
+    def gone(*_):
+        raise DataError("there is no file texts-train.jsonl", "Check the path.")
+
+    monkeypatch.setattr("monteclora.evaluation.reference.load", gone)
+    found = monteclora.load(run).predict(TEXTS)
+    assert (found.novelty, found.abstain, len(found.labels)) == (None, None, 7)
+    assert found.notes == ("novelty and abstain are left out: there is no file texts-train.jsonl. Check the path.",)
+    assert "notes" not in found.to_dict()
 
 
 def test_the_threshold_is_chosen_on_validation_rows(run):
