@@ -271,6 +271,12 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
     assert out == "written: new-predictions.parquet (2 rows, 3 posterior draws each)\n"
     assert (tmp_path / "new-predictions.parquet").is_file()
 
+    status, out, err = run_main("evaluate", run, "--ood", "new.jsonl")
+    assert (status, err) == (0, "")
+    assert "accuracy at coverage 0.8: " in out
+    assert "telling new.jsonl (2 rows) from the split" in out
+    assert all(score in out for score in ("entropy", "mutual information", "maximum logit", "novelty"))
+
     status, out, err = run_main("predict", run, "--text", "w1 w2", "--text", "w40", "--seed", 3)
     assert (status, err) == (0, "")
     rows = pq.read_table(tmp_path / "new-predictions.parquet").to_pylist()
