@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from monteclora.evaluation.run import evaluate
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
+    from monteclora.studies.study import StudyResult, study
     from monteclora.training.run import train
     from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
 
@@ -28,6 +29,7 @@ _HOME = {
     "MonteCLoRATrainerMixin": "training.trainer",
     "PredictiveDistribution": "prediction.predictive",
     "RunResult": "runs.result",
+    "StudyResult": "studies.study",
     "evaluate": "evaluation.run",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
@@ -35,6 +37,7 @@ _HOME = {
     "get_peft_model": "adapters.model",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
+    "study": "studies.study",
     "train": "training.run",
     "variational_loss": "adapters.active",
 }
@@ -47,6 +50,7 @@ __all__ = [
     "MonteCLoRATrainerMixin",
     "PredictiveDistribution",
     "RunResult",
+    "StudyResult",
     "evaluate",
     "export_merged",
     "export_samples",
@@ -54,6 +58,7 @@ __all__ = [
     "get_peft_model",
     "posterior_sampling",
     "predict",
+    "study",
     "train",
     "variational_loss",
 ]
