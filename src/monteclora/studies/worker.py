@@ -61,7 +61,8 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _end_with_parent() -> None:
     """Standard input ends when whoever started this process does: save, and stop."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # sys.stdin has a lock, which a thread that waits would hold when the interpreter ends
+        continue
     os.kill(os.getpid(), signal.SIGTERM)
 
 
