@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from monteclora.errors import ConfigError, DivergenceError
+from monteclora.evaluation.run import evaluate
 from monteclora.studies import execution
 from monteclora.studies.folder import StudyFolder
 from monteclora.studies.plan import make_plan
@@ -190,3 +191,16 @@ def test_a_study_that_is_cut_short_compares_all_arms(make_study: Callable[..., d
 def test_bundled_studies_have_the_trials_that_their_grid_says(name: str, count: int) -> None:
     trials = make_plan(load_study(name)).trials
     assert len(trials) == len({trial.id for trial in trials}) == count
+
+
+def test_trials_are_evaluated_as_the_study_says(make_study: Callable[..., dict[str, Any]]) -> None:
+    grid = {"method.name": ["monteclora"], "seed": [0]}
+    found = study(make_study(grid=grid, split="validation", sampler="mean", calibrator="temperature"), workers=0)
+    (outcome,) = found.outcomes.values()
+    result = evaluate(
+        found.folder / "trials" / outcome.trial, "validation", sampler="mean", calibrator="temperature", progress=False
+    )
+    assert dict(outcome.metrics) == dict(result.point)
+    wrong = make_study(grid=grid, sampler="posterio")
+    with pytest.raises(ConfigError, match="sampler is 'posterio', expected one of mean, posterior"):
+        study(wrong, workers=0)

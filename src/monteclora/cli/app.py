@@ -10,7 +10,22 @@ from pathlib import Path
 
 from cyclopts import App, CycloptsError, Parameter
 
-from monteclora.cli import check, demo, doctor, evaluate, export, listing, predict, recipes, report, study, train
+from monteclora.cli import (
+    calibrate,
+    check,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    harness,
+    listing,
+    predict,
+    recipes,
+    report,
+    study,
+    train,
+)
 from monteclora.cli.overrides import RECIPE_USAGE
 from monteclora.errors import MonteCLoRAError
 from monteclora.system.version import VERSION
@@ -37,6 +52,9 @@ app.command(train.train, usage=f"Usage: monteclora train {RECIPE_USAGE}")
 app.command(evaluate.evaluate)
 app.command(study.study)
 app.command(predict.predict)
+app.command(generate.generate)
+app.command(harness.harness)
+app.command(calibrate.calibrate)
 app.command(report.report)
 app.command(export.export)
 app.command(listing.app)

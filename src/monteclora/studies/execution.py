@@ -67,8 +67,14 @@ def _outcome(study: StudyRecipe, trial: Trial, state: TrialState) -> Outcome | N
     recipe = _fitting(trial.recipe, state)
     try:
         run = train(recipe, override=recipe != trial.recipe, progress=False)
-        draws = 0 if study.sampler == "mean" else None
-        result = evaluate(run, study.split, num_samples=draws, batch_size=state.eval_batch_size, progress=False)
+        result = evaluate(
+            run,
+            study.split,
+            sampler=study.sampler,
+            calibrator=study.calibrator,
+            batch_size=state.eval_batch_size,
+            progress=False,
+        )
         return _finished(trial, run, result, state)
     except DivergenceError as error:
         return Outcome(trial.id, "diverged", error.message)

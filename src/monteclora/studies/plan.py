@@ -163,7 +163,9 @@ def _trial(study: StudyRecipe, arm: str, values: Mapping[str, Any], recipe: Reci
         "recipe": recipe_sha256(recipe),
         "data": data,
         "split": study.split,
-        "num_samples": 0 if study.sampler == "mean" else recipe.evaluation.num_samples,
+        "sampler": study.sampler,
+        "calibrator": study.calibrator,
+        "num_samples": recipe.evaluation.num_samples,
         "bins": recipe.evaluation.bins,
     }
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from monteclora.config import Document, Node, brief, build, load_yaml
 from monteclora.config.document import from_python
 from monteclora.errors import ConfigError
 from monteclora.metrics.registry import METRICS
+from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, SAMPLERS
 from monteclora.runs.bundled import bundled_studies
 
 __all__ = ["Arm", "StudyRecipe", "load_study"]
@@ -44,7 +45,9 @@ class StudyRecipe:
             summarised apart; ``seed`` repeats; every other key is a setting, over which the spread is measured.
         split: what trials are evaluated on; null is test where it has labels, else validation.
         metric: what the summary and the page lead with; null is accuracy, for completions the NLL.
-        sampler: ``posterior`` draws where there is a posterior, or its ``mean``.
+        sampler: of predictions, by name (:mod:`monteclora.prediction.registry`); null is ``posterior`` for methods that
+            have one, else ``mean``.
+        calibrator: ``temperature``, fitted to the validation rows of each trial, or ``none``.
         max_trials: run at most so many, whole comparisons of all arms; the others are said to be left out.
         max_hours: start no trial after so many hours of one command; the same command goes on later.
         retries: how often a failed trial is tried again.
@@ -59,7 +62,8 @@ class StudyRecipe:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     split: Literal["train", "validation", "test"] | None = None
     metric: str | None = None
-    sampler: Literal["posterior", "mean"] = "posterior"
+    sampler: str | None = None
+    calibrator: str = NO_CALIBRATOR
     max_trials: int | None = None
     max_hours: float | None = None
     retries: int = 2
@@ -76,6 +80,10 @@ class StudyRecipe:
         found = []
         if self.metric is not None and self.metric not in METRICS:
             found.append(("metric", f"is {brief(self.metric)}, expected one of {', '.join(METRICS)}"))
+        for field_name, known in (("sampler", SAMPLERS), ("calibrator", (NO_CALIBRATOR, *CALIBRATORS))):
+            chosen = getattr(self, field_name)
+            if chosen is not None and chosen not in known:
+                found.append((field_name, f"is {brief(chosen)}, expected one of {', '.join(known)}"))
         if self.retries < 0:
             found.append(("retries", f"is {self.retries}, expected at least 0"))
         for name in ("max_trials", "max_hours"):
