@@ -60,7 +60,9 @@ def test_what_was_stored_is_used_and_damage_is_named(run, monkeypatch):
     monkeypatch.setattr("monteclora.evaluation.reference.load", lambda *_: pytest.fail("the rows were read again"))
     assert model.predict(TEXTS) == first
     assert np.isfinite(Novelty.load(run / "novelty.safetensors").limit)
-    (run / "abstention.json").write_text('{"num_samples": 3, "seed": 0, "risk": 0.1, "level": 0.9}')
+    stored = json.loads((run / "abstention.json").read_text())
+    del stored["threshold"]
+    (run / "abstention.json").write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=r"abstention\.json is damaged"):
         model.predict(TEXTS)
     (run / "novelty.safetensors").write_bytes(b"no tensors")
@@ -72,11 +74,21 @@ def test_the_threshold_is_chosen_on_validation_rows(run):
     loaded = monteclora.load(run).run
     predictions = evaluate(run, "validation", progress=False).scored.predictions
     right = predictions.probs.argmax(1) == predictions.labels
+    sampler = loaded.sampler(seed=0)
     for risk, level in ((0.1, 0.9), (0.9, 0.5)):
         expected = abstention_threshold(predictions.probs.max(1), right, risk, level)
-        found = abstention_of(loaded, 3, 0, risk, level)
+        found = abstention_of(loaded, sampler, 0, risk, level)
         assert (found.threshold, found.answered) == (pytest.approx(expected.threshold), expected.answered)
-        assert str(abstention_of(loaded, 3, 0, risk, level)) == str(found)  # as it was stored
+        assert str(abstention_of(loaded, sampler, 0, risk, level)) == str(found)  # as it was stored
+
+
+def test_a_threshold_chosen_for_other_weights_is_chosen_anew(run):
+    loaded = monteclora.load(run).run
+    abstention_of(loaded, None, 0, 0.9, 0.5)
+    before = json.loads((run / "abstention.json").read_text())
+    (run / "abstention.json").write_text(json.dumps({**before, "weights_sha256": "of others", "threshold": 2.0}))
+    abstention_of(loaded, None, 0, 0.9, 0.5)
+    assert json.loads((run / "abstention.json").read_text()) == before
 
 
 def test_a_language_model_answers_prompts(trained):

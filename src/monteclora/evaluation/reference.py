@@ -13,7 +13,10 @@ from monteclora.data.splitting import subset
 from monteclora.errors import CheckpointError, DataError
 from monteclora.metrics.selective import Abstention, abstention_threshold
 from monteclora.prediction.novelty import NOVELTY_FILE, Novelty, Seen, look_at, most_rows
+from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.runs.calibration import weights_sha256
 from monteclora.runs.loading import LoadedRun
+from monteclora.runs.run_folder import RunFolder
 from monteclora.system.atomic import write_file
 from monteclora.tasks import load
 from monteclora.tasks.classification import classify
@@ -52,10 +55,16 @@ def novelty_of(loaded: LoadedRun) -> Novelty:
     return found
 
 
-def abstention_of(loaded: LoadedRun, num_samples: int, seed: int, risk: float, level: float) -> Abstention:
+def abstention_of(loaded: LoadedRun, sampler: Sampler | None, seed: int, risk: float, level: float) -> Abstention:
     """The confidence above which answers keep the promise, chosen on validation rows and stored in the run folder.
 
-    What is stored is taken where it was chosen for the same draws, risk and level.
+    What is stored is taken where it was chosen for the same draws of the same weights, risk and level.
+
+    Args:
+        loaded: the run.
+        sampler: of the draws; None for the mean.
+        seed: of the draws.
+        risk, level: the promise, see :func:`monteclora.metrics.selective.abstention_threshold`.
 
     Raises:
         CheckpointError: the stored file is damaged.
@@ -63,13 +72,20 @@ def abstention_of(loaded: LoadedRun, num_samples: int, seed: int, risk: float, l
         DataError: the run's rows are gone, or there are no validation rows.
     """
     path = loaded.folder / ABSTENTION_FILE
-    how = {"num_samples": num_samples, "seed": seed, "risk": risk, "level": level}
+    how = {
+        "sampler": MEAN.name if sampler is None else sampler.name,
+        "num_samples": 0 if sampler is None else sampler.num_samples,
+        "seed": seed,
+        "risk": risk,
+        "level": level,
+        "weights_sha256": weights_sha256(RunFolder(loaded.folder).adapter),  # the posterior's scale is one of them
+    }
     if path.exists():
         stored = _read(path)
         if all(stored.get(name) == value for name, value in how.items()):
             return _abstention(path, stored)
     rows = _validation(loaded)
-    predictor = loaded.predictor(num_samples, seed)
+    predictor = loaded.predictor(sampler)
     (predictions,), _ = classify(predictor, rows, predictor.samplers[-1:])
     confidence, correct = predictions.probs.max(1), predictions.probs.argmax(1) == rows["label"][:]
     found = abstention_threshold(confidence, correct, risk, level)

@@ -88,15 +88,15 @@ class TextModel:
         """
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
-        draws = self.run.draws(num_samples)
+        sampler = self.run.sampler(num_samples=num_samples, seed=seed)
         kind = KINDS[self.run.kind]
         rows = Dataset.from_dict({"prompt" if kind.predicts_tokens else "text": list(texts)})
         with quiet_libraries():
-            columns = kind.predict(self.run.predictor(draws, seed), rows, max_new_tokens).columns
+            columns = kind.predict(self.run.predictor(sampler), rows, max_new_tokens).columns
             novelty = abstain = None
             if not kind.predicts_tokens:
                 novelty = novelty_of(self.run).of(see(self.run, rows)).tolist()
-                promise = abstention_of(self.run, draws, seed, self.risk, self.level)
+                promise = abstention_of(self.run, sampler, seed, self.risk, self.level)
                 abstain = promise.abstains(columns["confidence"]).tolist()
         numbers = {
             name: np.asarray(columns[name]).tolist() for name in ("confidence", "total", "aleatoric", "epistemic")
