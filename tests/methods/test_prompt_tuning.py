@@ -71,6 +71,23 @@ def test_completions_do_not_depend_on_padding(build: Any) -> None:
         assert torch.equal(found[:, before:], written)
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+@torch.no_grad()
+def test_keys_and_values_that_are_kept_hold_the_prompt(build: Any) -> None:
+    """As options are scored: the prompts of rows in one pass, padded on the left, what follows in another."""
+    model, ids = prompted(build, "causal_lm"), tokens(2, 7)
+    given = padded(ids, 3, 0)
+    first = model(input_ids=given["input_ids"][:, :8], attention_mask=given["attention_mask"][:, :8], use_cache=True)
+    name = "past_key_values" if "past_key_values" in first else "cache"
+    found = model(
+        input_ids=given["input_ids"][:, 8:],
+        attention_mask=given["attention_mask"],
+        use_cache=True,
+        **{name: first[name]},
+    )
+    torch.testing.assert_close(found.logits, by_hand(model, ids)[:, VIRTUAL + 5 :], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("build", [bert, llama_classifier])
 @pytest.mark.parametrize("behind", [0, 3])
 @torch.no_grad()

@@ -106,6 +106,9 @@ def _aligned(base: type) -> type:
 
 def _forward(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
     """As the base model's, for tokens of shape (B, T); logits of a language model are (B, T, V), or those kept."""
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    if cache is not None and cache.get_seq_length():  # the prompt is in it
+        return self.get_base_model()(input_ids=input_ids, **_continued(self, input_ids, attention_mask, inputs))
     count, kept = self.active_peft_config.num_virtual_tokens, inputs.pop("logits_to_keep", 0)
     given = _prompted(self, input_ids, attention_mask, inputs)
     every = isinstance(kept, int) and not kept
@@ -161,6 +164,30 @@ def _prompted(model: Any, ids: Tensor, mask: Tensor | None, inputs: dict[str, An
     result["inputs_embeds"] = torch.where(virtual[..., None], spread, embedded)
     if decoder and "position_ids" in inspect.signature(base.forward).parameters:
         result["position_ids"] = (result["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
+    return result
+
+
+def _continued(model: Any, ids: Tensor, mask: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs beside ``ids``, (B, T), which follow cached tokens, the prompt among them.
+
+    Args:
+        model: the prompted one.
+        ids: the new tokens.
+        mask: of the cached own tokens and the new ones, shape (B, T' + T); None where none is padding.
+        inputs: the others.
+    """
+    import torch
+
+    count = model.active_peft_config.num_virtual_tokens
+    if mask is None:
+        return inputs
+    first = mask.long().argmax(1)[:, None]
+    columns = torch.arange(mask.shape[1] + count, device=mask.device)[None]
+    own = (columns - count * (columns >= first + count)).clamp_max(mask.shape[1] - 1)
+    whole = mask.gather(1, own).masked_fill((columns >= first) & (columns < first + count), 1)
+    result = {**inputs, "attention_mask": whole}
+    if "position_ids" in inspect.signature(model.get_base_model().forward).parameters:
+        result["position_ids"] = (whole.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return result
 
 
