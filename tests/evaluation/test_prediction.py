@@ -9,7 +9,7 @@ import torch
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.run import evaluate
-from monteclora.prediction.generation import complete, encode_prompts
+from monteclora.prediction.generation import Decoding, complete, encode_prompts
 from monteclora.runs.loading import load_run
 from monteclora.tasks import load_inputs
 from monteclora.tasks.classification import Classification
