@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 
 import monteclora
+from monteclora.data.columns import Columns
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.reference import abstention_of, novelty_of, see
@@ -126,3 +128,18 @@ def test_features_are_the_pretrained_models_and_energies_the_tuned_ones(run):
     with loaded.model.disable_adapter():
         states = loaded.model(**batch, output_hidden_states=True).hidden_states[-1]
     np.testing.assert_allclose(seen.features[0], states[0].mean(0).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["its data", "a task with a name"])
+def test_single_texts_are_refused_by_a_run_of_pairs(trained, how):
+    model = monteclora.load(trained["texts"])
+    pairs = Columns("classification", ("sentence1", "sentence2"), "label")
+    data = dataclasses.replace(model.run.recipe.data, task="mrpc", train_file=None, test_file=None)
+    loaded = {
+        "its data": dataclasses.replace(model.run, columns=pairs),
+        "a task with a name": dataclasses.replace(
+            model.run, columns=None, recipe=dataclasses.replace(model.run.recipe, data=data)
+        ),
+    }[how]
+    with pytest.raises(ConfigError, match=r"reads pairs of texts \(sentence1, sentence2\)"):
+        dataclasses.replace(model, run=loaded).predict(["w1"])

@@ -16,6 +16,7 @@ from monteclora.evaluation.reference import LEVEL, RISK, Judge
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.quiet import quiet_libraries
+from monteclora.tasks import list_tasks
 from monteclora.tasks.kinds import KINDS
 
 __all__ = ["TextModel", "TextPredictions", "load"]
@@ -91,8 +92,13 @@ class TextModel:
         """
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
-        sampler = self.run.sampler(num_samples=num_samples, seed=seed)
         kind = KINDS[self.run.kind]
+        if not kind.predicts_tokens and len(columns_read := _text_columns(self.run)) > 1:
+            raise ConfigError(
+                f"{self.run.folder} reads pairs of texts ({', '.join(columns_read)}), and predict takes single ones",
+                "Predict a file with these columns: monteclora predict RUN FILE.",
+            )
+        sampler = self.run.sampler(num_samples=num_samples, seed=seed)
         rows = Dataset.from_dict({"prompt" if kind.predicts_tokens else "text": list(texts)})
         with quiet_libraries():
             answered = kind.predict(self.run.predictor(sampler), rows, max_new_tokens)
@@ -113,6 +119,14 @@ class TextModel:
             abstain=judged.get("abstain"),
             notes=notes,
         )
+
+
+def _text_columns(run: LoadedRun) -> tuple[str, ...]:
+    """Those that a classifier was trained on, as far as they were written down."""
+    if run.columns is not None:
+        return run.columns.text
+    spec, tasks = run.recipe.data, {task.name: task.text_columns for task in list_tasks()}
+    return tasks.get(spec.task or "", tuple(spec.text_columns))
 
 
 def load(run: str | Path | RunResult, *, risk: float = RISK, level: float = LEVEL) -> TextModel:
