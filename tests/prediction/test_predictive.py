@@ -261,6 +261,8 @@ def test_options_that_are_no_tensors_are_passed_on() -> None:
 def test_next_tokens_need_the_logits_of_the_last_ones_only() -> None:
     """64 rows of a few hundred tokens over a large vocabulary would take gigabytes."""
     model, seen = wrapped(llama), []
+    predict(model, {"input_ids": tokens(2, 4)}, num_samples=2)  # finds out how rows lie
+    predict(model, padded(ROWS, "left", extra=1), num_samples=2)
     model.get_base_model().lm_head.register_forward_hook(lambda m, i, output: seen.append(output.shape[1]))
     predict(model, {"input_ids": tokens(2, 30)}, num_samples=2)
     predict(model, padded(ROWS, "left", extra=9), num_samples=2)

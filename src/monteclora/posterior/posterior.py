@@ -80,6 +80,7 @@ class AdapterPosterior(nn.Module):
         self.enabled = True
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
+        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on
         self._repetitions = Repetitions()
         self._reminder = Reminder()
         if settings.kl_weight == settings.coop_weight == 0.0:
@@ -141,7 +142,7 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "_current": None}
+        return {**self.__dict__, "_current": None, "drawn": False}
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` holds beside the tensors: the number of draws made, and whether noise is on."""
