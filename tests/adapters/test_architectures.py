@@ -80,15 +80,24 @@ CASES = [
     classifier("Roberta", ["query", "value"], pad_token_id=1),
     classifier("Electra", ["query", "value"], embedding_size=16),
     classifier("Albert", ["query", "value", "ffn"], embedding_size=16),
-    Case("DistilBertForSequenceClassification", {"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 40}, ["q_lin"]),
+    Case(
+        "DistilBertForSequenceClassification", {"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 40}, ["q_lin"]
+    ),
     classifier("MPNet", ["q", "v"]),
     classifier("RoFormer", ["query", "value"], embedding_size=WIDTH),
-    classifier("ModernBert", ["Wqkv", "Wo"], global_attn_every_n_layers=2, pad_token_id=0, cls_token_id=2, sep_token_id=3),
+    classifier(
+        "ModernBert", ["Wqkv", "Wo"], global_attn_every_n_layers=2, pad_token_id=0, cls_token_id=2, sep_token_id=3
+    ),
     classifier("Nystromformer", ["query", "value"], num_landmarks=LENGTH, segment_means_seq_len=LENGTH),
     classifier("DebertaV2", ["query_proj", "key_proj"], True, share_att_key=True, position_buckets=8, **RELATIVE),
     classifier("Deberta", ["pos_proj", "pos_q_proj"], True, **RELATIVE),
     classifier("Longformer", ["query", "value"], True, attention_window=4),
-    Case("XLNetForSequenceClassification", {"d_model": WIDTH, "n_layer": 2, "n_head": 2, "d_inner": 40}, ["layer_1"], True),
+    Case(
+        "XLNetForSequenceClassification",
+        {"d_model": WIDTH, "n_layer": 2, "n_head": 2, "d_inner": 40},
+        ["layer_1"],
+        True,
+    ),
     decoder("Llama", ["q_proj", "down_proj"]),
     decoder("Mistral", ["q_proj", "v_proj"], num_key_value_heads=2),
     decoder("Qwen2", ["q_proj", "v_proj"], num_key_value_heads=2),
@@ -103,10 +112,17 @@ CASES = [
     Case("MambaForCausalLM", {"hidden_size": WIDTH, "state_size": 4, "num_hidden_layers": 2}, ["in_proj", "x_proj"]),
     seq2seq("T5", ["q", "v", "wo"], **T5),
     seq2seq("Bart", ["q_proj", "fc1"], **BART),
-    seq2seq("SwitchTransformers", ["wi", "wo"], True, num_sparse_encoder_layers=1, num_experts=4, expert_capacity=64, **T5),
+    seq2seq(
+        "SwitchTransformers", ["wi", "wo"], True, num_sparse_encoder_layers=1, num_experts=4, expert_capacity=64, **T5
+    ),
     seq2seq("LED", ["query", "value"], True, attention_window=4, **BART),
     Case("CLIPModel", {}, ["q_proj", "fc1"], kind="images"),
-    Case("ViTForImageClassification", {**USUAL, "image_size": 8, "patch_size": 4}, ["query", "value", "q_proj"], kind="vision"),
+    Case(
+        "ViTForImageClassification",
+        {**USUAL, "image_size": 8, "patch_size": 4},
+        ["query", "value", "q_proj"],
+        kind="vision",
+    ),
 ]
 
 
@@ -157,7 +173,9 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     result = model(**batch)
-    found: Tensor = result.logits if hasattr(result, "logits") else torch.cat([result.text_embeds, result.image_embeds], -1)
+    found: Tensor = (
+        result.logits if hasattr(result, "logits") else torch.cat([result.text_embeds, result.image_embeds], -1)
+    )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -424,7 +425,10 @@ def test_sampling_a_merged_or_disabled_adapter_is_refused() -> None:
 def test_several_draws_on_a_batch_that_they_do_not_divide_are_refused() -> None:
     model = wrapped(llama).eval()
     for rows in (4, 3, 6):  # of a batch of three different rows each would be under a draw of its own
-        with posterior_sampling(model, num_samples=3), pytest.raises(ConfigError, match="3 draws at once met") as caught:
+        with (
+            posterior_sampling(model, num_samples=3),
+            pytest.raises(ConfigError, match="3 draws at once met") as caught,
+        ):
             model(input_ids=tokens(rows=rows))
         assert "Repeat the batch" in caught.value.hint
     with posterior_sampling(model, num_samples=3):
@@ -458,3 +462,64 @@ def test_rows_of_several_adapters_are_drawn_each_from_its_own() -> None:
             with posterior_sampling(model, seed=3):
                 for draw in range(2):
                     torch.testing.assert_close(model(input_ids=ids).logits[row], mixed[draw][row])
+
+
+def test_a_disabled_adapter_freezes_its_posterior_and_has_no_loss() -> None:
+    """Else data-parallel training would wait for gradients that never come."""
+    model = wrapped(llama)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        loss = variational_loss(model)
+        assert not loss.requires_grad
+        assert float(loss) == 0.0
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == names
+    assert float(variational_loss(model).detach()) > 0
+
+
+def test_a_layer_that_is_never_called_is_refused() -> None:
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "last": nn.Linear(16, 4)})
+    with pytest.raises(ConfigError, match=r"'attention.out_proj' is never called"):
+        monteclora.get_peft_model(base, MonteCLoRAConfig(target_modules=["out_proj", "last"], r=2))
+
+
+@pytest.mark.parametrize("value", [1e3, -1e3, 1e30])
+def test_a_posterior_that_diverged_has_a_finite_loss(value: float) -> None:
+    model = wrapped(llama)
+    with torch.no_grad():
+        posterior_of(model).rho.fill_(value)
+        posterior_of(model).eta.fill_(value)
+    loss = model(**batch_for(llama)).loss + variational_loss(model)
+    loss.backward()
+    assert loss.isfinite()
+    assert loss > 1e3
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_offloaded_adapters_are_refused_before_anything_is_computed(training: bool) -> None:
+    model = cpu_offload(wrapped(llama).train(training), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="are offloaded"):
+        if training:
+            model(**batch_for(llama))
+        else:
+            monteclora.predict(model, {"input_ids": tokens()}, num_samples=2)
+
+
+def test_per_sample_gradients_by_torch_func_work_at_the_mean_and_are_refused_under_draws() -> None:
+    model = wrapped(perceptron)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    x = torch.randn(5, 12)
+    with pytest.raises(ConfigError, match=r"transform of torch\.func"):
+        per_sample(parameters, x)
+    model.eval()
+    found = per_sample(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(found[name].sum(0), parameter.grad)

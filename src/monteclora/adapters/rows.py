@@ -111,6 +111,7 @@ def _inputs(
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(module))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks of a moment are not worth a graph
         if marked is not None:
             mark = _Mark(marked, groups, _row_counts(copied_args, copied_kwargs, groups))
             mark.inputs(copied_args, copied_kwargs)

@@ -24,7 +24,7 @@ from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.system.devices import process_index
 
-__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "holding"]
+__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "check_here", "holding"]
 
 
 class RowOrderError(ConfigError):
@@ -116,6 +116,15 @@ class BoundCheckpoint:
         return self.checkpoint(repeat, *args, **kwargs)
 
 
+def check_here(posterior: AdapterPosterior) -> None:
+    """Raises ConfigError for a posterior that is offloaded: no layer brings it back when it is needed."""
+    if posterior.rho.is_meta:
+        raise ConfigError(
+            "rho and eta of the adapter are offloaded (on the meta device), and draws are made before any layer runs",
+            "Keep the adapted layers on a device: leave them out of cpu_offload, disk_offload and device_map.",
+        )
+
+
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """The first dimension of what the model is called with."""
     tensor = batch_tensor(args, kwargs)
@@ -161,7 +170,6 @@ class DrawScope:
     def __init__(self, source: DrawSource) -> None:
         self.source = source
         self.held: int | None = None  # number of the draw that every training forward pass makes again
-        self._traced: int | None = None
         self._hooked: list[nn.Module] = []
         self._within: tuple[frozenset[int], ...] = ()  # the numbers of the hooked modules inside each
         self._handles: list[RemovableHandle] = []
@@ -179,10 +187,9 @@ class DrawScope:
                 known.add(id(module))
                 number = len(self._hooked)
                 self._hooked.append(module)
-                enter, leave = partial(self.enter, number), partial(self.leave, number)
-                if number == 0:
-                    # what calls a compiled model runs the outermost hooks by themselves, outside its graph
-                    enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
+                # what calls a compiled model runs the outermost hooks by themselves, outside its graph
+                enter = partial(self.enter if number else self.enter_uncompiled, number)
+                leave = partial(self.leave if number else self.leave_uncompiled, number)
                 self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(leave, always_call=True))
         numbers = {id(module): number for number, module in enumerate(self._hooked)}
@@ -205,18 +212,21 @@ class DrawScope:
 
     @property
     def _running(self) -> int | None:
-        """The number of the outermost call that runs in this context; compiled code reads none and has its own."""
-        return self._traced if torch.compiler.is_compiling() else _levels.get().get(self)
+        """The number of the outermost call that runs in this context."""
+        return _levels.get().get(self)
 
     @_running.setter
     def _running(self, number: int | None) -> None:
-        self._traced = number
-        if not torch.compiler.is_compiling():
-            others = {scope: running for scope, running in _levels.get().items() if scope is not self}
-            _levels.set(others if number is None else {**others, self: number})
+        others = {scope: running for scope, running in _levels.get().items() if scope is not self}
+        _levels.set(others if number is None else {**others, self: number})
 
     def enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Draw, if this is the outermost call and not a repetition inside a backward pass."""
+        """Draw, if this is the outermost call and not a repetition inside a backward pass.
+
+        Not in compiled code, which would be another for every block: where nothing around it drew, its layers do.
+        """
+        if torch.compiler.is_compiling():
+            return
         running = self._running
         # whatever is called meanwhile is inside the outermost call; if it is not, that call was interrupted
         if running is None or number not in self._within[running]:
@@ -225,16 +235,42 @@ class DrawScope:
 
     def leave(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
         """The call is over, by return or by exception."""
+        if torch.compiler.is_compiling():
+            return
         if self._running == number:
             self._running = None
             for posterior in self.source.known_posteriors():
                 posterior.drawn = False
 
     @torch.compiler.disable
+    def enter_uncompiled(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """:meth:`enter`, never part of a compiled graph."""
+        self.enter(number, module, args, kwargs)
+
+    @torch.compiler.disable
+    def leave_uncompiled(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
+        """:meth:`leave`, never part of a compiled graph."""
+        self.leave(number, module, args, output)
+
+    @torch.compiler.disable
     def _draw(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch._C._current_graph_task_id() != -1 or _probing.get():
             return
+        try:
+            self._draw_all(number, args, kwargs)
+        except RuntimeError as error:
+            # torch's own words: whether a transform is going on has no public name
+            if isinstance(error, ConfigError) or not any(word in str(error) for word in (" transform", "vmap")):
+                raise
+            raise ConfigError(
+                "a draw cannot be made inside a transform of torch.func (grad, vmap, jvp)",
+                "Transform the model in evaluation mode, which uses the mean, or take gradients with backward().",
+            ) from error
+
+    def _draw_all(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         posteriors = self.source.drawn_posteriors()
+        for posterior in posteriors:
+            check_here(posterior)
         training = [self._in_training(posterior) for posterior in posteriors]
         if any(training):
             self._bind_checkpoints()

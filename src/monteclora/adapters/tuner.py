@@ -64,12 +64,14 @@ class MonteCLoRATuner(LoraModel):
 
     ``posteriors``, by adapter name, is a module of the ``PeftModel`` around this one, to which this one only refers:
     peft counts whatever is registered here, or in the layers, as adapter weights, and would write it into their file.
-    ``mean_modules`` has the ``lora_A`` of their layers, ``hooked_layers`` the layers by name.
+    ``mean_modules`` has the ``lora_A`` of their layers, ``hooked_layers`` the layers by
+    name, ``frozen`` which parameters of posteriors are trainable when the adapters are not disabled.
     """
 
     posteriors: nn.ModuleDict
     mean_modules: dict[str, list[nn.ModuleDict]]
     hooked_layers: dict[str, dict[str, LoraLayer]]
+    frozen: dict[nn.Parameter, bool]
     scope: DrawScope
     begun: bool
 
@@ -83,6 +85,7 @@ class MonteCLoRATuner(LoraModel):
         self.__dict__["posteriors"] = nn.ModuleDict()
         self.mean_modules = {}
         self.hooked_layers = {}
+        self.frozen = {}
         self.scope = DrawScope(self)
         self.begun = False
 
@@ -205,6 +208,11 @@ class MonteCLoRATuner(LoraModel):
                     "and 8-bit layers only",
                     "Take it out of target_modules, or list it in exclude_modules.",
                 )
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                raise ConfigError(
+                    f"target module '{name}' is never called: nn.MultiheadAttention uses its weight alone",
+                    "Take it out of target_modules, or list it in exclude_modules.",
+                )
         return layers
 
     def _modules_around(self, names: list[str], *, inside_blocks: bool = False) -> list[nn.Module]:
@@ -278,6 +286,21 @@ class MonteCLoRATuner(LoraModel):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for name, posterior in self.posteriors.items():
             posterior.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        """As in peft, which freezes the adapters meanwhile; the posteriors are frozen with them."""
+        if not self.frozen:
+            self.frozen = {p: p.requires_grad for posterior in self.known_posteriors() for p in posterior.parameters()}
+        super().disable_adapter_layers()
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+
+    def enable_adapter_layers(self) -> None:
+        """As in peft; the posteriors are trainable again if they were before."""
+        super().enable_adapter_layers()
+        for parameter, trainable in self.frozen.items():
+            parameter.requires_grad_(trainable)
+        self.frozen = {}
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As in peft, posteriors included."""
