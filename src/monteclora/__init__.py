@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from monteclora.adapters.config import MonteCLoRAConfig
     from monteclora.adapters.export import export_merged, export_samples
     from monteclora.adapters.model import from_pretrained, get_peft_model
+    from monteclora.evaluation.generation import generate
     from monteclora.evaluation.run import evaluate
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
@@ -32,6 +33,7 @@ _HOME = {
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
     "from_pretrained": "adapters.model",
+    "generate": "evaluation.generation",
     "get_peft_model": "adapters.model",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
@@ -51,6 +53,7 @@ __all__ = [
     "export_merged",
     "export_samples",
     "from_pretrained",
+    "generate",
     "get_peft_model",
     "posterior_sampling",
     "predict",

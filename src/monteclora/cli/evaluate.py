@@ -18,6 +18,7 @@ def evaluate(
     /,
     *,
     split: str | None = None,
+    task: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     base: Flag = False,
@@ -33,6 +34,7 @@ def evaluate(
     Args:
         run: a run folder.
         split: train, validation or test; by default test where it has labels, else validation.
+        task: another task than the run was trained on, such as piqa for one trained on commonsense_15k.
         num_samples: posterior draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
         base: measure the pretrained model without the adapter (causal LM only).
@@ -45,6 +47,7 @@ def evaluate(
     result = measure(
         run,
         split,
+        task=task,
         num_samples=num_samples,
         seed=seed,
         base=base,

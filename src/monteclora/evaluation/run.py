@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from monteclora.data.kinds import Kind
+from monteclora.data.sources import local_splits
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.runs.loading import LoadedRun, load_run
@@ -24,7 +25,7 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.version import VERSION
-from monteclora.tasks import SplitSource, TaskData, load
+from monteclora.tasks import DataSpec, SplitSource, TaskData, get_task, load
 from monteclora.tasks.base import Scored
 from monteclora.tasks.kinds import KINDS
 
@@ -110,6 +111,7 @@ def evaluate(
     run: str | Path | RunResult,
     split: str | None = None,
     *,
+    task: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     base: bool = False,
@@ -128,6 +130,8 @@ def evaluate(
     Args:
         run: a run folder, or what ``train`` gave.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
+        task: another task with a name than the run was trained on, of the same kind; records then have it before the
+            split, as in ``piqa:validation``.
         num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
         seed: the stream of draws.
         base: evaluate the pretrained model without the adapter (causal LM only).
@@ -144,7 +148,14 @@ def evaluate(
     folder = run.folder if isinstance(run, RunResult) else run
     loaded = load_run(folder, base=base, allow_unfinished=allow_unfinished)
     return evaluate_loaded(
-        loaded, split, num_samples=num_samples, seed=seed, rows=rows, batch_size=batch_size, progress=progress
+        loaded,
+        split,
+        task=task,
+        num_samples=num_samples,
+        seed=seed,
+        rows=rows,
+        batch_size=batch_size,
+        progress=progress,
     )
 
 
@@ -152,6 +163,7 @@ def evaluate_loaded(
     loaded: LoadedRun,
     split: str | None = None,
     *,
+    task: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     rows: int | None = None,
@@ -163,9 +175,10 @@ def evaluate_loaded(
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
     draws = loaded.draws(num_samples)
-    data, split = _load_split(loaded, split)
+    data, split = _load_split(loaded, split, task)
     chosen = subset(data.split(split), rows, seed=0)
     source = data.sources[split]
+    split = f"{task}:{split}" if task is not None else split
     notes = [*_to_be_known(loaded, split, source), *(note for note in data.leaks if note.startswith(f"{split}:"))]
     if len(chosen) < source.rows:
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
@@ -190,8 +203,19 @@ def evaluate_loaded(
     return result
 
 
-def _load_split(loaded: LoadedRun, split: str | None) -> tuple[TaskData, str]:
-    data = load(loaded.recipe.data, None if split is None else (split,))
+def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
+    spec = loaded.recipe.data
+    if task is not None:
+        kind = get_task(task).kind
+        if kind != loaded.kind:
+            raise ConfigError(
+                f"{task} is a task of {kind}, and the run is one of {loaded.kind}", "Choose another task."
+            )
+        spec = DataSpec(task, folder=spec.folder, max_length=spec.max_length, truncation=spec.truncation)
+        if split is None:  # none of its rows is learned here, so none is read that is not scored
+            available = local_splits(task, Path(spec.folder) if spec.folder else None) or get_task(task).splits
+            split = "test" if "test" in available else "validation"
+    data = load(spec, None if split is None else (split,))
     if data.label_names != loaded.label_names:
         raise DataError(
             f"{data.name} has other labels than the run {loaded.folder} was trained with",
