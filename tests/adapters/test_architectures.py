@@ -228,7 +228,7 @@ def test_examples_have_noise_of_their_own_or_are_refused_by_name(case: Case) -> 
             module.p = 0.0
     same = {name: value[:1].expand_as(value).contiguous() for name, value in batch.items()}
     if case.apart:
-        with pytest.raises(ConfigError, match="per_example.*in layer '"):
+        with pytest.raises(ConfigError, match=r"per_example.*in layer '"):
             output(model, same)
         return
     rows = output(model, same)

@@ -120,7 +120,7 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter, none that is active, all are merged or disabled, or one of them
+        ConfigError: the model has no MonteCLoRA adapter, none that is active, all are merged or disabled, or one
             is offloaded.
     """
     tuner = _tuner(model)

@@ -181,7 +181,9 @@ class MonteCLoRATuner(LoraModel):
             elif all(_is_here(layer.lora_A[name].weight) for _, layer in layers):
                 scales = _scales(config, name, [layer for _, layer in layers])
                 scale = cast(Tensor, posterior.scale)
-                scale.copy_(torch.tensor(scales, dtype=scale.dtype))
+                fitted = torch.tensor(scales, dtype=scale.dtype, device=scale.device)
+                if not torch.equal(fitted, scale):  # transforms of torch.func list parameters, and allow no change
+                    scale.copy_(fitted)
             cast(AdapterPosterior, self.posteriors[name]).measured = begin and name in self.active_adapters
 
     def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
