@@ -260,7 +260,8 @@ class DrawScope:
             self._draw_all(number, args, kwargs)
         except RuntimeError as error:
             # torch's own words: whether a transform is going on has no public name
-            if isinstance(error, ConfigError) or not any(word in str(error) for word in ("transform, ", "torch.func", "vmap")):
+            words = ("transform, ", "torch.func", "vmap")
+            if isinstance(error, ConfigError) or not any(word in str(error) for word in words):
                 raise
             raise ConfigError(
                 "a draw cannot be made inside a transform of torch.func (grad, vmap, jvp)",

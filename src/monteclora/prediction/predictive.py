@@ -6,16 +6,16 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from monteclora.adapters.active import posterior_sampling, sampled_posteriors
 from monteclora.adapters.scope import RowOrderError
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
+from monteclora.prediction.forward import base_of, text_mask, with_positions
 from monteclora.system.modes import evaluating
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
@@ -70,23 +70,21 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         ConfigError: the model has a head of another kind.
     """
-    inputs, base = dict(inputs), _base(model)
+    base = base_of(model)
     if type(base).__name__.endswith(_OTHER_HEADS):
         raise ConfigError(
             f"{type(base).__name__} does not predict one label or next token a row",
             "Use a model with a sequence classification or language-modelling head.",
         )
     parameters = inspect.signature(base.forward).parameters
-    two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    mask = inputs.get("decoder_attention_mask" if two_stacks else "attention_mask")
-    counts_positions = not two_stacks and "position_ids" in parameters and inputs.get("position_ids") is None
-    if counts_positions and mask is not None and mask.dim() == 2:
-        # absolute positions must not count padding on the left
-        if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        elif inputs.get("input_ids") is not None:
-            inputs = _padded_on_the_right(inputs, mask)
-            mask = inputs["attention_mask"]
+    mask = text_mask(base, inputs)
+    placed = with_positions(base, inputs)
+    if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
+        inputs = placed
+    elif "position_ids" in placed.keys() - inputs.keys() and mask is not None and inputs.get("input_ids") is not None:
+        # a classifier looks for the last token by its padding, and counts positions from the first column
+        inputs = _padded_on_the_right(dict(inputs), mask)
+        mask = inputs["attention_mask"]
     if "logits_to_keep" in parameters:
         # over a large vocabulary, the logits of all positions would take more memory than the model
         sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -122,12 +120,6 @@ def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:
     if mask is None:
         return torch.full((rows,), length - 1, device=sequence.device)
     return (mask.long() * torch.arange(length, device=mask.device)).argmax(-1)
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed)."""
-    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return model if found is None else cast(nn.Module, found.get_base_model())
 
 
 def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0) -> PredictiveDistribution:
@@ -208,7 +200,7 @@ def _check_batch(batch: Any) -> None:
 
 def _warn_of_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Warn of rows that seem to be padded, without a mask to say so: their padding is read as text."""
-    ids, pad = batch.get("input_ids"), getattr(getattr(_base(model), "config", None), "pad_token_id", None)
+    ids, pad = batch.get("input_ids"), getattr(getattr(base_of(model), "config", None), "pad_token_id", None)
     if not isinstance(ids, Tensor) or not isinstance(pad, int) or batch.get("attention_mask") is not None:
         return
     padding = ids == pad
