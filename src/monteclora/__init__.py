@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from monteclora.adapters.model import from_pretrained, get_peft_model
     from monteclora.evaluation.generation import generate
     from monteclora.evaluation.run import evaluate
+    from monteclora.evaluation.text import load
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
     from monteclora.training.run import train
@@ -35,6 +36,7 @@ _HOME = {
     "from_pretrained": "adapters.model",
     "generate": "evaluation.generation",
     "get_peft_model": "adapters.model",
+    "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
     "train": "training.run",
@@ -55,6 +57,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "get_peft_model",
+    "load",
     "posterior_sampling",
     "predict",
     "train",

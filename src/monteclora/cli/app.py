@@ -11,6 +11,7 @@ from pathlib import Path
 from cyclopts import App, CycloptsError, Parameter
 
 from monteclora.cli import (
+    calibrate,
     check,
     demo,
     doctor,
@@ -51,6 +52,7 @@ app.command(evaluate.evaluate)
 app.command(predict.predict)
 app.command(generate.generate)
 app.command(harness.harness)
+app.command(calibrate.calibrate)
 app.command(report.report)
 app.command(export.export)
 app.command(listing.app)

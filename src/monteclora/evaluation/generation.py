@@ -23,7 +23,7 @@ from monteclora.metrics.intervals import bootstrap_interval
 from monteclora.metrics.pass_at_k import pass_at_k
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete
-from monteclora.prediction.sampler import MEAN
+from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.result import RunResult
@@ -141,7 +141,8 @@ def generate(
     asked = _asked(loaded, task, allow_code_execution)
     assert asked.generation is not None
     decoding = Decoding(max_new_tokens or asked.generation.max_new_tokens, temperature, top_p)
-    draws = loaded.draws(num_samples)
+    drawn = loaded.sampler(num_samples=num_samples, seed=seed)
+    draws = 0 if drawn is None else drawn.num_samples
     folder = Path(loaded.recipe.data.folder) if loaded.recipe.data.folder else None
     problems = _chosen(asked.generation.problems(split, folder), rows)
     started = time.perf_counter()
@@ -157,7 +158,7 @@ def generate(
         **asdict(decoding),
     }
     answers = Answers(loaded.folder / ANSWERS_FOLDER, f"{asked.name}-{split}", about)
-    notes = _answer(loaded, problems, answers, decoding, draws, samples, seed, batch_size, progress)
+    notes = _answer(loaded, problems, answers, decoding, drawn, samples, seed, batch_size, progress)
     slots = sorted((p, d, a) for p in range(len(problems)) for d in range(max(draws, 1)) for a in range(samples))
     verdicts = _judge(asked, problems, answers, slots, progress)
     table = answers.path.with_suffix(".parquet")
@@ -211,22 +212,21 @@ def _answer(
     problems: list[Problem],
     answers: Answers,
     decoding: Decoding,
-    draws: int,
+    drawn: Sampler | None,
     samples: int,
     seed: int,
     batch_size: int | None,
     progress: bool,
 ) -> tuple[str, ...]:
     """Have every question answered that has no answer yet; says what was truncated."""
-    predictor = loaded.predictor(draws, seed, batch_size)
-    sampler = predictor.posterior or MEAN
+    predictor, sampler = loaded.predictor(drawn, batch_size), drawn or MEAN
     room = _room(loaded) - decoding.max_new_tokens
     if room < 2:
         raise ConfigError(
             f"max_new_tokens is {decoding.max_new_tokens}, and the model reads {_room(loaded)} tokens", "Ask for fewer."
         )
     encoded = [encode_prompt({"prompt": problem.prompt}, loaded.tokenizer, room) for problem in problems]
-    total = len(problems) * max(draws, 1) * samples
+    total = len(problems) * sampler.num_samples * samples
     with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: answers", total, progress) as advance:
         advance(len([slot for slot in answers.texts if slot[2] < samples]))
         for draw in range(sampler.num_samples):

@@ -112,9 +112,8 @@ def harness(
     loaded = load_run(run.folder if isinstance(run, RunResult) else run, base=base)
     if loaded.kind != "causal_lm":
         raise ConfigError(f"{loaded.folder} trained a classifier", "The harness measures language models.")
-    draws = loaded.draws(num_samples)
-    predictor = loaded.predictor(draws, seed, batch_size)
-    sampler = predictor.posterior or MEAN
+    drawn = loaded.sampler(num_samples=num_samples, seed=seed)
+    predictor, sampler = loaded.predictor(drawn, batch_size), drawn or MEAN
     found = []
     with preserved_generators(), quiet_libraries(), _quiet(), _local(loaded, tasks) as (named, local):
         # reading the harness's own thousands of files takes a minute
@@ -143,7 +142,7 @@ def harness(
     return HarnessResult(
         results=tuple(each["results"] for each in found),
         samples=tuple(each["samples"] for each in found),
-        num_samples=draws,
+        num_samples=0 if drawn is None else drawn.num_samples,
     )
 
 

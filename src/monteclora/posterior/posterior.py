@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class AdapterPosterior(nn.Module):
         self.seed = seed
         self.draws = 0
         self.enabled = True
+        self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed after training
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
         self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on

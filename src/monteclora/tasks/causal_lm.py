@@ -99,7 +99,10 @@ def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
             )
             for sampler in predictor.samplers
         ]
-    found = [each.predictions() for each in scores]
+    found = [
+        predictor.calibrated(each.predictions(), sampler)
+        for each, sampler in zip(scores, predictor.samplers, strict=True)
+    ]
     probs, choices = found[-1].probs, rows["options"][:]
     columns = {
         "prompt": rows["prompt"][:],
