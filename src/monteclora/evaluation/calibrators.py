@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def fitted_calibrators(
     known = dict(read_calibration(loaded.folder))
     weights = weights_sha256(RunFolder(loaded.folder).adapter)
     kept = {key: fit for key, fit in known.get(_SECTION, {}).items() if fit.get("weights_sha256") == weights}
-    keys = {each.name: _key(name, each, seed) for each in samplers}
+    keys = {each.name: _key(name, each, seed, loaded) for each in samplers}
     if not set(keys.values()) <= kept.keys():
         fits = _fit(loaded, name, sampler, batch_size)
         kept |= {keys[each]: {**fit, "weights_sha256": weights} for each, fit in fits.items()}
@@ -65,8 +66,13 @@ def fitted_calibrators(
     return found, (f"{state}, fitted to {fit['rows']} {FIT_SPLIT} rows of {fit['origin']}",)
 
 
-def _key(name: str, sampler: Sampler, seed: int) -> str:
-    return f"{name}/{sampler.name}" + ("" if sampler is MEAN else f"/{sampler.num_samples} draws/seed {seed}")
+def _key(name: str, sampler: Sampler, seed: int, loaded: LoadedRun) -> str:
+    if sampler is MEAN:
+        return f"{name}/{sampler.name}"
+    if loaded.members:  # whichever comes first; the weights that are compared on reading are the first run's alone
+        weights = sorted(weights_sha256(RunFolder(member).adapter) for member in loaded.members)
+        return f"{name}/{sampler.name}/{hashlib.sha256(''.join(weights).encode()).hexdigest()}"
+    return f"{name}/{sampler.name}/{sampler.num_samples} draws/seed {seed}"
 
 
 def _fit(loaded: LoadedRun, name: str, sampler: Sampler | None, batch_size: int | None) -> dict[str, dict[str, Any]]:

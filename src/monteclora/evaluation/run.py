@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,10 @@ from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import FIT_SPLIT, fitted_calibrators
 from monteclora.prediction.cost import Metered, metered
+from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
 from monteclora.prediction.sampler import MEAN
+from monteclora.runs.ensemble import load_ensemble
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
@@ -61,6 +63,7 @@ class EvaluationResult:
         seconds: it took.
         unfinished: how far the run came if it did not come to its end.
         notes: what a reader of the numbers must know, in words.
+        members: the folders of the runs of an ensemble, whose first one ``point`` is of; empty for a single run.
     """
 
     folder: Path
@@ -78,6 +81,7 @@ class EvaluationResult:
     seconds: float
     unfinished: str | None
     notes: tuple[str, ...]
+    members: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -96,7 +100,7 @@ class EvaluationResult:
 
     @property
     def point(self) -> Mapping[str, float]:
-        """Metrics by name under the posterior's mean, a plain LoRA."""
+        """Metrics by name under the posterior's mean, a plain LoRA; of an ensemble, its first member's."""
         return self.scored.point
 
     @property
@@ -112,6 +116,7 @@ class EvaluationResult:
             "origin": self.source.origin,
             "sha256": self.source.sha256,
             "sampler": self.sampler,
+            "members": [str(folder) for folder in self.members],
             "calibrator": self.calibrator,
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -131,7 +136,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    run: str | Path | RunResult,
+    run: str | Path | RunResult | Sequence[str | Path | RunResult],
     split: str | None = None,
     *,
     task: str | None = None,
@@ -153,7 +158,8 @@ def evaluate(
     posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
-        run: a run folder, or what ``train`` gave.
+        run: a run folder, or what ``train`` gave; several of them for the sampler ``ensemble``, whose results go to the
+            folder of the first.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
         task: another task with a name than the run was trained on, of the same kind; records then have it before the
             split, as in ``piqa:validation``.
@@ -173,8 +179,13 @@ def evaluate(
         ConfigError: an argument does not fit the run.
         DataError: the split is missing or wrong.
     """
-    folder = run.folder if isinstance(run, RunResult) else run
-    loaded = load_run(folder, base=base, allow_unfinished=allow_unfinished)
+    given = [run] if isinstance(run, str | Path | RunResult) else run
+    folders = [each.folder if isinstance(each, RunResult) else each for each in given]
+    if len(folders) == 1 and sampler != ENSEMBLE:
+        loaded = load_run(folders[0], base=base, allow_unfinished=allow_unfinished)
+    else:
+        _check_ensemble(folders, sampler, num_samples, base, allow_unfinished)
+        loaded = load_ensemble(folders)
     return evaluate_loaded(
         loaded,
         split,
@@ -244,9 +255,29 @@ def evaluate_loaded(
         seconds=time.perf_counter() - started,
         unfinished=loaded.unfinished,
         notes=(*notes, *scored.notes),
+        members=loaded.members,
     )
     _keep(loaded, result)
     return result
+
+
+def _check_ensemble(
+    folders: Sequence[str | Path], sampler: str | None, num_samples: int | None, base: bool, allow_unfinished: bool
+) -> None:
+    """Raises ConfigError for arguments that do not fit an ensemble, before any of its models is loaded."""
+    count = len(folders)
+    if sampler != ENSEMBLE:
+        asked = "no sampler" if sampler is None else f"the sampler {sampler}"
+        raise ConfigError(
+            f"{count} runs were given with {asked}", f"Add --sampler {ENSEMBLE}, or evaluate one run at a time."
+        )
+    if num_samples not in (None, count):
+        raise ConfigError(
+            f"num_samples is {num_samples}, and an {ENSEMBLE} of {count} draws each run once", "Leave it out."
+        )
+    for name, value in (("base", base), ("allow_unfinished", allow_unfinished)):
+        if value:
+            raise ConfigError(f"{name} does not go with the sampler {ENSEMBLE}", "Leave it out.")
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
@@ -276,7 +307,9 @@ def _to_be_known(loaded: LoadedRun, split: str, source: SplitSource) -> list[str
     before = environment["data"]["splits"].get(split)
     changed = before is not None and before["sha256"] != source.sha256
     notes = [f"the {split} rows of {source.origin} changed since the run was trained"] if changed else []
-    return notes + [f"the run {note}" for note in overrides_of(environment)]
+    for folder in loaded.members:
+        notes += [f"the run {folder} {note}" for note in overrides_of(RunFolder(folder).environment)]
+    return notes if loaded.members else notes + [f"the run {note}" for note in overrides_of(environment)]
 
 
 def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-__all__ = ["Collate", "FloatArray", "batches", "logits_at", "to_device"]
+from monteclora.prediction.ensemble import Members
+
+__all__ = ["Collate", "FloatArray", "base_of", "batches", "logits_at", "to_device"]
 
 FloatArray = NDArray[np.float64]
 Collate = Callable[[list[dict[str, Any]]], Any]
@@ -25,6 +27,17 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[int]]:
         yield order[first : first + size]
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed).
+
+    Of an ensemble it is the first member's, which stands for all: they have one architecture.
+    """
+    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if found is not None:
+        return cast(nn.Module, found.get_base_model())
+    return model.members[0] if isinstance(model, Members) else model
+
+
 def to_device(batch: Any, model: nn.Module) -> dict[str, Any]:
     """The tensors of a batch, where the model is."""
     device = next(model.parameters()).device
@@ -33,8 +46,7 @@ def to_device(batch: Any, model: nn.Module) -> dict[str, Any]:
 
 def logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tensor:
     """Logits at some columns of a padded batch, (B, len(columns), V); a large head runs on those alone if it can."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameters = inspect.signature(base.forward).parameters
+    parameters = inspect.signature(base_of(model).forward).parameters
     mask = inputs["attention_mask"]
     if "position_ids" in parameters and not mask[:, 0].all():
         # absolute positions must not count padding on the left

@@ -6,15 +6,15 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from monteclora.adapters.active import posterior_sampling, sampled_posteriors
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
+from monteclora.prediction.forward import base_of
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
 
@@ -87,7 +87,7 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         ConfigError: the model has a head of another kind.
     """
-    inputs, base = dict(inputs), _base(model)
+    inputs, base = dict(inputs), base_of(model)
     if type(base).__name__.endswith(_OTHER_HEADS):
         raise ConfigError(
             f"{type(base).__name__} does not predict one label or next token a row",
@@ -139,12 +139,6 @@ def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:
     if mask is None:
         return torch.full((rows,), length - 1, device=sequence.device)
     return (mask.long() * torch.arange(length, device=mask.device)).argmax(-1)
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed)."""
-    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return model if found is None else cast(nn.Module, found.get_base_model())
 
 
 def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0) -> PredictiveDistribution:

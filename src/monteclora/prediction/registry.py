@@ -9,6 +9,7 @@ from monteclora.adapters.sampler import Posterior
 from monteclora.config import nearest
 from monteclora.errors import ConfigError
 from monteclora.prediction.calibrator import Calibrator
+from monteclora.prediction.ensemble import ENSEMBLE, Ensemble
 from monteclora.prediction.mc_dropout import MCDropout
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.prediction.temperature import Temperature
@@ -41,6 +42,7 @@ SAMPLERS: Mapping[str, SamplerKind] = {
         SamplerKind("mean", "the point estimate: one forward pass", lambda num_samples, seed: MEAN),
         SamplerKind("posterior", "draws from the posterior of a MonteCLoRA adapter", Posterior, needs_posterior=True),
         SamplerKind("mc_dropout", "draws of the dropout masks of training", MCDropout),
+        SamplerKind(ENSEMBLE, "several runs, each a draw", Ensemble),
     )
 }
 CALIBRATORS: Mapping[str, type[Calibrator]] = {"temperature": Temperature}
