@@ -158,8 +158,7 @@ def evaluate(
     posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
-        run: a run folder, or what ``train`` gave; several of them for the sampler ``ensemble``, whose results go to the
-            folder of the first.
+        run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``, which writes to the first.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
         task: another task with a name than the run was trained on, of the same kind; records then have it before the
             split, as in ``piqa:validation``.
@@ -181,11 +180,9 @@ def evaluate(
     """
     given = [run] if isinstance(run, str | Path | RunResult) else run
     folders = [each.folder if isinstance(each, RunResult) else each for each in given]
-    if len(folders) == 1 and sampler != ENSEMBLE:
-        loaded = load_run(folders[0], base=base, allow_unfinished=allow_unfinished)
-    else:
+    if ensemble := len(folders) != 1 or sampler == ENSEMBLE:
         _check_ensemble(folders, sampler, num_samples, base, allow_unfinished)
-        loaded = load_ensemble(folders)
+    loaded = load_ensemble(folders) if ensemble else load_run(folders[0], base=base, allow_unfinished=allow_unfinished)
     return evaluate_loaded(
         loaded,
         split,
