@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from monteclora.evaluation.text import load
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
+    from monteclora.studies.study import StudyResult, study
     from monteclora.training.run import train
     from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
 
@@ -30,6 +31,7 @@ _HOME = {
     "MonteCLoRATrainerMixin": "training.trainer",
     "PredictiveDistribution": "prediction.predictive",
     "RunResult": "runs.result",
+    "StudyResult": "studies.study",
     "evaluate": "evaluation.run",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
@@ -39,6 +41,7 @@ _HOME = {
     "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
+    "study": "studies.study",
     "train": "training.run",
     "variational_loss": "adapters.active",
 }
@@ -51,6 +54,7 @@ __all__ = [
     "MonteCLoRATrainerMixin",
     "PredictiveDistribution",
     "RunResult",
+    "StudyResult",
     "evaluate",
     "export_merged",
     "export_samples",
@@ -60,6 +64,7 @@ __all__ = [
     "load",
     "posterior_sampling",
     "predict",
+    "study",
     "train",
     "variational_loss",
 ]
