@@ -8,8 +8,12 @@ from safetensors.torch import load_file
 
 from monteclora import evaluate, export_samples
 from monteclora.adapters.rescaling import posterior_scale, rescale_posterior
+from monteclora.data.splitting import carve_validation
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrate import calibrate, undo_calibration
+from monteclora.metrics.registry import measure
+from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.temperature import Temperature
 from monteclora.runs.loading import load_run
 from monteclora.training.run import train
 from tests.finished_runs import LABELS, texts, tiny_recipe, write_rows
@@ -128,3 +132,40 @@ def test_what_cannot_be_calibrated_is_refused(trained, assets, tmp_path):
     train(recipe, progress=False)
     with pytest.raises(DataError, match="0 validation rows, too few"):
         calibrate(tmp_path / "run", progress=False)
+
+
+def test_scale_then_temperature_in_one_go(run, monkeypatch):
+    result = calibrate(run, temperature=True, seed=2, progress=False)
+    plain = calibrate(run, seed=2, progress=False)  # the same scale, and so the same weights
+    assert plain.factor == result.factor
+    assert plain.temperature is None
+    assert plain.report == {name: plain.report[name] for name in ("mean", "trained", "calibrated")}
+
+    # by hand, from the predictions of the validation rows at the chosen scale
+    validation = quietly(run, split="validation", seed=2)
+    fit, held_out = carve_validation(validation.rows, 0.5, 0, "rows")
+    place = {text: i for i, text in enumerate(validation.rows["text"])}
+    at_scale = validation.scored.predictions
+
+    def of(rows):
+        chosen = [place[text] for text in rows["text"]]
+        return Predictions(at_scale.log_probs[:, chosen], at_scale.labels[chosen])
+
+    expected = Temperature.fit(of(fit))
+    assert result.temperature == pytest.approx(expected.temperature, rel=1e-3)
+    corrected = expected.apply(of(held_out))
+    found = measure("classes", corrected.probs, corrected.labels)
+    assert result.report["calibrated + temperature"] == pytest.approx(found, abs=1e-4)
+
+    monkeypatch.setattr(Temperature, "fit", lambda *_: pytest.fail("fitted again"))
+    used = quietly(run, calibrator="temperature", seed=2)
+    assert any(f"temperature {result.temperature:.3f}, fitted to {len(fit)} validation" in note for note in used.notes)
+
+
+def test_a_temperature_of_completions_is_refused_before_anything_is_measured(trained, tmp_path):
+    pairs = shutil.copytree(trained["pairs"], tmp_path / "pairs")
+    before = (pairs / "adapter" / "posterior.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="a temperature needs probabilities of classes or options"):
+        calibrate(pairs, temperature=True, progress=False)
+    assert (pairs / "adapter" / "posterior.safetensors").read_bytes() == before
+    assert not (pairs / "calibration.json").exists()

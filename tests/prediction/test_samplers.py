@@ -11,6 +11,7 @@ from torch import nn
 from monteclora.errors import ConfigError
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.cost import Metered, metered
+from monteclora.prediction.ensemble import Ensemble, Members
 from monteclora.prediction.mc_dropout import MCDropout
 from monteclora.prediction.registry import SAMPLERS, check_calibrator, get_sampler
 from monteclora.prediction.sampler import MEAN
@@ -20,14 +21,17 @@ from tests.prediction.rows import padding, rows_of
 LENGTHS = [3, 9, 5, 7, 4]
 
 
-@pytest.fixture(params=[bert, llama_classifier], ids=lambda build: build.__name__)
-def model(request):
-    return wrapped(request.param, lora_dropout=0.3)
-
-
 @pytest.fixture(params=sorted(SAMPLERS))
 def kind(request):
     return SAMPLERS[request.param]
+
+
+@pytest.fixture(params=[bert, llama_classifier], ids=lambda build: build.__name__)
+def model(request, kind):
+    """What the kind of sampler draws from."""
+    if kind.name == "ensemble":
+        return Members([wrapped(request.param, seed=seed) for seed in range(4)])
+    return wrapped(request.param, lora_dropout=0.3)
 
 
 def found(model, sampler, batch_size=2):
@@ -55,7 +59,8 @@ def test_draws_belong_to_their_seed_and_to_nothing_else(model, kind):
     np.testing.assert_array_equal(found(model, kind.build(4, 0)), first)
     if kind.name != "mean":
         np.testing.assert_array_equal(found(model, kind.build(2, 0)), first[:2])
-        assert np.abs(found(model, kind.build(4, 1)) - first).max() > 1e-4
+        if kind.name != "ensemble":  # which has no randomness of its own
+            assert np.abs(found(model, kind.build(4, 1)) - first).max() > 1e-4
         assert np.abs(first[0] - first[1]).max() > 1e-4
 
 
@@ -141,3 +146,24 @@ def test_a_model_without_dropout_is_refused():
     model = wrapped(bert)
     with pytest.raises(ConfigError, match="mc_dropout needs a dropout rate above 0"):
         found(model, MCDropout(2))
+
+
+# ensembles
+
+
+@pytest.mark.parametrize("build", [bert, llama_classifier], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "whole"])
+def test_each_draw_of_an_ensemble_is_one_member(build, adapted):
+    """Also for models without an adapter, and whatever the padding: the base's signature is found inside."""
+    members = [wrapped(build, seed=seed) if adapted else build(seed) for seed in range(3)]
+    log_probs = found(Members(members), Ensemble(3))
+    for draw, member in zip(log_probs, members, strict=True):
+        np.testing.assert_array_equal(draw, found(member, MEAN)[0])
+
+
+def test_a_single_model_and_too_few_members_are_refused():
+    model = wrapped(bert)
+    with pytest.raises(ConfigError, match=r"the sampler ensemble needs several runs, one a draw, and was given 1"):
+        found(model, Ensemble(2))
+    with pytest.raises(ConfigError, match="and was given 2"):
+        found(Members([model, wrapped(bert, seed=1)]), Ensemble(3))

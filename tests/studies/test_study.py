@@ -202,5 +202,7 @@ def test_trials_are_evaluated_as_the_study_says(make_study: Callable[..., dict[s
     )
     assert dict(outcome.metrics) == dict(result.point)
     wrong = make_study(grid=grid, sampler="posterio")
+    with pytest.raises(ConfigError, match="sampler is 'ensemble', expected one of mean, posterior, mc_dropout"):
+        study(make_study(grid=grid, sampler="ensemble"), workers=0)  # a trial is one run
     with pytest.raises(ConfigError, match="sampler is 'posterio', expected one of mean, posterior"):
         study(wrong, workers=0)

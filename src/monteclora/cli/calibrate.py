@@ -18,6 +18,7 @@ def calibrate(
     /,
     *,
     tolerance: float | None = None,
+    temperature: Flag = False,
     num_samples: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -33,6 +34,7 @@ def calibrate(
         run: a run folder.
         tolerance: take the largest scale whose accuracy is at most so much below the mean's; by default the scale
             with the smallest NLL is taken.
+        temperature: also fit a temperature at that scale, for --calibrator temperature of evaluate and predict.
         num_samples: posterior draws; by default the recipe's number.
         seed: of the draws, the same ones at every scale.
         batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
@@ -42,15 +44,23 @@ def calibrate(
     from monteclora.evaluation.calibrate import undo_calibration
 
     if undo:
-        if tolerance is not None:
-            raise ConfigError("--undo and --tolerance are both given", "Keep one.")
+        for name, given in (("tolerance", tolerance is not None), ("temperature", temperature)):
+            if given:
+                raise ConfigError(f"--undo and --{name} are both given", "Keep one.")
         undone = undo_calibration(run)
         if as_json:
             print_json({"undone": undone})
         else:
             print_line(f"{run}: the scale of training is back" if undone else f"{run}: there was nothing to undo")
         return
-    result = fit(run, tolerance=tolerance, num_samples=num_samples, seed=seed, batch_size=batch_size)
+    result = fit(
+        run,
+        tolerance=tolerance,
+        temperature=temperature,
+        num_samples=num_samples,
+        seed=seed,
+        batch_size=batch_size,
+    )
     if as_json:
         print_json({"folder": result.folder, **result.facts()})
         return
@@ -73,6 +83,11 @@ def _print(result: CalibrationResult) -> None:
     title = f"scale {result.factor:.3g} ({result.criterion}), on {result.rows[1]} rows that the fit did not use"
     print_table(["", *columns], [[name, *cells(m)] for name, m in result.report.items()], title)
     print_line(f"written: {result.folder / 'adapter'}, {result.folder / CALIBRATION_FILE}")
+    if result.temperature is not None:
+        note(
+            f"temperature {result.temperature:.3f} is used by evaluate and predict with --calibrator temperature "
+            f"--num-samples {result.num_samples} and this --seed; the scale itself always is"
+        )
     if result.factor == 0.0:
         note("no scale was better than the mean: draws are now the mean; --undo puts the scale of training back")
     elif result.factor == max(result.curve):

@@ -17,7 +17,7 @@ __all__ = ["evaluate"]
 def evaluate(
     run: str,
     /,
-    *,
+    *others: str,
     split: str | None = None,
     task: str | None = None,
     sampler: str | None = None,
@@ -37,9 +37,10 @@ def evaluate(
 
     Args:
         run: a run folder.
+        others: more run folders, for the sampler ensemble; its results go to the folder of the first.
         split: train, validation or test; by default test where it has labels, else validation.
         task: another task than the run was trained on, such as piqa for one trained on commonsense_15k.
-        sampler: mean, posterior or mc_dropout; by default posterior for a method that has one, else mean.
+        sampler: mean, posterior, mc_dropout or ensemble; by default posterior for a method that has one, else mean.
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
@@ -52,7 +53,7 @@ def evaluate(
     from monteclora.evaluation.run import evaluate as measure
 
     result = measure(
-        run,
+        [run, *others],
         split,
         task=task,
         sampler=sampler,
@@ -77,9 +78,11 @@ def _print(result: EvaluationResult) -> None:
 
     state = f", unfinished: {result.unfinished}" if result.unfinished else ""
     title = f"{result.folder} on {result.split} ({result.source.rows:,} rows{state})"
-    by_name: dict[str, Mapping[str, float]] = {"pretrained" if result.model == "base" else "mean": result.point}
+    alone = "pretrained" if result.model == "base" else "first run alone" if result.members else "mean"
+    by_name: dict[str, Mapping[str, float]] = {alone: result.point}
     if result.posterior is not None:
-        by_name[f"{result.sampler}, {result.num_samples} draws"] = result.posterior
+        draws = f"{result.num_samples} {'runs' if result.members else 'draws'}"
+        by_name[f"{result.sampler}, {draws}"] = result.posterior
     if result.calibrator != "none":
         by_name = {f"{name} + {result.calibrator}": metrics for name, metrics in by_name.items()}
     shown = [metric for name, metric in METRICS.items() if name in result.point]

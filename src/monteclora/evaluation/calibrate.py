@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -18,7 +18,8 @@ from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.rescaling import rescale_posterior, restore_posterior
 from monteclora.data.splitting import carve_validation, content_sha256
 from monteclora.errors import ConfigError, DataError
-from monteclora.evaluation.calibrators import FIT_SPLIT
+from monteclora.evaluation.calibrators import FIT_SPLIT, fit_calibrators
+from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.sampler import Sampler
 from monteclora.runs.calibration import read_calibration, write_calibration
 from monteclora.runs.loading import LoadedRun, load_run
@@ -49,9 +50,11 @@ class CalibrationResult:
         factor: c, relative to the scale of training.
         criterion: how it was chosen, in words.
         curve: metrics on the rows of the fit by scale, in its order.
-        report: metrics on the rows that the fit did not use: at the ``mean``, as ``trained`` and ``calibrated``.
+        report: metrics on the rows that the fit did not use: at the ``mean``, as ``trained``, ``calibrated``,
+            and with a temperature ``calibrated + temperature``.
         rows: how many rows were fitted to, and how many are reported on.
         num_samples: draws.
+        temperature: T, fitted at that scale to the rows of the fit; None where none was asked for.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class CalibrationResult:
     report: Mapping[str, Mapping[str, float]]
     rows: tuple[int, int]
     num_samples: int
+    temperature: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,6 +76,7 @@ class CalibrationResult:
             "fit_rows": self.rows[0],
             "report_rows": self.rows[1],
             "num_samples": self.num_samples,
+            "temperature": self.temperature,
         }
 
 
@@ -79,6 +84,7 @@ def calibrate(
     run: str | Path | RunResult,
     *,
     tolerance: float | None = None,
+    temperature: bool = False,
     num_samples: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -93,6 +99,8 @@ def calibrate(
         run: a run folder, or what ``train`` gave.
         tolerance: by how much accuracy may fall below that of the mean: the largest scale that keeps to it is taken.
             None takes the scale with the smallest NLL.
+        temperature: also fit a temperature, to the same half and under the same draws at the chosen scale; it is stored
+            for the calibrator ``temperature`` of evaluation and prediction at this number of draws and seed.
         num_samples: draws; by default the recipe's number.
         seed: the stream of draws.
         batch_size: sequences per forward pass.
@@ -100,41 +108,39 @@ def calibrate(
 
     Raises:
         CheckpointError: not a run, an unfinished one, or its adapter is damaged.
-        ConfigError: the method has no posterior, or an argument is out of its range.
+        ConfigError: the method has no posterior, an argument is out of its range, or a temperature is asked for where
+            rows have neither classes nor options.
         DataError: there are too few validation rows.
     """
     if tolerance is not None and not 0.0 <= tolerance < 1.0:
         raise ConfigError(f"tolerance is {tolerance}, expected at least 0 and below 1", "Give a share, such as 0.005.")
-    loaded = load_run(run.folder if isinstance(run, RunResult) else run)
-    if not loaded.has_posterior:
-        raise ConfigError(
-            f"the method {loaded.recipe.method.name} of {loaded.folder} has no posterior to scale",
-            "Evaluate it with --calibrator temperature.",
-        )
     if num_samples == 0:
         raise ConfigError("num_samples is 0, and a scale is measured under draws", "Ask for one draw or more.")
-    fit, held_out = _halves(loaded)
+    loaded = load_run(run.folder if isinstance(run, RunResult) else run)
+    fit, held_out, origin = _halves(loaded, temperature)
     sampler = loaded.sampler("posterior", num_samples, seed)
     assert sampler is not None
-    adapter = RunFolder(loaded.folder).adapter
     measure = _measure(loaded, sampler, batch_size)
     steps = len(_GRID) + _REFINEMENTS
     with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: posterior scale", steps, progress) as advance:
         curve = _search(lambda scale: measure(scale, fit), tolerance, advance)
-    factor = _best(curve, tolerance)
-    with quiet_libraries():
-        report = {
-            name: measure(scale, held_out) for name, scale in (("mean", 0.0), ("trained", 1.0), ("calibrated", factor))
-        }
+        factor = _best(curve, tolerance)
+        stages = {"mean": 0.0, "trained": 1.0, "calibrated": factor}
+        report = {name: measure(scale, held_out) for name, scale in stages.items()}
     criterion = "smallest NLL" if tolerance is None else f"accuracy at most {tolerance:g} below the mean's"
-    rows, used = (len(fit), len(held_out)), {"split": FIT_SPLIT, "rows_sha256": content_sha256(fit)}
-    result = CalibrationResult(
-        loaded.folder, factor, criterion, dict(sorted(curve.items())), report, rows, sampler.num_samples
-    )
-    rescale_posterior(adapter, factor, {"criterion": criterion, "num_samples": sampler.num_samples, **used})
-    write_calibration(
-        loaded.folder, {**read_calibration(loaded.folder), _SECTION: {**result.facts(), **used, "seed": seed}}
-    )
+    used = {"split": FIT_SPLIT, "rows_sha256": content_sha256(fit)}
+    how = {"criterion": criterion, "num_samples": sampler.num_samples, **used}
+    rescale_posterior(RunFolder(loaded.folder).adapter, factor, how)
+    fitted = None
+    if temperature:
+        with quiet_libraries():  # the report has left the model at the chosen scale
+            calibrators = fit_calibrators(loaded, "temperature", sampler, seed, fit, origin, batch_size)
+            report["calibrated + temperature"] = measure(factor, held_out, calibrators)
+        fitted = calibrators[sampler.name].state["temperature"]
+    rows, curve = (len(fit), len(held_out)), dict(sorted(curve.items()))
+    result = CalibrationResult(loaded.folder, factor, criterion, curve, report, rows, sampler.num_samples, fitted)
+    stored = read_calibration(loaded.folder)
+    write_calibration(loaded.folder, {**stored, _SECTION: {**result.facts(), **used, "seed": seed}})
     return result
 
 
@@ -152,7 +158,13 @@ def undo_calibration(run: str | Path | RunResult) -> bool:
     return undone
 
 
-def _halves(loaded: LoadedRun) -> tuple[Dataset, Dataset]:
+def _halves(loaded: LoadedRun, temperature: bool) -> tuple[Dataset, Dataset, str]:
+    """The rows to fit to, those to report on, and where both are from; refuses a run that cannot be calibrated."""
+    if not loaded.has_posterior:
+        raise ConfigError(
+            f"the method {loaded.recipe.method.name} of {loaded.folder} has no posterior to scale",
+            "Evaluate it with --calibrator temperature.",
+        )
     data = load(loaded.recipe.data, (FIT_SPLIT,))
     rows = data.splits.get(FIT_SPLIT)
     if rows is None or len(rows) < 4:
@@ -161,13 +173,23 @@ def _halves(loaded: LoadedRun) -> tuple[Dataset, Dataset]:
             "report on the other",
             "Give data.validation_file or a larger data.validation_fraction.",
         )
-    return carve_validation(rows, 0.5, 0, data.name)
+    origin = data.sources[FIT_SPLIT].origin
+    if temperature and KINDS[loaded.kind].predicts_tokens and not {"options", "answer"} <= set(rows.column_names):
+        raise ConfigError(
+            f"a temperature needs probabilities of classes or options, and {origin} has completions",
+            "Leave out temperature.",
+        )
+    return *carve_validation(rows, 0.5, 0, data.name), origin
 
 
-def _measure(
-    loaded: LoadedRun, sampler: Sampler, batch_size: int | None
-) -> Callable[[float, Dataset], Mapping[str, float]]:
-    """Metrics of the mean over draws at a scale, by name; the same draws at every scale."""
+class _Measure(Protocol):
+    def __call__(
+        self, scale: float, rows: Dataset, calibrators: Mapping[str, Calibrator] | None = None
+    ) -> Mapping[str, float]: ...
+
+
+def _measure(loaded: LoadedRun, sampler: Sampler, batch_size: int | None) -> _Measure:
+    """Metrics of the mean over draws at a scale, by name; the same draws at every scale, at which the model is left."""
     posteriors = active_posteriors(loaded.model)
     trained = [
         posterior.scale.clone()
@@ -176,10 +198,12 @@ def _measure(
         for posterior in posteriors
     ]
 
-    def measure(scale: float, rows: Dataset) -> Mapping[str, float]:
+    def measure(
+        scale: float, rows: Dataset, calibrators: Mapping[str, Calibrator] | None = None
+    ) -> Mapping[str, float]:
         for posterior, eps in zip(posteriors, trained, strict=True):
             posterior.scale.copy_(scale * eps)
-        scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size), rows)
+        scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size, calibrators=calibrators), rows)
         assert scored.posterior is not None
         return scored.posterior
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from monteclora.data.splitting import content_sha256
 from monteclora.errors import ConfigError, DataError
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.predictions import Predictions
@@ -17,7 +19,10 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.tasks import load
 from monteclora.tasks.kinds import KINDS
 
-__all__ = ["FIT_SPLIT", "fitted_calibrators"]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["FIT_SPLIT", "fit_calibrators", "fitted_calibrators"]
 
 FIT_SPLIT = "validation"
 _SECTION = "calibrators"
@@ -50,14 +55,18 @@ def fitted_calibrators(
         what = "the pretrained model" if loaded.is_base else "an unfinished run"
         raise ConfigError(f"the calibrator {name} was asked of {what}", "Calibrate a finished run.")
     samplers = (MEAN,) if sampler is None else (MEAN, sampler)
-    known = dict(read_calibration(loaded.folder))
-    weights = weights_sha256(RunFolder(loaded.folder).adapter)
-    kept = {key: fit for key, fit in known.get(_SECTION, {}).items() if fit.get("weights_sha256") == weights}
-    keys = {each.name: _key(name, each, seed) for each in samplers}
+    kept = _kept(loaded)
+    keys = {each.name: _key(name, each, seed, loaded) for each in samplers}
     if not set(keys.values()) <= kept.keys():
-        fits = _fit(loaded, name, sampler, batch_size)
-        kept |= {keys[each]: {**fit, "weights_sha256": weights} for each, fit in fits.items()}
-        write_calibration(loaded.folder, {**known, _SECTION: kept})
+        data = load(loaded.recipe.data, (FIT_SPLIT,))
+        if FIT_SPLIT not in data.splits or not len(data.splits[FIT_SPLIT]):
+            raise DataError(
+                f"{data.name} has no {FIT_SPLIT} rows to fit the calibrator {name} to",
+                "Give data.validation_file or a data.validation_fraction above 0.",
+            )
+        origin = data.sources[FIT_SPLIT].origin
+        fit_calibrators(loaded, name, sampler, seed, data.split(FIT_SPLIT), origin, batch_size)
+        kept = _kept(loaded)
     kind: Any = CALIBRATORS[name]
     found = {each: kind(**kept[key]["state"]) for each, key in keys.items()}
     fit = kept[keys[samplers[-1].name]]
@@ -65,33 +74,60 @@ def fitted_calibrators(
     return found, (f"{state}, fitted to {fit['rows']} {FIT_SPLIT} rows of {fit['origin']}",)
 
 
-def _key(name: str, sampler: Sampler, seed: int) -> str:
-    return f"{name}/{sampler.name}" + ("" if sampler is MEAN else f"/{sampler.num_samples} draws/seed {seed}")
+def fit_calibrators(
+    loaded: LoadedRun,
+    name: str,
+    sampler: Sampler | None,
+    seed: int,
+    rows: Dataset,
+    origin: str,
+    batch_size: int | None = None,
+) -> Mapping[str, Calibrator]:
+    """Fit calibrators of the mean's predictions and of a sampler's to labelled rows, and store them with the run.
 
+    Args:
+        loaded: the run.
+        name: of the calibrator.
+        sampler: of the draws; None for the mean alone.
+        seed: of the draws.
+        rows: of the validation split.
+        origin: the file or data set that they are from.
+        batch_size: sequences per forward pass.
 
-def _fit(loaded: LoadedRun, name: str, sampler: Sampler | None, batch_size: int | None) -> dict[str, dict[str, Any]]:
-    """State and rows of the calibrator for each sampler."""
-    data = load(loaded.recipe.data, (FIT_SPLIT,))
-    if FIT_SPLIT not in data.splits or not len(data.splits[FIT_SPLIT]):
-        raise DataError(
-            f"{data.name} has no {FIT_SPLIT} rows to fit the calibrator {name} to",
-            "Give data.validation_file or a data.validation_fraction above 0.",
-        )
-    scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size), data.split(FIT_SPLIT))
-    source, fits = data.sources[FIT_SPLIT], {}
-    found = {MEAN.name: scored.at_mean, **({} if sampler is None else {sampler.name: scored.predictions})}
-    for each, predictions in found.items():
+    Returns:
+        The calibrators by the name of the sampler whose predictions they correct.
+
+    Raises:
+        ConfigError: the rows have neither classes nor options.
+    """
+    scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size), rows)
+    found = [(MEAN, scored.at_mean), *([] if sampler is None else [(sampler, scored.predictions)])]
+    about = {"split": FIT_SPLIT, "rows": len(rows), "origin": Path(origin).name, "rows_sha256": content_sha256(rows)}
+    about["weights_sha256"] = weights_sha256(RunFolder(loaded.folder).adapter)
+    fits, calibrators = {}, {}
+    for each, predictions in found:
         if not isinstance(predictions, Predictions):
             raise ConfigError(
-                f"the calibrator {name} needs probabilities of classes or options, and {data.name} has completions",
+                f"the calibrator {name} needs probabilities of classes or options, and {origin} has completions",
                 "Leave it out.",
             )
-        state = dict(CALIBRATORS[name].fit(predictions).state)
-        fits[each] = {
-            "state": state,
-            "split": FIT_SPLIT,
-            "rows": source.rows,
-            "origin": Path(source.origin).name,
-            "rows_sha256": source.sha256,
-        }
-    return fits
+        calibrators[each.name] = CALIBRATORS[name].fit(predictions)
+        fits[_key(name, each, seed, loaded)] = {"state": dict(calibrators[each.name].state), **about}
+    write_calibration(loaded.folder, {**read_calibration(loaded.folder), _SECTION: {**_kept(loaded), **fits}})
+    return calibrators
+
+
+def _key(name: str, sampler: Sampler, seed: int, loaded: LoadedRun) -> str:
+    if sampler is MEAN:
+        return f"{name}/{sampler.name}"
+    if loaded.members:  # whichever comes first; the weights that are compared on reading are the first run's alone
+        weights = sorted(weights_sha256(RunFolder(member).adapter) for member in loaded.members)
+        return f"{name}/{sampler.name}/{hashlib.sha256(''.join(weights).encode()).hexdigest()}"
+    return f"{name}/{sampler.name}/{sampler.num_samples} draws/seed {seed}"
+
+
+def _kept(loaded: LoadedRun) -> dict[str, dict[str, Any]]:
+    """What was fitted to the weights that the run has now, by key."""
+    weights = weights_sha256(RunFolder(loaded.folder).adapter)
+    stored = read_calibration(loaded.folder).get(_SECTION, {})
+    return {key: fit for key, fit in stored.items() if fit.get("weights_sha256") == weights}

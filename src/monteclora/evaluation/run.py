@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,10 @@ from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import FIT_SPLIT, fitted_calibrators
 from monteclora.evaluation.shift import Shift, outside_rows
 from monteclora.prediction.cost import Metered, metered
+from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
 from monteclora.prediction.sampler import MEAN
+from monteclora.runs.ensemble import load_ensemble
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
@@ -63,6 +65,7 @@ class EvaluationResult:
         unfinished: how far the run came if it did not come to its end.
         notes: what a reader of the numbers must know, in words.
         shift: how well a classifier ranks its answers, and tells outside rows.
+        members: the folders of the runs of an ensemble, whose first one ``point`` is of; empty for a single run.
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class EvaluationResult:
     unfinished: str | None
     notes: tuple[str, ...]
     shift: Shift
+    members: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -99,7 +103,7 @@ class EvaluationResult:
 
     @property
     def point(self) -> Mapping[str, float]:
-        """Metrics by name under the posterior's mean, a plain LoRA."""
+        """Metrics by name under the posterior's mean, a plain LoRA; of an ensemble, its first member's."""
         return self.scored.point
 
     @property
@@ -115,6 +119,7 @@ class EvaluationResult:
             "origin": self.source.origin,
             "sha256": self.source.sha256,
             "sampler": self.sampler,
+            "members": [str(folder) for folder in self.members],
             "calibrator": self.calibrator,
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -135,7 +140,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    run: str | Path | RunResult,
+    run: str | Path | RunResult | Sequence[str | Path | RunResult],
     split: str | None = None,
     *,
     task: str | None = None,
@@ -158,7 +163,7 @@ def evaluate(
     posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
-        run: a run folder, or what ``train`` gave.
+        run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``, which writes to the first.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
         task: another task with a name than the run was trained on, of the same kind; records then have it before the
             split, as in ``piqa:validation``.
@@ -179,8 +184,12 @@ def evaluate(
         ConfigError: an argument does not fit the run.
         DataError: the split is missing or wrong.
     """
-    folder = run.folder if isinstance(run, RunResult) else run
-    loaded = load_run(folder, base=base, allow_unfinished=allow_unfinished)
+    given = [run] if isinstance(run, str | Path | RunResult) else run
+    folders = [each.folder if isinstance(each, RunResult) else each for each in given]
+    if ensemble := len(folders) != 1 or sampler == ENSEMBLE:
+        unfit = {"base": base, "allow_unfinished": allow_unfinished, "ood": ood is not None}
+        _check_ensemble(folders, sampler, num_samples, unfit)
+    loaded = load_ensemble(folders) if ensemble else load_run(folders[0], base=base, allow_unfinished=allow_unfinished)
     return evaluate_loaded(
         loaded,
         split,
@@ -211,9 +220,7 @@ def evaluate_loaded(
     progress: bool = True,
 ) -> EvaluationResult:
     """As :func:`evaluate`, with a run that is loaded already."""
-    for name, value in (("rows", rows), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
+    _check_at_least_one(rows=rows, batch_size=batch_size)
     drawn = loaded.sampler(sampler, num_samples, seed)
     check_calibrator(calibrator or NO_CALIBRATOR)
     outside = outside_rows(loaded, ood)
@@ -258,9 +265,38 @@ def evaluate_loaded(
         unfinished=loaded.unfinished,
         notes=(*notes, *scored.notes, *shift.notes),
         shift=shift,
+        members=loaded.members,
     )
     _keep(loaded, result)
     return result
+
+
+def _check_ensemble(
+    folders: Sequence[str | Path], sampler: str | None, num_samples: int | None, unfit: Mapping[str, bool]
+) -> None:
+    """Raises ConfigError for arguments that do not fit an ensemble, before any of its models is loaded.
+
+    ``unfit`` says of arguments that never do whether they are given.
+    """
+    count = len(folders)
+    if sampler != ENSEMBLE:
+        asked = "no sampler" if sampler is None else f"the sampler {sampler}"
+        raise ConfigError(
+            f"{count} runs were given with {asked}", f"Add --sampler {ENSEMBLE}, or evaluate one run at a time."
+        )
+    if num_samples not in (None, count):
+        raise ConfigError(
+            f"num_samples is {num_samples}, and an {ENSEMBLE} of {count} draws each run once", "Leave it out."
+        )
+    for name, value in unfit.items():
+        if value:
+            raise ConfigError(f"{name} does not go with the sampler {ENSEMBLE}", "Leave it out.")
+
+
+def _check_at_least_one(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
@@ -290,7 +326,9 @@ def _to_be_known(loaded: LoadedRun, split: str, source: SplitSource) -> list[str
     before = environment["data"]["splits"].get(split)
     changed = before is not None and before["sha256"] != source.sha256
     notes = [f"the {split} rows of {source.origin} changed since the run was trained"] if changed else []
-    return notes + [f"the run {note}" for note in overrides_of(environment)]
+    for folder in loaded.members:
+        notes += [f"the run {folder} {note}" for note in overrides_of(RunFolder(folder).environment)]
+    return notes if loaded.members else notes + [f"the run {note}" for note in overrides_of(environment)]
 
 
 def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:

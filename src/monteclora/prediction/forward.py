@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
+from monteclora.prediction.ensemble import Members
+
 __all__ = ["Collate", "FloatArray", "base_of", "batches", "logits_at", "text_mask", "to_device", "with_positions"]
 
 FloatArray = NDArray[np.float64]
@@ -32,9 +34,14 @@ def to_device(batch: Any, model: nn.Module) -> dict[str, Any]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed)."""
+    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed).
+
+    Of an ensemble it is the first member's, which stands for all: they have one architecture.
+    """
     found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return model if found is None else cast(nn.Module, found.get_base_model())
+    if found is not None:
+        return cast(nn.Module, found.get_base_model())
+    return model.members[0] if isinstance(model, Members) else model
 
 
 def text_mask(base: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:

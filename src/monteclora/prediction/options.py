@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from monteclora.errors import DataError
 from monteclora.prediction.classes import collect
-from monteclora.prediction.forward import FloatArray
+from monteclora.prediction.forward import FloatArray, base_of
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
@@ -143,8 +142,7 @@ def _shared_start(sequences: list[list[int]]) -> int:
 
 
 def _parameters(model: nn.Module) -> Any:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return inspect.signature(base.forward).parameters
+    return inspect.signature(base_of(model).forward).parameters
 
 
 def _cache_name(model: nn.Module) -> str | None:

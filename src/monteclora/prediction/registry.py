@@ -9,6 +9,7 @@ from monteclora.adapters.sampler import Posterior
 from monteclora.config import nearest
 from monteclora.errors import ConfigError
 from monteclora.prediction.calibrator import Calibrator
+from monteclora.prediction.ensemble import ENSEMBLE, Ensemble
 from monteclora.prediction.mc_dropout import MCDropout
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.prediction.temperature import Temperature
@@ -27,12 +28,14 @@ class SamplerKind:
         description: one line.
         build: from the number of draws and the seed.
         needs_posterior: whether it draws from a method's own posterior.
+        needs_several_runs: whether its draws are runs, so that no run has it alone.
     """
 
     name: str
     description: str
     build: Callable[[int, int], Sampler]
     needs_posterior: bool = False
+    needs_several_runs: bool = False
 
 
 SAMPLERS: Mapping[str, SamplerKind] = {
@@ -41,6 +44,7 @@ SAMPLERS: Mapping[str, SamplerKind] = {
         SamplerKind("mean", "the point estimate: one forward pass", lambda num_samples, seed: MEAN),
         SamplerKind("posterior", "draws from the posterior of a MonteCLoRA adapter", Posterior, needs_posterior=True),
         SamplerKind("mc_dropout", "draws of the dropout masks of training", MCDropout),
+        SamplerKind(ENSEMBLE, "several runs, each a draw", Ensemble, needs_several_runs=True),
     )
 }
 CALIBRATORS: Mapping[str, type[Calibrator]] = {"temperature": Temperature}

@@ -16,6 +16,7 @@ from monteclora.data.kinds import Kind
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.calibrator import Calibrator
+from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.forward import Collate
 from monteclora.prediction.registry import get_sampler
 from monteclora.prediction.sampler import MEAN, Checked, Sampler
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LoadedRun", "load_run"]
+__all__ = ["LoadedRun", "check_finished", "load_run"]
 
 _FORMAT = 1  # of run folders
 _RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
@@ -53,6 +54,7 @@ class LoadedRun:
         tokenizer: the model's.
         unfinished: how far a run came that did not come to its end; None for a finished one.
         is_base: whether this is the pretrained model alone.
+        members: the folders of an ensemble, of which ``folder`` is the first; see :mod:`monteclora.runs.ensemble`.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class LoadedRun:
     unfinished: str | None = None
     is_base: bool = False
     columns: Columns | None = None
+    members: tuple[Path, ...] = ()
 
     @property
     def has_posterior(self) -> bool:
@@ -91,6 +94,11 @@ class LoadedRun:
         if num_samples is not None and num_samples < 0:
             raise ConfigError(f"num_samples is {num_samples}, expected 0 or more", "Use 0 for the mean alone.")
         what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
+        if self.members and (name, num_samples) not in ((ENSEMBLE, None), (ENSEMBLE, len(self.members))):
+            raise ConfigError(
+                f"{len(self.members)} runs were asked for {num_samples} draws of the sampler {name}",
+                "Ask for the sampler ensemble, which draws each of them once.",
+            )
         chosen = get_sampler(name or ("posterior" if self.has_posterior else MEAN.name))
         if num_samples and chosen.name == MEAN.name:
             if name is None:
@@ -102,7 +110,8 @@ class LoadedRun:
             return None
         if chosen.needs_posterior and not self.has_posterior:
             raise ConfigError(f"{what} has no posterior for the sampler {chosen.name}", "Choose another sampler.")
-        sampler = chosen.build(num_samples or self.recipe.evaluation.num_samples, seed)
+        count = num_samples or len(self.members) or self.recipe.evaluation.num_samples
+        sampler = chosen.build(count, seed)
         if isinstance(sampler, Checked):
             sampler.check(self.model)
         return sampler
@@ -205,6 +214,11 @@ def _task_of(run: RunFolder) -> tuple[Kind, tuple[str, ...] | None, Columns | No
             f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
         )
     return kind, tuple(labels) if labels else None, columns
+
+
+def check_finished(run: RunFolder) -> None:
+    """Raises CheckpointError for a run that did not come to its end."""
+    _adapter_of(run, allow_unfinished=False)
 
 
 def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | None]:

@@ -80,7 +80,8 @@ class StudyRecipe:
         found = []
         if self.metric is not None and self.metric not in METRICS:
             found.append(("metric", f"is {brief(self.metric)}, expected one of {', '.join(METRICS)}"))
-        for field_name, known in (("sampler", SAMPLERS), ("calibrator", (NO_CALIBRATOR, *CALIBRATORS))):
+        of_one_run = [name for name, kind in SAMPLERS.items() if not kind.needs_several_runs]  # as each trial is
+        for field_name, known in (("sampler", of_one_run), ("calibrator", (NO_CALIBRATOR, *CALIBRATORS))):
             chosen = getattr(self, field_name)
             if chosen is not None and chosen not in known:
                 found.append((field_name, f"is {brief(chosen)}, expected one of {', '.join(known)}"))
