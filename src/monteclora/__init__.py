@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from monteclora.evaluation.run import evaluate
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
+    from monteclora.training.groups import separate_posterior
     from monteclora.training.run import train
     from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
 
@@ -35,6 +36,7 @@ _HOME = {
     "get_peft_model": "adapters.model",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
+    "separate_posterior": "training.groups",
     "train": "training.run",
     "variational_loss": "adapters.active",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "get_peft_model",
     "posterior_sampling",
     "predict",
+    "separate_posterior",
     "train",
     "variational_loss",
 ]
