@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import takewhile
 from operator import attrgetter
 from typing import Any, cast
@@ -116,6 +117,22 @@ class MonteCLoRATuner(LoraModel):
         layers = (cast(LoraLayer, self.model.get_submodule(layer.name)) for layer in posterior.layers)
         return any(not layer.disable_adapters and not layer.merged for layer in layers)
 
+    def is_trained(self, posterior: AdapterPosterior) -> bool:
+        """Whether training forward passes draw from a posterior, rather than see its mean.
+
+        They do if anything of the adapter is trainable and it has been trained: it was active when it was made, or has
+        been in a forward pass with gradients since. The copy of a policy that serves as its reference is made inactive,
+        and switched on, trainable, where there are none.
+        """
+        trainable = posterior.rho.requires_grad or posterior.eta.requires_grad
+        if not trainable:
+            name = next(name for name, known in self.posteriors.items() if known is posterior)
+            layers = (cast(LoraLayer, self.model.get_submodule(layer.name)) for layer in posterior.layers)
+            parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in layers)
+            trainable = any(part.weight.requires_grad for pair in parts for part in pair)
+        posterior.trained = posterior.trained or (trainable and torch.is_grad_enabled())
+        return trainable and posterior.trained
+
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
 
@@ -149,7 +166,8 @@ class MonteCLoRATuner(LoraModel):
             layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
             if type(layer) is Linear:
                 layer.__class__ = DrawnLinear
-        posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        posterior.trained = adapter_name in self.active_adapters and not config.inference_mode
+        posterior.requires_grad_(posterior.trained)
         self.posteriors[adapter_name] = posterior
         self.mean_modules[adapter_name] = [layer.lora_A for _, layer in layers]
         self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
@@ -247,6 +265,20 @@ class MonteCLoRATuner(LoraModel):
         if mode:
             keep_differentiable(self.model)
         return self
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """That of the base model; in training mode the whole generation, which keeps a cache, has one draw."""
+        generate: Callable[..., Any] = self.model.generate
+
+        @wraps(generate)
+        def under_one_draw(*args: Any, **kwargs: Any) -> Any:
+            if not self.training or self.scope.held is not None:
+                return generate(*args, **kwargs)
+            with self.scope.holding(self.active_posteriors()):
+                return generate(*args, **kwargs)
+
+        return under_one_draw
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; the posteriors become trainable and frozen with their adapters."""

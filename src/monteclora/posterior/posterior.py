@@ -78,6 +78,7 @@ class AdapterPosterior(nn.Module):
         self.seed = seed
         self.draws = 0
         self.enabled = True
+        self.trained = True  # whether training forward passes draw; adapters for reference stay at their mean
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
         self._repetitions = Repetitions()
