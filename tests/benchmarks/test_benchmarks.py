@@ -10,6 +10,7 @@ from dataclasses import replace
 import common
 import gradient_variance
 import loading
+import loop
 import memory
 import numpy as np
 import paper_scale
@@ -222,3 +223,14 @@ def test_the_bootstrap_interval_of_a_mean_has_its_known_width():
     low, high = timing.bootstrap(values, lambda sample: sample.mean(1))
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("bert", "classification"), ("llama", "causal_lm")])
+def test_the_loop_and_a_bare_one_alternate_on_rows_of_one_length(assets, model, kind, tmp_path, monkeypatch):
+    size = loop.Size(str(assets / model), kind, 2, 12)
+    monkeypatch.setattr(loop, "_WARMUP", 1)
+    times = loop.alternating(size, 3, tmp_path)
+    assert {name: len(values) for name, values in times.items()} == {"run": 3, "bare": 3}
+    assert all(value > 0 for values in times.values() for value in values)
+    made = loop.recipe_of(size, 1, tmp_path)
+    assert {len(ids) for ids in loop.prepare_data(made).train["input_ids"]} == {12}

@@ -21,6 +21,7 @@ def recipe(tmp_path: Path) -> Recipe:
             "output": str(tmp_path / "run"),
             "model": {"name": "tiny"},
             "data": {"task": str(tmp_path / "rows.csv")},
+            "method": {"name": "lora"},
         }
     )
 
