@@ -114,6 +114,12 @@ def test_loading_leaves_what_the_user_froze_frozen(tmp_path: Path) -> None:
     for trainable in (False, True):
         model.load_adapter(tmp_path, "default", is_trainable=trainable)
         assert (posterior_of(model).rho.requires_grad, posterior_of(model).eta.requires_grad) == (False, True)
+    for trainable in (False, True):
+        model = monteclora.from_pretrained(llama(), tmp_path, is_trainable=trainable)
+        for other in (False, True):
+            model.load_adapter(tmp_path, f"other {other}", is_trainable=other)
+            assert all(p.requires_grad is trainable for p in posterior_of(model).parameters())
+            assert all(p.requires_grad is other for p in posterior_of(model, f"other {other}").parameters())
 
 
 # -- state dicts -------------------------------------------------------------------------------------------------------

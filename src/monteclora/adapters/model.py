@@ -213,6 +213,8 @@ class MonteCLoRAModel(PeftModel):
                 "Load it under another name.",
             )
         known = adapter_name in self.peft_config
+        # peft keeps what the user froze of the adapters that are there, and knows nothing of their posteriors
+        parameters = [(p, p.requires_grad) for posterior in self.posteriors.values() for p in posterior.parameters()]
         self._loading = stored is not None
         try:
             result = super().load_adapter(
@@ -220,6 +222,8 @@ class MonteCLoRAModel(PeftModel):
             )
         finally:
             self._loading = False
+            for parameter, required in parameters:
+                parameter.requires_grad_(required)
         if stored is None:
             return result
         if existing is None:

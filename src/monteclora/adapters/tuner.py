@@ -154,6 +154,11 @@ class MonteCLoRATuner(LoraModel):
         """
         layers = self._layers_of(adapter_name)
         config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
+        if not layers:
+            raise ConfigError(
+                f"adapter '{adapter_name}' has no LoRA layer to draw",
+                "Name layers in target_modules; layers registered with peft by hand are not supported.",
+            )
         if posterior is None:
             posterior = AdapterPosterior(
                 _shapes(layers, adapter_name),
