@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from monteclora.adapters.config import MonteCLoRAConfig
     from monteclora.adapters.export import export_merged, export_samples
     from monteclora.adapters.model import from_pretrained, get_peft_model
+    from monteclora.evaluation.generation import generate
     from monteclora.evaluation.run import evaluate
+    from monteclora.evaluation.text import load
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
     from monteclora.training.groups import separate_posterior
@@ -33,7 +35,9 @@ _HOME = {
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
     "from_pretrained": "adapters.model",
+    "generate": "evaluation.generation",
     "get_peft_model": "adapters.model",
+    "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
     "separate_posterior": "training.groups",
@@ -53,7 +57,9 @@ __all__ = [
     "export_merged",
     "export_samples",
     "from_pretrained",
+    "generate",
     "get_peft_model",
+    "load",
     "posterior_sampling",
     "predict",
     "separate_posterior",

@@ -9,7 +9,7 @@ import torch
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.run import evaluate
-from monteclora.prediction.generation import complete, encode_prompts
+from monteclora.prediction.generation import Decoding, complete, encode_prompts
 from monteclora.runs.loading import load_run
 from monteclora.tasks import load_inputs
 from monteclora.tasks.classification import Classification
@@ -103,9 +103,9 @@ def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1"}, {"prompt": "w1 w2 w3 w4 w5 w6 w7"}])
     rows = load_inputs(file, loaded.recipe.data, loaded.kind)
     prompts, _ = encode_prompts(rows, loaded.tokenizer, loaded.recipe.data.max_length, 4)
-    together = complete(loaded.model, loaded.tokenizer, prompts, 4)
+    together = complete(loaded.model, loaded.tokenizer, prompts, Decoding(4))
     assert together == [
-        answer for prompt in prompts for answer in complete(loaded.model, loaded.tokenizer, [prompt], 4)
+        answer for prompt in prompts for answer in complete(loaded.model, loaded.tokenizer, [prompt], Decoding(4))
     ]
 
 

@@ -278,3 +278,21 @@ def test_results_are_whole_or_absent(copied, monkeypatch):
         quietly(run, num_samples=0)
     assert (run / "predictions.parquet").read_bytes() == before
     assert not list(run.glob(".predictions*"))
+
+
+def test_another_task_is_scored_under_its_name(copied, tmp_path, monkeypatch):
+    """Its own prompts and options; plain and per byte, since the options are texts."""
+    from tests.tasks.rows import PIQA, write_split
+
+    rows = [{**PIQA, "goal": f"w{i}", "sol1": "w5 w6 w7", "sol2": f"w8 w{i + 9}", "label": i % 2} for i in range(5)]
+    write_split(tmp_path, "piqa", "validation", rows)
+    monkeypatch.setenv("MONTECLORA_DATA", str(tmp_path))
+    run = copied("questions")
+    result = quietly(run, task="piqa")
+    assert result.split == "piqa:validation"
+    assert result.source.rows == 5
+    assert {"accuracy", "accuracy_per_byte", "nll", "brier", "ece"} == set(result.point) == set(result.posterior)
+    assert "piqa:validation" in json.loads((run / "evaluation.json").read_text())["splits"]
+    assert "accuracy_per_byte" not in quietly(run).point  # words for options have no length that means anything
+    with pytest.raises(ConfigError, match="mrpc is a task of classification, and the run is one of causal_lm"):
+        quietly(run, task="mrpc")

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from monteclora.config import dump, load_yaml
+from monteclora.config import dump
 from monteclora.errors import ConfigError
+from monteclora.methods import list_methods
 from monteclora.methods.lora import LoRAOptions
 from monteclora.methods.monteclora import MonteCLoRAOptions
-from monteclora.runs.bundled import bundled_recipes, summary
+from monteclora.runs.bundled import bundled_recipes, former_names, summary
 from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_sha256
+from monteclora.tasks import list_tasks
 
 SMALL = {"name": "small", "model": {"name": "minilm"}, "data": {"task": "helpdesk"}, "method": {"name": "lora"}}
 
@@ -166,10 +168,48 @@ def test_bundled_recipes(name: str) -> None:
     assert found.name == name
     assert len(summary(path)) > 30
     assert "Limits" in path.read_text() or "As published" in path.read_text()
-    assert load_yaml(path).root.value["method"].value["name"].value == name.rpartition("-")[2]
+    assert found.data.task in {task.name for task in list_tasks()}
 
 
-@pytest.mark.parametrize("name", [name for name in bundled_recipes() if name.endswith("-lora")])
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_bundled_recipes_take_every_method(name: str) -> None:
+    """Nothing but the method's own section differs, so that results can be compared."""
+    default = load_recipe(name)
+    for method in list_methods():
+        found = load_recipe(name, [("method.name", method.name)])
+        assert found.method.name == method.name
+        assert all(key.startswith("method.") for key in differences(default, found))
+
+
+@pytest.mark.parametrize("name", [name for name in bundled_recipes() if name.startswith("paper-")])
+def test_every_row_of_the_paper_has_a_twin_for_a_laptop(name: str) -> None:
+    row = name.removesuffix("-starter")
+    assert {row, f"{row}-starter"} <= set(bundled_recipes())
+    assert (load_recipe(name).model.name in ("minilm", "smollm2")) == name.endswith("-starter")
+
+
+@pytest.mark.parametrize("name", former_names())
+def test_earlier_names_still_work(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    current, method = former_names()[name]
+    found = load_recipe(name)
+    assert (found.name, found.method.name) == (name, method)  # the run folder keeps its name
+    assert not differences(found, load_recipe(current, [("method.name", method)]))
+    assert f"{name} is read as {current} --method.name {method}" in caplog.text
+    assert load_recipe(name, [("method.name", "full")]).method.name == "full"
+
+
+def test_earlier_names_have_their_settings() -> None:
+    """What a run of an earlier version was made with, so that its folder is recognised."""
+    found = load_recipe("paper-cola-roberta-monteclora")
+    assert (found.data.task, found.method.r, found.method.sample_scale) == ("cola", 8, 5e-3)
+    assert (found.training.epochs, found.training.batch_size, found.training.learning_rate) == (10, 32, 5e-4)
+    found = load_recipe("mrpc-minilm-lora")
+    assert (found.training.epochs, found.training.batch_size, found.training.group_by_length) == (5, 16, True)
+    found = load_recipe("arc-easy-smollm2-lora")
+    assert (found.data.task, found.data.train_rows, found.training.learning_rate) == ("arc_easy_instruct", 1000, 2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in bundled_recipes() if name.endswith("-minilm-lora")])
 def test_bundled_pairs_differ_in_the_method_alone(name: str) -> None:
     pair = load_recipe(name), load_recipe(f"{name.removesuffix('lora')}monteclora")
     assert all(key.startswith("method.") for key in differences(*pair))

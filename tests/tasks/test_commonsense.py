@@ -59,6 +59,12 @@ def test_each_option_gives_its_completion():
             "option2",
         ),
         (
+            "openbookqa_instruct",
+            {"question_stem": "Which one?", "choices": ARC["choices"], "answerKey": "2"},
+            ARC_PROMPT,
+            "answer2",
+        ),
+        (
             "boolq_instruct",
             {"question": "is ice cold", "passage": "Ice.", "label": 1},
             "Please answer the following question with true or false, question: is ice cold?\n\n"
@@ -119,6 +125,30 @@ def test_the_mixture_is_its_parts_in_a_fixed_order(monkeypatch, tmp_path):
     assert len(first) == 20
     assert first.to_list() == second.to_list()
     assert [row["prompt"].split()[0] for row in first][:5] != ["boolq"] * 5
+
+
+@pytest.mark.parametrize("place", ["commonsense_15k.json", "commonsense_15k/commonsense_15k.json"])
+def test_the_published_file_is_read_as_it_is(monkeypatch, tmp_path, place):
+    row = {"input": "", "output": "the correct answer is ending2", "answer": "ending2"}
+    row["instruction"] = "Please choose.\n\nEnding1: a Ending2: b\n\nAnswer format: ending1/ending2"
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text(json.dumps([row] * 4))
+    monkeypatch.setenv("MONTECLORA_DATA", str(tmp_path))
+    data = load(DataSpec(task="commonsense_15k", validation_fraction=0))
+    assert len(data.split("train")) == 4
+    assert data.split("train")[0]["options"] == ["ending1", "ending2"]
+    with pytest.raises(DataError, match=r"commonsense_170k is not at hand.*Put commonsense_170k\.json"):
+        load(DataSpec(task="commonsense_170k"))
+
+
+def test_a_folder_with_the_original_questions_is_enough(tmp_path):
+    """Instructions are made out of them, as out of those on the hub."""
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps(ARC).encode()))
+    assert (
+        load(DataSpec(task="arc_easy_instruct", folder=str(tmp_path)), ["test"]).split("test")[0]["prompt"]
+        == ARC_PROMPT
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"answer": "maybe"}, {"instruction": None}])

@@ -37,7 +37,9 @@ __all__ = [
     "find_posterior",
     "load_posterior",
     "missing_posterior",
+    "read_document",
     "save_posterior",
+    "write_document",
 ]
 
 POSTERIOR_FILE = "posterior.safetensors"
@@ -96,10 +98,17 @@ def save_posterior(
         "mean_sha256": _mean_checksum(folder / WEIGHTS_FILE),
         "labels": {str(index): str(name) for index, name in (labels or {}).items()},
     }
+    if posterior.calibration is not None:
+        fields["calibration"] = dict(posterior.calibration)
+    write_document(folder, fields, tensors)
+
+
+def write_document(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a sidecar with its checksum, atomically."""
     document = json.dumps(fields, sort_keys=True)
     # in one entry: safetensors writes several in any order, and equal posteriors should be equal files
     envelope = json.dumps({"document": document, "sha256": _checksum(document, tensors)})
-    write_file(folder / POSTERIOR_FILE, save(tensors, metadata={_KEY: envelope}))
+    write_file(folder / POSTERIOR_FILE, save(dict(tensors), metadata={_KEY: envelope}))
 
 
 def find_file(model_id: str | os.PathLike[str], name: str, **kwargs: Any) -> Path | None:
@@ -171,6 +180,7 @@ class StoredPosterior:
     enabled: bool
     mean_sha256: str | None
     labels: Mapping[int, str]
+    calibration: Mapping[str, Any] | None = None
 
     def config(self, lora: PeftConfig) -> MonteCLoRAConfig:
         """The adapter's configuration: peft's LoRA fields and the sidecar's own."""
@@ -249,11 +259,39 @@ class StoredPosterior:
         for name in _TENSORS:
             getattr(posterior, name).copy_(self.tensors[name])
         posterior.seed, posterior.draws, posterior.enabled = self.seed, self.draws, self.enabled
+        posterior.calibration = self.calibration
         posterior.measured = True
 
 
 def load_posterior(path: Path) -> StoredPosterior:
     """Read a sidecar.
+
+    Raises:
+        CheckpointError: not a sidecar, damaged, or of another format.
+    """
+    fields, tensors = read_document(path)
+    try:
+        stored = StoredPosterior(
+            path=path,
+            tensors=tensors,
+            layers=[LayerShape(str(name), int(rank), int(inputs)) for name, rank, inputs in fields["layers"]],
+            fields=_current_names(fields["config"]),
+            resolved=fields.get("resolved"),
+            seed=int(fields["seed"]),
+            draws=int(fields["draws"]),
+            enabled=bool(fields["enabled"]),
+            mean_sha256=fields.get("mean_sha256"),
+            labels={int(index): str(name) for index, name in fields.get("labels", {}).items()},
+            calibration=fields.get("calibration"),
+        )
+        _check_shapes(stored)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a posterior file ({type(error).__name__}: {error})", RESTORE) from error
+    return stored
+
+
+def read_document(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields and the tensors of a sidecar, whose checksum and format are right.
 
     Raises:
         CheckpointError: not a sidecar, damaged, or of another format.
@@ -271,28 +309,15 @@ def load_posterior(path: Path) -> StoredPosterior:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum", RESTORE)
     # a checksum finds damage, and says nothing of who wrote the document
     try:
-        fields = json.loads(document)
-        if fields["format"] not in (1, _FORMAT):
-            raise CheckpointError(
-                f"{path} has format {fields['format']}, this version reads formats 1 to {_FORMAT}",
-                "Upgrade monteclora.",
-            )
-        stored = StoredPosterior(
-            path=path,
-            tensors=tensors,
-            layers=[LayerShape(str(name), int(rank), int(inputs)) for name, rank, inputs in fields["layers"]],
-            fields=_current_names(fields["config"]),
-            resolved=fields.get("resolved"),
-            seed=int(fields["seed"]),
-            draws=int(fields["draws"]),
-            enabled=bool(fields["enabled"]),
-            mean_sha256=fields.get("mean_sha256"),
-            labels={int(index): str(name) for index, name in fields.get("labels", {}).items()},
-        )
-        _check_shapes(stored)
+        fields: dict[str, Any] = json.loads(document)
+        known = fields["format"] in (1, _FORMAT)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a posterior file ({type(error).__name__}: {error})", RESTORE) from error
-    return stored
+    if not known:
+        raise CheckpointError(
+            f"{path} has format {fields['format']}, this version reads formats 1 to {_FORMAT}", "Upgrade monteclora."
+        )
+    return fields, tensors
 
 
 def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:

@@ -10,7 +10,21 @@ from pathlib import Path
 
 from cyclopts import App, CycloptsError, Parameter
 
-from monteclora.cli import check, demo, doctor, evaluate, export, listing, predict, recipes, report, train
+from monteclora.cli import (
+    calibrate,
+    check,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    harness,
+    listing,
+    predict,
+    recipes,
+    report,
+    train,
+)
 from monteclora.cli.overrides import RECIPE_USAGE
 from monteclora.errors import MonteCLoRAError
 from monteclora.system.version import VERSION
@@ -36,6 +50,9 @@ app.command(check.check, usage=f"Usage: monteclora check {RECIPE_USAGE}")
 app.command(train.train, usage=f"Usage: monteclora train {RECIPE_USAGE}")
 app.command(evaluate.evaluate)
 app.command(predict.predict)
+app.command(generate.generate)
+app.command(harness.harness)
+app.command(calibrate.calibrate)
 app.command(report.report)
 app.command(export.export)
 app.command(listing.app)

@@ -90,7 +90,7 @@ def contend(name: str, run: RunResult) -> Contender:
         AMBIGUOUS: [message.text for message in helpdesk.ambiguous()],
         OUT_OF_SCOPE: helpdesk.out_of_scope(),
     }
-    predictor = loaded.predictor(loaded.draws(None), evaluation.seed)
+    predictor = loaded.predictor(loaded.sampler(seed=evaluation.seed))
     groups = {IN_SCOPE: predictions}
     for group in (AMBIGUOUS, OUT_OF_SCOPE):
         (groups[group],), _ = classify(predictor, Dataset.from_dict({"text": texts[group]}), predictor.samplers[-1:])

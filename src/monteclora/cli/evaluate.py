@@ -18,6 +18,9 @@ def evaluate(
     /,
     *,
     split: str | None = None,
+    task: str | None = None,
+    sampler: str | None = None,
+    calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     base: Flag = False,
@@ -33,7 +36,10 @@ def evaluate(
     Args:
         run: a run folder.
         split: train, validation or test; by default test where it has labels, else validation.
-        num_samples: posterior draws; by default the recipe's number, 0 for the mean alone.
+        task: another task than the run was trained on, such as piqa for one trained on commonsense_15k.
+        sampler: mean, posterior or mc_dropout; by default posterior for a method that has one, else mean.
+        calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
+        num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
         base: measure the pretrained model without the adapter (causal LM only).
         rows: measure at most so many rows, the same ones for every run.
@@ -45,6 +51,9 @@ def evaluate(
     result = measure(
         run,
         split,
+        task=task,
+        sampler=sampler,
+        calibrator=calibrator,
         num_samples=num_samples,
         seed=seed,
         base=base,
@@ -66,7 +75,9 @@ def _print(result: EvaluationResult) -> None:
     title = f"{result.folder} on {result.split} ({result.source.rows:,} rows{state})"
     by_name: dict[str, Mapping[str, float]] = {"pretrained" if result.model == "base" else "mean": result.point}
     if result.posterior is not None:
-        by_name[f"posterior, {result.num_samples} draws"] = result.posterior
+        by_name[f"{result.sampler}, {result.num_samples} draws"] = result.posterior
+    if result.calibrator != "none":
+        by_name = {f"{name} + {result.calibrator}": metrics for name, metrics in by_name.items()}
     shown = [metric for name, metric in METRICS.items() if name in result.point]
     rows = [[name, *(f"{metrics[m.name]:.3f}" for m in shown)] for name, metrics in by_name.items()]
     print_table(["", *(metric.label for metric in shown)], rows, title)

@@ -15,6 +15,8 @@ def predict(
     /,
     *,
     out: Path | None = None,
+    sampler: str | None = None,
+    calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     max_new_tokens: int = 64,
@@ -30,7 +32,9 @@ def predict(
         run: a run folder.
         file: csv, tsv, jsonl or Parquet with the columns of texts that the run was trained on.
         out: a .parquet or .jsonl file; by default the file's name with -predictions.parquet, in this folder.
-        num_samples: posterior draws; by default the recipe's number, 0 for the mean alone.
+        sampler: mean, posterior or mc_dropout; by default posterior for a method that has one, else mean.
+        calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
+        num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's training.eval_batch_size.
@@ -43,6 +47,8 @@ def predict(
         run,
         file,
         target,
+        sampler=sampler,
+        calibrator=calibrator,
         num_samples=num_samples,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -50,10 +56,17 @@ def predict(
     )
     if as_json:
         print_json(
-            {"path": found.path, "rows": found.rows, "num_samples": found.num_samples, "notes": list(found.notes)}
+            {
+                "path": found.path,
+                "rows": found.rows,
+                "sampler": found.sampler,
+                "calibrator": found.calibrator,
+                "num_samples": found.num_samples,
+                "notes": list(found.notes),
+            }
         )
         return
-    how = f"{found.num_samples} posterior draws each" if found.num_samples else "no posterior draws"
+    how = f"{found.num_samples} {found.sampler} draws each" if found.num_samples else "no posterior draws"
     print_line(f"written: {found.path} ({found.rows:,} rows, {how})")
     for text in found.notes:
         note(text)

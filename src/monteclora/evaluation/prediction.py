@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monteclora.errors import ConfigError
+from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.prediction.registry import NO_CALIBRATOR
+from monteclora.prediction.sampler import MEAN
 from monteclora.runs.loading import load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.atomic import replacing
@@ -36,14 +39,18 @@ class PredictedFile:
     Attributes:
         path: of the predictions.
         rows: how many.
-        num_samples: posterior draws of each, 0 for none.
+        num_samples: draws of each, 0 for none.
         notes: what a reader of the predictions must know, in words.
+        sampler: how they were made, by name.
+        calibrator: what corrected their probabilities, by name.
     """
 
     path: Path
     rows: int
     num_samples: int
     notes: tuple[str, ...]
+    sampler: str = MEAN.name
+    calibrator: str = NO_CALIBRATOR
 
 
 class _Writer(Protocol):
@@ -55,6 +62,8 @@ def predict_file(
     file: str | Path,
     out: str | Path,
     *,
+    sampler: str | None = None,
+    calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     max_new_tokens: int = 64,
@@ -71,7 +80,9 @@ def predict_file(
         run: a run folder, or what ``train`` gave.
         file: csv, tsv, jsonl or Parquet with the columns of the run's texts; labels are not read.
         out: ``.parquet`` or ``.jsonl``; written at once when every row is predicted.
-        num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
+        sampler: of the draws, by name; by default ``posterior`` for a method that has one, else ``mean``.
+        calibrator: ``temperature`` or ``none``, the default; fitted to the run's validation rows and stored with it.
+        num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: the stream of draws.
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's ``training.eval_batch_size``.
@@ -88,21 +99,35 @@ def predict_file(
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
     loaded = load_run(run.folder if isinstance(run, RunResult) else run)
     rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
-    kind, draws = KINDS[loaded.kind], loaded.draws(num_samples)
-    notes: list[str] = []
+    kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
+    if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:
+        raise ConfigError(
+            f"the calibrator {calibrator} needs probabilities of classes or options, and {loaded.folder} writes text",
+            "Leave it out.",
+        )
+    with quiet_libraries():
+        calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
+    notes = list(fitted)
     with (
         quiet_libraries(),
         replacing(target) as temporary,
         _writer(temporary, target.suffix) as write,
         progress_bar(f"{loaded.recipe.name}: {Path(file).name}", len(rows), progress) as advance,
     ):
-        predictor = loaded.predictor(draws, seed, batch_size, advance)
+        predictor = loaded.predictor(drawn, batch_size, advance, calibrators)
         for first in range(0, len(rows), kind.rows_at_once):
             chunk = rows.select(range(first, min(first + kind.rows_at_once, len(rows))))
             found = kind.predict(predictor, chunk, max_new_tokens)
             notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in found.notes]
             write(pa.table({"index": range(first, first + len(chunk)), **found.columns}))
-    return PredictedFile(target, len(rows), draws, tuple(notes))
+    return PredictedFile(
+        target,
+        len(rows),
+        drawn.num_samples if drawn else 0,
+        tuple(notes),
+        drawn.name if drawn else MEAN.name,
+        calibrator or NO_CALIBRATOR,
+    )
 
 
 def _checked_target(out: Path, file: Path) -> Path:

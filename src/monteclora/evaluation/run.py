@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from monteclora.data.kinds import Kind
+from monteclora.data.sources import local_splits
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
+from monteclora.evaluation.calibrators import FIT_SPLIT, fitted_calibrators
+from monteclora.prediction.cost import Metered, metered
+from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
+from monteclora.prediction.sampler import MEAN
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
@@ -24,7 +29,7 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.version import VERSION
-from monteclora.tasks import SplitSource, TaskData, load
+from monteclora.tasks import DataSpec, SplitSource, TaskData, get_task, load
 from monteclora.tasks.base import Scored
 from monteclora.tasks.kinds import KINDS
 
@@ -46,8 +51,11 @@ class EvaluationResult:
         split: what was predicted.
         source: where its rows came from, how many, and their checksum.
         model: the ``adapter``, or the ``base`` model without it.
-        num_samples: posterior draws, 0 for none.
+        sampler: how it was predicted, by name.
+        calibrator: what corrected the probabilities, by name; ``none`` where nothing did.
+        num_samples: draws, 0 for none.
         seed: their stream.
+        cost: forward passes (calls of the model) and seconds of each sampler, by its name.
         scored: predictions, labels, and the metrics of both.
         rows: what was predicted.
         seconds: it took.
@@ -60,8 +68,11 @@ class EvaluationResult:
     split: str
     source: SplitSource
     model: Literal["adapter", "base"]
+    sampler: str
+    calibrator: str
     num_samples: int
     seed: int
+    cost: Mapping[str, Mapping[str, float]]
     scored: Scored
     rows: Dataset
     seconds: float
@@ -72,6 +83,16 @@ class EvaluationResult:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
         draws = f"{self.num_samples} draws" if self.num_samples else "the mean"
         return f"EvaluationResult({self.folder}, {self.split}, {self.source.rows} rows, {draws}: {shown})"
+
+    @property
+    def variant(self) -> str:
+        """The model, and how it predicts where that is not its method's own way: ``adapter+mc_dropout+temperature``.
+
+        An evaluation in the run folder is replaced by the next one of the same split and variant.
+        """
+        sampler = () if self.sampler in (MEAN.name, "posterior") else (self.sampler,)
+        calibrator = () if self.calibrator == NO_CALIBRATOR else (self.calibrator,)
+        return "+".join((self.model, *sampler, *calibrator))
 
     @property
     def point(self) -> Mapping[str, float]:
@@ -90,8 +111,11 @@ class EvaluationResult:
             "rows": self.source.rows,
             "origin": self.source.origin,
             "sha256": self.source.sha256,
+            "sampler": self.sampler,
+            "calibrator": self.calibrator,
             "num_samples": self.num_samples,
             "seed": self.seed,
+            "cost": {name: dict(cost) for name, cost in self.cost.items()},
             "point": dict(self.point),
             "posterior": None if self.posterior is None else dict(self.posterior),
             "mean_uncertainty": {name: float(getattr(found, name).mean()) for name in _UNCERTAINTIES},
@@ -110,6 +134,9 @@ def evaluate(
     run: str | Path | RunResult,
     split: str | None = None,
     *,
+    task: str | None = None,
+    sampler: str | None = None,
+    calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     base: bool = False,
@@ -123,12 +150,17 @@ def evaluate(
     Classification is measured by accuracy, F1, MCC, NLL, Brier score and ECE. Of a causal LM whose rows have answer
     options, each option's likelihood is normalised over the options and measured by accuracy, NLL, Brier score and
     ECE; without options, completions are measured by NLL a token, perplexity and token accuracy. All are taken at the
-    posterior's mean and, with draws, of the mean over draws.
+    posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
         run: a run folder, or what ``train`` gave.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
-        num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
+        task: another task with a name than the run was trained on, of the same kind; records then have it before the
+            split, as in ``piqa:validation``.
+        sampler: of the draws, by name (:mod:`monteclora.prediction.registry`); by default ``posterior`` for a method
+            that has one, else ``mean``.
+        calibrator: ``temperature`` or ``none``, the default; fitted to the validation rows and stored with the run.
+        num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: the stream of draws.
         base: evaluate the pretrained model without the adapter (causal LM only).
         rows: at most so many rows, chosen by their content: the same ones for every run.
@@ -144,7 +176,16 @@ def evaluate(
     folder = run.folder if isinstance(run, RunResult) else run
     loaded = load_run(folder, base=base, allow_unfinished=allow_unfinished)
     return evaluate_loaded(
-        loaded, split, num_samples=num_samples, seed=seed, rows=rows, batch_size=batch_size, progress=progress
+        loaded,
+        split,
+        task=task,
+        sampler=sampler,
+        calibrator=calibrator,
+        num_samples=num_samples,
+        seed=seed,
+        rows=rows,
+        batch_size=batch_size,
+        progress=progress,
     )
 
 
@@ -152,6 +193,9 @@ def evaluate_loaded(
     loaded: LoadedRun,
     split: str | None = None,
     *,
+    task: str | None = None,
+    sampler: str | None = None,
+    calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
     rows: int | None = None,
@@ -162,24 +206,39 @@ def evaluate_loaded(
     for name, value in (("rows", rows), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
-    draws = loaded.draws(num_samples)
-    data, split = _load_split(loaded, split)
+    drawn = loaded.sampler(sampler, num_samples, seed)
+    check_calibrator(calibrator or NO_CALIBRATOR)
+    data, split = _load_split(loaded, split, task)
     chosen = subset(data.split(split), rows, seed=0)
     source = data.sources[split]
+    split = f"{task}:{split}" if task is not None else split
     notes = [*_to_be_known(loaded, split, source), *(note for note in data.leaks if note.startswith(f"{split}:"))]
     if len(chosen) < source.rows:
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
+    with quiet_libraries():
+        calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
+    notes += fitted
+    if calibrators and split == FIT_SPLIT:
+        notes.append(f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones")
     started = time.perf_counter()
-    with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: {split}", len(chosen), progress) as advance:
-        scored = KINDS[loaded.kind].score(loaded.predictor(draws, seed, batch_size, advance), chosen)
+    with (
+        quiet_libraries(),
+        metered(loaded.model) as meter,
+        progress_bar(f"{loaded.recipe.name}: {split}", len(chosen), progress) as advance,
+    ):
+        predictor = loaded.predictor(drawn and Metered(drawn, meter), batch_size, advance, calibrators)
+        scored = KINDS[loaded.kind].score(predictor, chosen)
     result = EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,
         split=split,
         source=source,
         model="base" if loaded.is_base else "adapter",
-        num_samples=draws,
+        sampler=drawn.name if drawn else MEAN.name,
+        calibrator=calibrator or NO_CALIBRATOR,
+        num_samples=drawn.num_samples if drawn else 0,
         seed=seed,
+        cost=meter.costs(drawn.name if drawn else None),
         scored=scored,
         rows=chosen,
         seconds=time.perf_counter() - started,
@@ -190,8 +249,19 @@ def evaluate_loaded(
     return result
 
 
-def _load_split(loaded: LoadedRun, split: str | None) -> tuple[TaskData, str]:
-    data = load(loaded.recipe.data, None if split is None else (split,))
+def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
+    spec = loaded.recipe.data
+    if task is not None:
+        kind = get_task(task).kind
+        if kind != loaded.kind:
+            raise ConfigError(
+                f"{task} is a task of {kind}, and the run is one of {loaded.kind}", "Choose another task."
+            )
+        spec = DataSpec(task, folder=spec.folder, max_length=spec.max_length, truncation=spec.truncation)
+        if split is None:  # none of its rows is learned here, so none is read that is not scored
+            available = local_splits(task, Path(spec.folder) if spec.folder else None) or get_task(task).splits
+            split = "test" if "test" in available else "validation"
+    data = load(spec, None if split is None else (split,))
     if data.label_names != loaded.label_names:
         raise DataError(
             f"{data.name} has other labels than the run {loaded.folder} was trained with",
@@ -210,7 +280,7 @@ def _to_be_known(loaded: LoadedRun, split: str, source: SplitSource) -> list[str
 
 
 def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:
-    place = {"split": result.split, "model": result.model}
+    place = {"split": result.split, "model": result.variant}
     count = result.scored.table.num_rows
     columns = {**{name: pa.array([value] * count) for name, value in place.items()}, "index": pa.array(range(count))}
     table = pa.table({**columns, **{name: result.scored.table[name] for name in result.scored.table.column_names}})

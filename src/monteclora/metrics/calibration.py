@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import fft, optimize, stats
 
 from monteclora.errors import ConfigError
 from monteclora.metrics.checks import FloatArray, IntArray, checked
 
-__all__ = ["DEFAULT_BINS", "ReliabilityCurve", "expected_calibration_error", "reliability_curve"]
+__all__ = [
+    "DEFAULT_BINS",
+    "Binning",
+    "BrierParts",
+    "ReliabilityCurve",
+    "brier_decomposition",
+    "classwise_calibration_error",
+    "equal_mass_calibration_error",
+    "expected_calibration_error",
+    "reliability_curve",
+    "smooth_calibration_error",
+]
 
 DEFAULT_BINS = 15
+_CELLS = 2048  # of [0, 1] for the smooth calibration error: finer changes the fourth decimal at most
+
+Binning = Literal["width", "mass"]
+"""Bins of equal width, or bins that hold about the same number of examples."""
 
 
 @dataclass(frozen=True)
 class ReliabilityCurve:
-    """Confidence against accuracy, bin by bin, over M equal-width bins.
+    """Confidence against accuracy, bin by bin, over M bins.
 
     Attributes:
         edges: float64 (M + 1,), from 0 to 1; bin m holds ``edges[m] < confidence <= edges[m + 1]``.
@@ -38,8 +55,21 @@ class ReliabilityCurve:
         gaps = np.abs(self.accuracy[used] - self.confidence[used])
         return float(np.average(gaps, weights=self.counts[used]))
 
+    def accuracy_interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
+        """Clopper-Pearson interval of each bin's accuracy, two float64 arrays (M,); NaN in an empty bin."""
+        used = self.counts > 0
+        low, high = np.full((2, len(self.counts)), np.nan)
+        right = np.rint(self.accuracy[used] * self.counts[used])
+        wrong, tail = self.counts[used] - right, (1 - level) / 2
+        # a beta distribution with a parameter of 0 is the point at its end of [0, 1]
+        low[used] = np.where(right > 0, stats.beta.ppf(tail, np.maximum(right, 1), wrong + 1), 0.0)
+        high[used] = np.where(wrong > 0, stats.beta.ppf(1 - tail, right + 1, np.maximum(wrong, 1)), 1.0)
+        return low, high
 
-def reliability_curve(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS) -> ReliabilityCurve:
+
+def reliability_curve(
+    probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS, binning: Binning = "width"
+) -> ReliabilityCurve:
     """Bin examples by the probability of their predicted class (Guo et al. 2017, section 2).
 
     Raises:
@@ -47,18 +77,33 @@ def reliability_curve(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_B
         ConfigError: ``bins`` is below 1.
     """
     p, y = checked(probs, labels)
+    confidence = np.clip(p.max(axis=1), 0.0, 1.0)
+    return _curve(confidence, (p.argmax(axis=1) == y).astype(np.float64), bins, binning)
+
+
+def _curve(confidence: FloatArray, correct: FloatArray, bins: int, binning: Binning = "width") -> ReliabilityCurve:
+    """The curve of probabilities (B,) in [0, 1] of an event against whether it happened, (B,) of 0 and 1."""
+    edges = _edges(confidence, bins, binning)
+    bin_of = _bin_of(confidence, edges)
+    counts = np.bincount(bin_of, minlength=len(edges) - 1)
+    with np.errstate(invalid="ignore"):
+        mean_confidence = np.bincount(bin_of, weights=confidence, minlength=len(counts)) / counts
+        mean_accuracy = np.bincount(bin_of, weights=correct, minlength=len(counts)) / counts
+    return ReliabilityCurve(edges, counts, mean_confidence, mean_accuracy)
+
+
+def _edges(confidence: FloatArray, bins: int, binning: Binning) -> FloatArray:
     if bins < 1:
         raise ConfigError(f"bins is {bins}; at least 1 is needed", "Use the default of 15, or another count.")
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    confidence = np.clip(p.max(axis=1), 0.0, 1.0)
-    correct = (p.argmax(axis=1) == y).astype(np.float64)
+    if binning == "width":
+        return np.linspace(0.0, 1.0, bins + 1)
+    inner = np.quantile(confidence, np.arange(1, bins) / bins, method="inverted_cdf")
+    return np.unique(np.concatenate([[0.0], inner, [1.0]]))  # examples of the same confidence share a bin
+
+
+def _bin_of(confidence: FloatArray, edges: FloatArray) -> IntArray:
     # Comparing with the edges themselves keeps a confidence that lies on one in the bin it closes.
-    bin_of = np.searchsorted(edges, confidence, side="left") - 1
-    counts = np.bincount(bin_of, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        mean_confidence = np.bincount(bin_of, weights=confidence, minlength=bins) / counts
-        mean_accuracy = np.bincount(bin_of, weights=correct, minlength=bins) / counts
-    return ReliabilityCurve(edges, counts, mean_confidence, mean_accuracy)
+    return np.maximum(np.searchsorted(edges, confidence, side="left") - 1, 0)
 
 
 def expected_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS) -> float:
@@ -73,3 +118,79 @@ def expected_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = 
         ConfigError: ``bins`` is below 1.
     """
     return reliability_curve(probs, labels, bins).ece
+
+
+def equal_mass_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS) -> float:
+    """As :func:`expected_calibration_error`, over bins that hold the same number of examples (Nixon et al. 2019).
+
+    Its bias depends less on how confidences are spread: no bin has only a few examples.
+    """
+    return reliability_curve(probs, labels, bins, "mass").ece
+
+
+def classwise_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS) -> float:
+    """Mean over classes of the calibration error of that class's probability, in [0, 1] (Kull et al. 2019).
+
+    It sees what the error of the predicted class alone does not: probabilities of the other classes that are off.
+    """
+    p, y = checked(probs, labels)
+    errors = [_curve(np.clip(p[:, c], 0, 1), (y == c).astype(np.float64), bins).ece for c in range(p.shape[1])]
+    return float(np.mean(errors))
+
+
+def smooth_calibration_error(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Smooth calibration error of the predicted class, in [0, 1] (Blasiok & Nakkiran, ICLR 2024).
+
+    ``smECE_sigma`` is the integral over [0, 1] of the absolute value of the residuals (correct - confidence), smoothed
+    by a Gaussian of width sigma that is reflected at 0 and 1; the error is the sigma that equals its own
+    ``smECE_sigma``. Unlike binned errors it is continuous in the predictions and has no bins to choose.
+    """
+    p, y = checked(probs, labels)
+    confidence = np.clip(p.max(axis=1), 0.0, 1.0)
+    residuals = (p.argmax(axis=1) == y) - confidence
+    cells = np.minimum((confidence * _CELLS).astype(np.int64), _CELLS - 1)
+    density = np.bincount(cells, weights=residuals, minlength=_CELLS) / len(y) * _CELLS
+    # the reflected Gaussian is the heat kernel of the interval, which the cosine transform makes diagonal
+    spectrum, frequencies = fft.dct(density, norm="ortho"), np.pi * np.arange(_CELLS)
+
+    def smoothed(sigma: float) -> float:
+        return float(np.abs(fft.idct(spectrum * np.exp(-0.5 * (frequencies * sigma) ** 2), norm="ortho")).mean())
+
+    if smoothed(0.0) == 0.0:
+        return 0.0
+    # smoothed falls from at most 1 at sigma = 0, so that its graph meets the diagonal once
+    return float(optimize.brentq(lambda sigma: sigma - smoothed(sigma), 0.0, 1.0, xtol=1e-7))
+
+
+@dataclass(frozen=True)
+class BrierParts:
+    """``brier = reliability - resolution + uncertainty`` (Murphy 1973), summed over classes.
+
+    Attributes:
+        reliability: squared distance between probability and frequency, bin by bin; 0 where calibrated.
+        resolution: how far the frequencies of the bins are from the overall frequency: what the model tells apart.
+        uncertainty: the score of always predicting the overall frequencies; the data's, not the model's.
+    """
+
+    reliability: float
+    resolution: float
+    uncertainty: float
+
+
+def brier_decomposition(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT_BINS) -> BrierParts:
+    """The parts of the Brier score in its sum form (``metrics.brier``), in equal-width bins of each class's p.
+
+    The variation within bins counts to the resolution (Stephenson, Coelho & Jolliffe 2008), so that the parts add up
+    to the score exactly, whatever the bins.
+    """
+    p, y = checked(probs, labels)
+    reliability = uncertainty = score = 0.0
+    for c in range(p.shape[1]):
+        of_class, happened = np.clip(p[:, c], 0, 1), (y == c).astype(np.float64)
+        curve = _curve(of_class, happened, bins)
+        used = curve.counts > 0
+        weights = curve.counts[used] / len(y)
+        reliability += float(weights @ np.square(curve.confidence[used] - curve.accuracy[used]))
+        uncertainty += float(happened.mean() * (1 - happened.mean()))
+        score += float(np.square(of_class - happened).mean())
+    return BrierParts(reliability, reliability + uncertainty - score, uncertainty)

@@ -18,8 +18,9 @@ from monteclora.metrics.classification import accuracy, brier, f1, matthews, nll
 
 __all__ = ["METRICS", "Metric", "Scoring", "TokenSums", "get_metric", "measure", "metrics_for"]
 
-Scoring = Literal["classes", "options", "tokens"]
-"""What is scored: classes; answer options, whose order carries no meaning; or the tokens of completions."""
+Scoring = Literal["classes", "options", "options_per_byte", "tokens"]
+"""What is scored: classes; answer options, whose order carries no meaning; options by their log-likelihood per byte; or
+the tokens of completions."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", "accuracy", True, _both(accuracy)),
+        Metric("accuracy_per_byte", "accuracy per byte", True, {"options_per_byte": accuracy}),
         Metric("f1", "F1", True, {"classes": f1}),
         Metric("mcc", "MCC", True, {"classes": matthews}),
         Metric("nll", "NLL (nats)", False, {**_both(nll), "tokens": _token_nll}),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class AdapterPosterior(nn.Module):
         self.draws = 0
         self.enabled = True
         self.trained = True  # whether training forward passes draw; adapters for reference stay at their mean
+        self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed after training
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
         self._repetitions = Repetitions()

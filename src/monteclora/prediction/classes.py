@@ -26,13 +26,13 @@ def collect(
     *,
     batch_size: int,
     progress: Progress | None = None,
-) -> Predictions:
-    """Score every row under every draw.
+) -> FloatArray:
+    """Score every row under every draw: float64, shape (S, B, C).
 
     Args:
         model: put into evaluation mode meanwhile.
         rows: with ``input_ids``, whose lengths decide the batches.
-        score: from B row numbers to log-probabilities, float64, shape (B, C).
+        score: from B row numbers to scores, float64, shape (B, C).
         sampler: what is drawn.
         batch_size: rows per batch.
         progress: told how many rows are done, batch by batch.
@@ -50,7 +50,7 @@ def collect(
             found[:, indices] = values
             if progress is not None:
                 progress(len(indices))
-    return Predictions(np.empty((sampler.num_samples, 0, 0)) if found is None else found)
+    return np.empty((sampler.num_samples, 0, 0)) if found is None else found
 
 
 def predict_classes(
@@ -78,4 +78,4 @@ def predict_classes(
         batch = to_device(collate([inputs[i] for i in indices]), model)
         return class_logits(model, batch).double().log_softmax(-1)
 
-    return collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress)
+    return Predictions(collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from monteclora.data.encoding import encode_prompt
 from monteclora.data.truncation import Truncation
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["complete", "encode_prompts"]
+__all__ = ["Decoding", "Drawn", "complete", "encode_prompts"]
 
 
 def encode_prompts(
@@ -51,16 +53,45 @@ def encode_prompts(
     return prompts, (f"{cut} of {len(rows)} prompts were truncated to {max_length} tokens",) if cut else ()
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is written.
+
+    Args:
+        max_new_tokens: most tokens of an answer.
+        temperature: of the next-token distribution; 0 takes the most probable token.
+        top_p: only the most probable tokens whose probabilities add up to this are drawn from.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1", "Allow more.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}, expected 0 or more", "Use 0 for no sampling.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}, expected above 0 and at most 1", "Use 1 for all tokens.")
+
+
 def complete(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, list[int]]], max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, list[int]]],
+    decoding: Decoding,
+    seeds: Sequence[int] = (),
 ) -> list[str]:
-    """The greedy answers at the adapter's mean; special tokens are left out of the text.
+    """The answers to a batch of prompts, with a cache of keys and values; special tokens are left out of the text.
 
     Args:
         model: with a language-modelling head.
         tokenizer: the model's.
         prompts: encoded, as :func:`encode_prompts` gives them.
-        max_new_tokens: most tokens of an answer.
+        decoding: how.
+        seeds: of each prompt's random numbers, where the temperature is above 0. An answer depends on its own seed,
+            neither on the other prompts nor on the global generators.
     """
     batch = tokenizer.pad(list(prompts), padding_side="left", return_tensors="pt")
     inputs = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
@@ -68,12 +99,42 @@ def complete(
         tokens = model.generate(
             **inputs,
             do_sample=False,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=decoding.max_new_tokens,
             eos_token_id=_end_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=_processors(decoding, seeds),
         )
     answers: list[str] = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
+
+
+def _processors(decoding: Decoding, seeds: Sequence[int]) -> Any:
+    import transformers
+
+    if not decoding.temperature:
+        return transformers.LogitsProcessorList()
+    found = [transformers.TemperatureLogitsWarper(decoding.temperature)]
+    if decoding.top_p < 1:
+        found.append(transformers.TopPLogitsWarper(decoding.top_p))
+    return transformers.LogitsProcessorList([*found, Drawn(seeds)])
+
+
+class Drawn:
+    """Makes the most probable token one that is drawn: the maximum of log-probabilities with Gumbel noise.
+
+    Each row has a generator of its own, so that what is drawn for it does not depend on the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores, shape (B, V), with noise."""
+        exponential = torch.stack(
+            [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self._generators]
+        )
+        noise = -exponential.clamp_min(torch.finfo(exponential.dtype).tiny).log()
+        return scores.float() + noise.to(scores.device)
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

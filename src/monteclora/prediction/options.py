@@ -1,43 +1,91 @@
-"""Answer options by their likelihood."""
+"""Answer options by their likelihood; the options of a row share the forward pass over their prompt."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
+from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from monteclora.errors import DataError
 from monteclora.prediction.classes import collect
-from monteclora.prediction.forward import Collate, logits_at, to_device
+from monteclora.prediction.forward import FloatArray
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
 
-__all__ = ["predict_options"]
+__all__ = ["OptionRow", "OptionScores", "score_options"]
+
+_CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
-def predict_options(
+@dataclass(frozen=True)
+class OptionRow:
+    """A question in tokens.
+
+    Attributes:
+        prompt: token ids, at least one.
+        options: the token ids of each option, which follow the prompt.
+    """
+
+    prompt: list[int]
+    options: list[list[int]]
+
+
+@dataclass(frozen=True)
+class OptionScores:
+    """The likelihood of B rows' options, at most C each, under S draws.
+
+    Attributes:
+        log_likelihoods: log p(option | prompt) in nats, float64, shape (S, B, C); minus infinity behind the options of
+            a row that has fewer than C.
+    """
+
+    log_likelihoods: FloatArray
+
+    def predictions(self, lengths: Sequence[Sequence[int]] | None = None) -> Predictions:
+        """Probabilities of the options, draw by draw: their likelihoods normalised over each row's options.
+
+        Args:
+            lengths: of each row's options; each log-likelihood is divided by its option's. A long option is otherwise
+                less likely than a short one because of its length alone.
+        """
+        scores = self.log_likelihoods
+        if lengths is not None:
+            divisors = np.ones(scores.shape[1:])
+            for row, values in enumerate(lengths):
+                divisors[row, : len(values)] = values
+            scores = scores / divisors
+        return Predictions(log_softmax(scores, axis=-1))
+
+
+def score_options(
     model: nn.Module,
-    rows: Sequence[Sequence[dict[str, list[int]]]],
-    collate: Collate,
+    rows: Sequence[OptionRow],
     *,
+    ends: AbstractSet[int] = frozenset(),
     sampler: Sampler = MEAN,
     batch_size: int = 16,
     progress: Progress | None = None,
-) -> Predictions:
-    """Probabilities of answer options: each completion's likelihood, normalised over a row's options.
+) -> OptionScores:
+    """The log-likelihood of each option after its prompt.
 
-    Tokens that all options of a row share before they part add the same to each and need not be scored; tokens that
-    they share at the end (the end of the turn) are left out, as likelihood benchmarks do, unless an option would then
-    be the beginning of another.
+    The prompt, with the tokens that all options begin with, goes through the model once per row; its keys and values
+    are then shared by the row's options. A model without such a cache reads each option with its prompt.
 
     Args:
         model: with a language-modelling head.
-        rows: for each row, its options as encoded completions (``input_ids``) of the same prompt.
-        collate: pads a list of encoded completions to a batch.
+        rows: the questions.
+        ends: tokens that end a turn. They are not scored at the end of an option, as in likelihood benchmarks, unless
+            an option of the row would then be the beginning of another.
         sampler: what is drawn.
         batch_size: sequences per forward pass; a row's options always share one.
         progress: told how many rows are done, batch by batch.
@@ -45,74 +93,146 @@ def predict_options(
     Raises:
         DataError: two options of a row have the same tokens.
     """
-    plans = [_option_plan(number, [option["input_ids"] for option in options]) for number, options in enumerate(rows)]
-    width = max(len(options) for options in rows)
-    rows_at_once = max(1, batch_size // max(len(plan.sequences) for plan in plans))
+    shares = _cache_name(model) is not None
+    plans = [_plan(number, row, ends, shares) for number, row in enumerate(rows)]
+    width = max(len(row.options) for row in rows)
 
     def score(indices: list[int]) -> Tensor:
-        log_probs = _option_log_probs(model, collate, [plans[i] for i in indices])
-        result = torch.full((len(indices), width), -torch.inf, dtype=torch.float64)
-        for row, values in enumerate(log_probs):
-            result[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
-        return result.log_softmax(-1)
+        found = torch.full((len(indices), width), -torch.inf, dtype=torch.float64)
+        for row, values in enumerate(_log_likelihoods(model, [plans[i] for i in indices])):
+            found[row, : len(values)] = values
+        return found
 
-    shown = [{"input_ids": plan.sequences[0]} for plan in plans]
-    return collect(model, shown, score, sampler, batch_size=rows_at_once, progress=progress)
+    shown = [{"input_ids": plan.prefix} for plan in plans]
+    rows_at_once = max(1, batch_size // width)
+    return OptionScores(collect(model, shown, score, sampler, batch_size=rows_at_once, progress=progress))
 
 
 @dataclass(frozen=True)
-class _OptionPlan:
-    """How to score a row's options: which sequences to run, and in which the (position, token) pairs to add up.
+class _Plan:
+    """How to score a row: ``prefix`` is read once, ``rests`` after it; tokens of the prefix count from ``start`` on."""
 
-    Where the options part in a single token one sequence serves them all: ``targets`` then has a list of one pair for
-    each option, all in sequence 0.
-    """
-
-    sequences: list[list[int]]
-    targets: list[tuple[int, list[tuple[int, int]]]]
+    prefix: list[int]
+    start: int
+    rests: list[list[int]]
 
 
-def _option_plan(number: int, options: list[list[int]]) -> _OptionPlan:
+def _plan(number: int, row: OptionRow, ends: AbstractSet[int], shares: bool) -> _Plan:
+    options = row.options
     if len(set(map(tuple, options))) < len(options):
         raise DataError(
             f"two options of row {number} have the same tokens, they cannot be told apart",
             "Make the options differ, or set a larger data.max_length.",
         )
-    start = _shared_start(options)
-    tail = min(_shared_start([option[::-1] for option in options]), min(map(len, options)) - start)
-    kept = [option[: len(option) - tail] for option in options]
-    if any(a != b and b[: len(a)] == a for a in kept for b in kept):
+    kept = [_without_end(option, ends) for option in options]
+    if any(i != j and b[: len(a)] == a for i, a in enumerate(kept) for j, b in enumerate(kept)):
         kept = options  # where one option goes on after the end of another, the end tells them apart
-    if all(len(option) == start + 1 for option in kept):
-        return _OptionPlan([kept[0][:start]], [(0, [(start - 1, option[start])]) for option in kept])
-    targets = [(k, [(i - 1, ids[i]) for i in range(start, len(ids))]) for k, ids in enumerate(kept)]
-    return _OptionPlan(kept, targets)
+    shared = _shared_start(kept) if shares else 0
+    return _Plan(row.prompt + kept[0][:shared], len(row.prompt), [option[shared:] for option in kept])
+
+
+def _without_end(option: list[int], ends: AbstractSet[int]) -> list[int]:
+    length = len(option)
+    while length and option[length - 1] in ends:
+        length -= 1
+    return option[:length]
 
 
 def _shared_start(sequences: list[list[int]]) -> int:
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 
-def _option_log_probs(model: nn.Module, collate: Collate, plans: list[_OptionPlan]) -> list[list[float]]:
-    """For each plan, the log-likelihood of each option."""
-    sequences = [ids for plan in plans for ids in plan.sequences]
-    batch = to_device(collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in sequences]), model)
-    first = batch["attention_mask"].long().argmax(-1).tolist()
-    # (sequence in the batch, column, token) of everything that is added up, option by option
-    wanted: list[list[tuple[int, int, int]]] = []
-    offset = 0
+def _parameters(model: nn.Module) -> Any:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inspect.signature(base.forward).parameters
+
+
+def _cache_name(model: nn.Module) -> str | None:
+    """What the model's forward calls the keys and values of earlier tokens; None where it takes none."""
+    return next((name for name in _CACHES if name in _parameters(model)), None)
+
+
+def _log_likelihoods(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
+    """The log-likelihood of each plan's options, float64."""
+    if _cache_name(model) is None:
+        return _read_apart(model, plans)
+    ids, mask = _padded([plan.prefix for plan in plans], left=True)
+    long = [(i, k) for i, plan in enumerate(plans) for k, rest in enumerate(plan.rests) if len(rest) > 1]
+    kept = max(len(plan.prefix) - plan.start for plan in plans) + 1
+    logits, cache = _forward(model, ids, mask, kept, use_cache=bool(long))
+    found = []
+    for i, plan in enumerate(plans):
+        tokens = plan.prefix[plan.start :]
+        log_probs = logits[i, kept - len(tokens) - 1 :].float().log_softmax(-1)  # the last row is of what comes next
+        shared = log_probs[range(len(tokens)), tokens].double().sum()
+        firsts = [
+            log_probs[-1, rest[0]].double() if rest else log_probs.new_zeros((), dtype=torch.double)
+            for rest in plan.rests
+        ]
+        found.append((shared + torch.stack(firsts)).cpu())
+    if long:
+        # each option behind the keys and values of its prompt
+        cache.batch_select_indices(torch.tensor([i for i, _ in long], device=logits.device))
+        rests = [plans[i].rests[k] for i, k in long]
+        more, behind = _padded([rest[:-1] for rest in rests], left=False)
+        whole = torch.cat([mask[[i for i, _ in long]], behind], 1)
+        logits, _ = _forward(model, more, whole, more.shape[1], cache=cache)
+        for row, ((i, k), rest) in enumerate(zip(long, rests, strict=True)):
+            found[i][k] += _sum(logits[row, : len(rest) - 1], rest[1:])
+    return found
+
+
+def _read_apart(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
+    """Likewise, each option in a pass of its own together with its prompt."""
+    found = []
     for plan in plans:
-        for sequence, pairs in plan.targets:
-            row = offset + sequence
-            wanted.append([(row, first[row] + position, token) for position, token in pairs])
-        offset += len(plan.sequences)
-    columns = sorted({column for option in wanted for _, column, _ in option})
-    place = {column: index for index, column in enumerate(columns)}
-    logits = logits_at(model, batch, torch.tensor(columns, device=batch["input_ids"].device))
-    values = []
-    for option in wanted:
-        rows, places, tokens = zip(*((row, place[column], token) for row, column, token in option), strict=True)
-        scores = logits[list(rows), list(places)].double().log_softmax(-1)
-        values.append(float(scores[range(len(tokens)), list(tokens)].sum()))
-    taken = iter(values)
-    return [[next(taken) for _ in plan.targets] for plan in plans]
+        ids, mask = _padded([plan.prefix + rest[:-1] for rest in plan.rests], left=True)
+        kept = max(map(len, plan.rests))
+        logits, _ = _forward(model, ids, mask, kept)
+        sums = [_sum(logits[k, kept - len(rest) :], rest) for k, rest in enumerate(plan.rests)]
+        found.append(torch.stack(sums))
+    return found
+
+
+def _sum(logits: Tensor, tokens: list[int]) -> Tensor:
+    """Summed log-probability of ``tokens`` under as many rows of logits, float64, on the CPU."""
+    return logits.float().log_softmax(-1)[range(len(tokens)), tokens].double().sum().cpu()
+
+
+def _padded(sequences: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, shape (B, T); padding is masked, so that any token serves."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(sequences):
+        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def _forward(
+    model: nn.Module, ids: Tensor, mask: Tensor, kept: int, *, cache: Any = None, use_cache: bool = False
+) -> tuple[Tensor, Any]:
+    """Logits of the last ``kept`` columns, (B, kept, V), and the keys and values where they are asked for.
+
+    Args:
+        model: with a language-modelling head.
+        ids: new tokens, shape (B, T).
+        mask: of the cached tokens and the new ones, shape (B, T' + T).
+        kept: columns.
+        cache: keys and values of the T' tokens before them.
+        use_cache: whether those of all tokens are wanted.
+    """
+    parameters = _parameters(model)
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if "position_ids" in parameters:  # padding does not count
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    name = _cache_name(model)
+    if name is not None:
+        inputs |= {name: cache, "use_cache": use_cache or cache is not None}
+    if "logits_to_keep" in parameters:  # a large head runs on those columns alone
+        inputs["logits_to_keep"] = kept
+    found = model(**inputs)
+    return found.logits[:, -kept:], found.get(name) if name else None

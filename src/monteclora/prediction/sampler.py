@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["MEAN", "Mean", "Sampler"]
+__all__ = ["MEAN", "Checked", "Mean", "Sampler"]
 
 
 class Sampler(Protocol):
@@ -30,6 +30,15 @@ class Sampler(Protocol):
 
     def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Forward passes of ``model`` inside the block predict under draw ``number``, from 0 to S - 1."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A sampler that not every model can be given to."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ConfigError for a model that has nothing to draw, before anything is computed."""
         ...
 
 

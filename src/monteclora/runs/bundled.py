@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bundled_recipes", "summary"]
+__all__ = ["bundled_recipes", "former_names", "summary"]
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
+# stem of earlier names, which had one recipe for each method: the recipe that has all
+_FORMER = {
+    "mrpc-minilm": "paper-mrpc-starter",
+    "arc-easy-smollm2": "paper-commonsense-starter",
+    "paper-commonsense-llama": "paper-commonsense",
+    **{f"paper-{task}-roberta": f"paper-{task}" for task in ("mrpc", "cola", "rte", "wic", "boolq")},
+}
 
 
 def bundled_recipes() -> dict[str, Path]:
     """The YAML file of every bundled recipe, by its name."""
     return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def former_names() -> dict[str, tuple[str, str]]:
+    """The recipe and the method that a name of an earlier version stands for."""
+    methods = ("lora", "monteclora")
+    return {f"{old}-{method}": (new, method) for old, new in _FORMER.items() for method in methods}
 
 
 def summary(path: Path) -> str:

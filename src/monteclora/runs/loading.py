@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monteclora.adapters.sampler import Posterior
 from monteclora.data.columns import Columns
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods import get_method
+from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.forward import Collate
+from monteclora.prediction.registry import get_sampler
+from monteclora.prediction.sampler import MEAN, Checked, Sampler
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.prepare import base_model, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe
@@ -72,31 +75,52 @@ class LoadedRun:
         """Makes a batch of encoded rows."""
         return collator(self.kind, self.tokenizer)
 
-    def draws(self, num_samples: int | None) -> int:
-        """How many posterior draws a prediction takes: what is asked for, else the recipe's number; 0 for none.
+    def sampler(self, name: str | None = None, num_samples: int | None = None, seed: int = 0) -> Sampler | None:
+        """How predictions are drawn; None for the mean alone.
+
+        Args:
+            name: of the sampler, see :mod:`monteclora.prediction.registry`; None is ``posterior`` for a method that
+                has one, else ``mean``.
+            num_samples: draws; by default the recipe's number. 0 asks for the mean alone.
+            seed: the stream of draws.
 
         Raises:
-            ConfigError: draws are asked for and there is nothing to draw from, or a negative number.
+            ConfigError: there is no such sampler, or the model has nothing that it draws; a negative number; draws of
+                the mean.
         """
-        if num_samples is None:
-            return self.recipe.evaluation.num_samples if self.has_posterior else 0
-        if num_samples < 0:
+        if num_samples is not None and num_samples < 0:
             raise ConfigError(f"num_samples is {num_samples}, expected 0 or more", "Use 0 for the mean alone.")
-        if num_samples and not self.has_posterior:
-            what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
-            raise ConfigError(f"num_samples is {num_samples}, and {what} has no posterior", "Leave it out.")
-        return num_samples
+        what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
+        chosen = get_sampler(name or ("posterior" if self.has_posterior else MEAN.name))
+        if num_samples and chosen.name == MEAN.name:
+            if name is None:
+                raise ConfigError(f"num_samples is {num_samples}, and {what} has no posterior", "Leave it out.")
+            raise ConfigError(f"num_samples is {num_samples}, and the sampler mean draws nothing", "Leave it out.")
+        if num_samples == 0 and name not in (None, MEAN.name):
+            raise ConfigError(f"num_samples is 0, and the sampler {name} draws", "Ask for one draw or more.")
+        if chosen.name == MEAN.name or num_samples == 0:
+            return None
+        if chosen.needs_posterior and not self.has_posterior:
+            raise ConfigError(f"{what} has no posterior for the sampler {chosen.name}", "Choose another sampler.")
+        sampler = chosen.build(num_samples or self.recipe.evaluation.num_samples, seed)
+        if isinstance(sampler, Checked):
+            sampler.check(self.model)
+        return sampler
 
     def predictor(
-        self, num_samples: int, seed: int = 0, batch_size: int | None = None, progress: Progress | None = None
+        self,
+        sampler: Sampler | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        calibrators: Mapping[str, Calibrator] | None = None,
     ) -> Predictor:
         """What a task needs to predict with this run.
 
         Args:
-            num_samples: posterior draws, 0 for the mean alone; see :meth:`draws`.
-            seed: their stream.
+            sampler: of draws, None for the mean alone; see :meth:`sampler`.
             batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
             progress: told how many rows are done, by each sampler.
+            calibrators: by the name of the sampler whose predictions they correct.
         """
         return Predictor(
             model=self.model,
@@ -108,8 +132,9 @@ class LoadedRun:
             precision=self.precision,
             batch_size=batch_size or self.recipe.training.eval_batch_size,
             bins=self.recipe.evaluation.bins,
-            posterior=Posterior(num_samples, seed) if num_samples else None,
+            posterior=sampler,
             progress=progress,
+            calibrators=calibrators or {},
         )
 
     def precision(self) -> AbstractContextManager[Any]:

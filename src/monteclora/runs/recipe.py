@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from monteclora.config.document import from_python
 from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
 from monteclora.metrics.registry import METRICS
-from monteclora.runs.bundled import bundled_recipes
+from monteclora.runs.bundled import bundled_recipes, former_names
 from monteclora.runs.method_section import method_name, with_current_names, without_foreign_fields
 from monteclora.tasks import DataSpec
 
@@ -32,6 +33,8 @@ __all__ = [
     "load_recipe",
     "recipe_sha256",
 ]
+
+logger = logging.getLogger(__name__)
 
 _RESULT = "affects_result"
 
@@ -239,7 +242,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     if isinstance(source, Mapping):
         document = Document(from_python(source, "recipe"), "recipe")
     else:
-        document = _named(load_yaml(_find(source)), Path(source).stem)
+        path, implied = _find(source)
+        document, overrides = _named(load_yaml(path), Path(source).stem), [*implied, *overrides]
     name = method_name(document, overrides)
     options = get_method(name).options
     document = without_foreign_fields(document, name)
@@ -254,17 +258,22 @@ def _is_file_name(name: str) -> bool:
     return plain and bool(name.strip()) and not re.search("[\x00-\x1f\x7f]", name) and len(name.encode()) <= 200
 
 
-def _find(source: str | Path) -> Path:
-    bundled = bundled_recipes()
-    is_file = os.path.isfile(source)  # Path.is_file raises for names that are too long
-    if is_file or str(source) not in bundled:
-        is_name = not Path(source).suffix and Path(source).name == str(source)
-        if is_name and not is_file:
-            near = nearest(str(source), bundled)
-            hint = f"Did you mean {near}?" if near else "Give a YAML file, or see `monteclora recipes`."
-            raise ConfigError(f"there is no bundled recipe {str(source)!r}", hint)
-        return Path(source)
-    return bundled[str(source)]
+def _find(source: str | Path) -> tuple[Path, list[tuple[str, str]]]:
+    """The file of a recipe, and what an earlier name of a bundled one says beside it."""
+    bundled, name = bundled_recipes(), str(source)
+    if os.path.isfile(source):  # Path.is_file raises for names that are too long
+        return Path(source), []
+    if name in bundled:
+        return bundled[name], []
+    if name in (former := former_names()):
+        current, method = former[name]
+        logger.warning("%s is read as %s --method.name %s, its present name", name, current, method)
+        return bundled[current], [("method.name", method)]
+    if not Path(source).suffix and Path(source).name == name:
+        near = nearest(name, bundled)
+        hint = f"Did you mean {near}?" if near else "Give a YAML file, or see `monteclora recipes`."
+        raise ConfigError(f"there is no bundled recipe {name!r}", hint)
+    return Path(source), []
 
 
 def _named(document: Document, name: str) -> Document:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from monteclora.data.kinds import Kind
 from monteclora.data.truncation import Truncation
 from monteclora.metrics.registry import Scoring, measure
+from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.completions import CompletionScores
 from monteclora.prediction.forward import Collate
 from monteclora.prediction.predictions import Predictions
@@ -48,8 +49,9 @@ class Predictor:
         precision: a context in which the matmuls have the precision that the model was trained with.
         batch_size: sequences per forward pass.
         bins: of the calibration error.
-        posterior: how draws are made; None for predictions at the mean alone.
+        posterior: how draws are made, whatever they are draws of; None for predictions at the mean alone.
         progress: told how many rows are done, by each sampler.
+        calibrators: of class and option probabilities, by the name of the sampler that they were fitted for.
     """
 
     model: nn.Module
@@ -63,11 +65,17 @@ class Predictor:
     posterior: Sampler | None = None
     progress: Progress | None = None
     truncation: Truncation = "prompt_start"
+    calibrators: Mapping[str, Calibrator] = field(default_factory=dict)
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:
         """The mean, then the draws if there are any."""
         return (MEAN,) if self.posterior is None else (MEAN, self.posterior)
+
+    def calibrated(self, found: Predictions, sampler: Sampler) -> Predictions:
+        """Predictions of a sampler, corrected where there is a calibrator for it."""
+        calibrator = self.calibrators.get(sampler.name)
+        return found if calibrator is None else calibrator.apply(found)
 
     def arguments(self) -> dict[str, Any]:
         """What every function of ``prediction`` takes besides model, rows and sampler."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from monteclora.data.encoding import encode, encode_options
+from monteclora.data.encoding import IGNORED, encode, encode_options
 from monteclora.data.kinds import Kind
 from monteclora.data.truncation import Truncation
 from monteclora.errors import DataError
@@ -16,8 +17,8 @@ from monteclora.metrics.registry import measure
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.completions import score_completions
 from monteclora.prediction.forward import batches
-from monteclora.prediction.generation import complete, encode_prompts
-from monteclora.prediction.options import predict_options
+from monteclora.prediction.generation import Decoding, complete, encode_prompts
+from monteclora.prediction.options import OptionRow, score_options
 from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
 from monteclora.tasks.commonsense import option_completions
 from monteclora.tasks.measures import Measures, TokenMeasures
@@ -60,7 +61,7 @@ class CausalLM:
         with predictor.precision():
             found = predict_classes(predictor.model, prompts, sampler=predictor.samplers[-1], **arguments)
             for indices in batches(prompts, predictor.batch_size):
-                texts = complete(predictor.model, tokenizer, [prompts[i] for i in indices], max_new_tokens)
+                texts = complete(predictor.model, tokenizer, [prompts[i] for i in indices], Decoding(max_new_tokens))
                 for index, text in zip(indices, texts, strict=True):
                     completions[index] = text
                 if predictor.progress is not None:
@@ -77,19 +78,31 @@ class CausalLM:
 
 
 def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
-    encoded, labels, cut = [], [], 0
+    encoded, labels, lengths, cut = [], [], [], 0
     for number, row in enumerate(rows):
         options = _options(number, row)
         completions = option_completions(row["completion"], row["answer"], options)
         sequences, excess = encode_options(row["prompt"], completions, predictor.tokenizer, predictor.max_length)
-        encoded.append(sequences)
+        encoded.append(_option_row(sequences))
         labels.append(options.index(row["answer"]))
+        lengths.append([len(option.encode()) for option in options])
         cut += excess > 0
     with predictor.precision():
-        found = [
-            predict_options(predictor.model, encoded, sampler=sampler, **predictor.arguments())
+        scores = [
+            score_options(
+                predictor.model,
+                encoded,
+                ends=frozenset(predictor.tokenizer.all_special_ids),
+                sampler=sampler,
+                batch_size=predictor.batch_size,
+                progress=predictor.progress,
+            )
             for sampler in predictor.samplers
         ]
+    found = [
+        predictor.calibrated(each.predictions(), sampler)
+        for each, sampler in zip(scores, predictor.samplers, strict=True)
+    ]
     probs, choices = found[-1].probs, rows["options"][:]
     columns = {
         "prompt": rows["prompt"][:],
@@ -100,7 +113,18 @@ def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
         "probabilities": [p[: len(row)].tolist() for p, row in zip(probs, choices, strict=True)],
     }
     notes = truncated(cut, len(rows), predictor.max_length)
-    return scored(predictor, "options", found, np.asarray(labels), columns, notes)
+    result = scored(predictor, "options", found, np.asarray(labels), columns, notes)
+    if rows["completion"][:] != rows["answer"][:]:
+        return result  # the options are words for them, such as answer1, whose lengths say nothing
+    per_byte = [measure("options_per_byte", each.predictions(lengths).probs, np.asarray(labels)) for each in scores]
+    posterior = None if result.posterior is None else {**result.posterior, **per_byte[-1]}
+    return replace(result, point={**result.point, **per_byte[0]}, posterior=posterior)
+
+
+def _option_row(sequences: list[dict[str, list[int]]]) -> OptionRow:
+    """Encoded completions of one prompt."""
+    start = next(i for i, label in enumerate(sequences[0]["labels"]) if label != IGNORED)
+    return OptionRow(sequences[0]["input_ids"][:start], [row["input_ids"][start:] for row in sequences])
 
 
 def _options(number: int, row: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,10 @@ def classify(
     inputs = encoded.dataset.to_list()
     with predictor.precision():
         found = [
-            predict_classes(predictor.model, inputs, sampler=sampler, **predictor.arguments()) for sampler in samplers
+            predictor.calibrated(
+                predict_classes(predictor.model, inputs, sampler=sampler, **predictor.arguments()), sampler
+            )
+            for sampler in samplers
         ]
     return found, truncated(encoded.shortened, len(rows), predictor.max_length)
 

@@ -1,13 +1,17 @@
 """Commonsense questions in instruction form, as Hu et al. 2023 (LLM-Adapters) put them.
 
 Each row asks the model to write "the correct answer is X", X being one of the words that the instruction
-offers. A data folder holds the instructions themselves; from the hub they are made out of the original
-questions with the same templates. The ``test`` split is the official test split of ARC and the official
-validation split of BoolQ, WinoGrande, PIQA and Social IQa, whose test labels are hidden.
+offers. A data folder holds the instructions themselves or the original questions, out of which they are made with the
+same templates, as they are from the hub. The ``test`` split is the official test split of ARC and OpenBookQA and the
+official validation split of BoolQ, WinoGrande, PIQA and Social IQa, whose test labels are hidden.
+
+``commonsense_15k`` and ``commonsense_170k`` are the published mixtures that models are trained on: the files as they
+were published, a JSON array with ``instruction``, ``input``, ``output`` and ``answer``.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -16,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from monteclora.data.files import Row, Table
-from monteclora.data.sources import HubData, convert, local_splits, open_split
+from monteclora.data.files import Row, Table, open_table
+from monteclora.data.sources import DATA_FOLDER_VARIABLE, HubData, convert, local_splits, open_split
 from monteclora.errors import DataError
+from monteclora.tasks.multiple_choice import CHOICES, WINOGRANDE_SIZES, open_questions
 from monteclora.tasks.registry import Task, register
 
 __all__ = ["QUESTIONS", "Questions", "option_completions", "options_of"]
@@ -80,6 +85,10 @@ def _arc(row: dict[str, Any]) -> tuple[str, str]:
     return instruction, f"answer{labels.index(row['answerKey']) + 1}"
 
 
+def _openbookqa(row: dict[str, Any]) -> tuple[str, str]:
+    return _arc({**row, "question": row["question_stem"]})
+
+
 def _winogrande(row: dict[str, Any]) -> tuple[str, str]:
     task = "Please choose the correct answer to fill in the blank to complete the given sentence"
     options = _numbered("option", [row["option1"], row["option2"]])
@@ -100,11 +109,21 @@ def _social_i_qa(row: dict[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Questions:
-    """Where the original questions of an instruction task are, and their template."""
+    """The template of an instruction task, and which task's questions go into it.
 
-    hub: HubData
+    Attributes:
+        template: an original row to instruction and answer word.
+        description: one line.
+        source: the task with the original questions.
+        test: the split of it that is the test split here.
+        subsets: of the training split.
+    """
+
     template: Callable[[dict[str, Any]], tuple[str, str]]
     description: str
+    source: str
+    test: str = "validation"
+    subsets: tuple[str, ...] = ()
 
     def instruction_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """An original question as a row of the instruction task."""
@@ -112,27 +131,29 @@ class Questions:
         output = f"the correct answer is {answer}"
         return _standard_row({"instruction": instruction, "output": output, "answer": answer})
 
+    def open(self, split: str, folder: Path | None) -> Table:
+        """The original questions of a split."""
+        theirs = self.test if split == "test" else split
+        if self.source in CHOICES:
+            return open_questions(self.source, theirs, folder)
+        return open_split(self.source, theirs, folder, HubData("aps/super_glue", self.source))
 
-_VALIDATION_IS_TEST = {"test": "validation"}
+
 QUESTIONS = {
-    "boolq_instruct": Questions(
-        HubData("aps/super_glue", "boolq", _VALIDATION_IS_TEST), _boolq, "yes/no questions, no passage"
-    ),
-    "arc_easy_instruct": Questions(HubData("allenai/ai2_arc", "ARC-Easy"), _arc, "school science questions, easy"),
-    "arc_challenge_instruct": Questions(
-        HubData("allenai/ai2_arc", "ARC-Challenge"), _arc, "school science questions, hard"
+    "boolq_instruct": Questions(_boolq, "yes/no questions, no passage", "boolq"),
+    "arc_easy_instruct": Questions(_arc, "school science questions, easy", "arc_easy", "test"),
+    "arc_challenge_instruct": Questions(_arc, "school science questions, hard", "arc_challenge", "test"),
+    "openbookqa_instruct": Questions(
+        _openbookqa, "elementary science that takes a fact and some reasoning", "openbookqa", "test"
     ),
     "winogrande_instruct": Questions(
-        HubData("allenai/winogrande", "winogrande_l", _VALIDATION_IS_TEST),
         _winogrande,
-        "which of two names fills the blank (train: size L)",
+        "which of two names fills the blank (data.subset: xs, s, m, l, xl)",
+        "winogrande",
+        subsets=WINOGRANDE_SIZES,
     ),
-    "piqa_instruct": Questions(
-        HubData("baber/piqa", None, _VALIDATION_IS_TEST), _piqa, "everyday physics, two solutions"
-    ),
-    "social_i_qa_instruct": Questions(
-        HubData("lighteval/siqa", None, _VALIDATION_IS_TEST), _social_i_qa, "social situations, three answers"
-    ),
+    "piqa_instruct": Questions(_piqa, "everyday physics, two solutions", "piqa"),
+    "social_i_qa_instruct": Questions(_social_i_qa, "social situations, three answers", "social_i_qa"),
 }
 
 
@@ -140,12 +161,12 @@ def _load(name: str, split: str, folder: Path | None) -> Table:
     if split in local_splits(name, folder):
         return convert(open_split(name, split, folder), _COLUMNS, _standard_row)
     questions = QUESTIONS[name]
-    return convert(open_split(name, split, folder, questions.hub), _COLUMNS, questions.instruction_row)
+    return convert(questions.open(split, folder), _COLUMNS, questions.instruction_row)
 
 
 def _load_mixture(split: str, folder: Path | None) -> Table:
     if split in local_splits("commonsense_instruct", folder):
-        return _load("commonsense_instruct", split, folder)
+        return convert(open_split("commonsense_instruct", split, folder), _COLUMNS, _standard_row)
 
     def rows() -> Iterator[Row]:
         mixed = [row for name in _MIXTURE for _, row in _load(name, split, folder).rows()]
@@ -155,10 +176,34 @@ def _load_mixture(split: str, folder: Path | None) -> Table:
     return Table("the mixture of " + ", ".join(_MIXTURE), _COLUMNS, rows, unit="row")
 
 
-def _register(name: str, splits: tuple[str, ...], description: str, loader: Callable[..., Table]) -> None:
-    register(Task(name, "causal_lm", ("instruction", "output"), None, splits, description, loader))
+def _load_published(name: str, split: str, folder: Path | None) -> Table:
+    """The file as it was published, ``<name>.json`` in the data folder or the task's own; else the usual place."""
+    root = folder or os.environ.get(DATA_FOLDER_VARIABLE)
+    for place in (Path(root), Path(root) / name) if root else ():
+        if (path := place / f"{name}.json").is_file():
+            return convert(open_table(path), _COLUMNS, _standard_row)
+    if split not in local_splits(name, folder):
+        raise DataError(
+            f"{name} is not at hand, and it is not on the hub",
+            f"Put {name}.json of AGI-Edgerunners/LLM-Adapters (ft-training_set) into a folder, and set data.folder "
+            f"or {DATA_FOLDER_VARIABLE} to it.",
+        )
+    return convert(open_split(name, split, folder), _COLUMNS, _standard_row)
+
+
+def _register(
+    name: str, splits: tuple[str, ...], description: str, loader: Callable[..., Table], subsets: tuple[str, ...] = ()
+) -> None:
+    columns = ("instruction", "output")
+    remedy = "Train on its train split, and evaluate on the tasks by name (`monteclora evaluate RUN --task NAME`)."
+    task = Task(name, "causal_lm", columns, None, splits, description, loader, subsets, remedy=remedy)
+    register(task)
 
 
 for _name, _questions in QUESTIONS.items():
-    _register(_name, ("train", "test"), f"instructions: {_questions.description}", partial(_load, _name))
+    _about = f"instructions: {_questions.description}"
+    _register(_name, ("train", "test"), _about, partial(_load, _name), _questions.subsets)
 _register("commonsense_instruct", ("train",), "instructions: BoolQ, ARC and WinoGrande mixed", _load_mixture)
+for _name, _rows in (("commonsense_15k", "about 15,000"), ("commonsense_170k", "170,420")):
+    _about = f"instructions: the published mixture of eight commonsense tasks, {_rows} rows"
+    _register(_name, ("train",), _about, partial(_load_published, _name))

@@ -34,6 +34,7 @@ class DataSpec:
     Args:
         task: the name of a task (``monteclora list tasks``), the path of a data file, or a data set on the
             hub as ``owner/name`` or ``owner/name:config``.
+        subset: a smaller training split of a task that has them, such as ``xs`` of winogrande.
         folder: where task files are, ``<folder>/<task>/<split>.jsonl.gz``; by default ``MONTECLORA_DATA``.
         train_file, validation_file, test_file: own files in place of a task.
         text_columns, label_column: for classification; recognised by their names when left out.
@@ -57,6 +58,7 @@ class DataSpec:
     """
 
     task: str | None = None
+    subset: str | None = None
     folder: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
@@ -85,6 +87,8 @@ class DataSpec:
         files = (self.train_file, self.validation_file, self.test_file)
         if self.task is None and not any(files):
             found.append(("task", "is missing: name a task, a file or a data set on the hub"))
+        if self.subset is not None and (self.task is None or looks_like_file(self.task) or is_hub_name(self.task)):
+            found.append(("subset", "is for tasks with a name (monteclora list tasks)"))
         if self.task is not None and self.train_file is not None:
             found.append(("train_file", "and task are both given: keep one"))
         if len(self.text_columns) > 2:
@@ -313,7 +317,14 @@ def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Pla
     if "validation" in wanted and "validation" not in available:
         wanted = [split for split in wanted if split != "validation"]
         wanted += [] if "train" in wanted else ["train"]
-    tables = {split: task.loader(split, folder) for split in wanted}
+    for split in wanted:
+        if split not in {*task.splits, *available}:
+            raise DataError(f"{task.name} has no {split} split; it has {', '.join(available)}", task.remedy)
+    if spec.subset is not None and spec.subset not in task.subsets:
+        known = f"it has {', '.join(task.subsets)}" if task.subsets else "it has none"
+        raise ConfigError(f"data.subset is {spec.subset}, and {task.name} has no such subset: {known}", "Leave it out.")
+    subset = {"train": f"train_{spec.subset}"} if spec.subset is not None else {}
+    tables = {split: task.loader(subset.get(split, split), folder) for split in wanted}
     if task.kind == "causal_lm":
         columns = Columns("causal_lm", ("prompt",), "completion")
     else:

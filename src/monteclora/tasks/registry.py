@@ -11,10 +11,11 @@ from monteclora.config import nearest
 from monteclora.data.files import Table
 from monteclora.data.kinds import Kind
 from monteclora.errors import ConfigError
+from monteclora.tasks.generation import Generation
 
 __all__ = ["Task", "get_task", "list_tasks", "register"]
 
-_FAMILIES = ("glue", "superglue", "commonsense", "helpdesk")
+_FAMILIES = ("glue", "superglue", "multiple_choice", "commonsense", "gsm8k", "code", "helpdesk")
 _TASKS: dict[str, Task] = {}
 
 
@@ -31,6 +32,9 @@ class Task:
         description: one line for ``monteclora list tasks``.
         loader: from split and data folder (or None) to a table with the columns ``text``, perhaps
             ``text_pair``, and ``label``, or ``prompt``, ``completion``, ``options`` and ``answer``.
+        subsets: smaller training splits by name (``data.subset``); the loader is asked for ``train_<name>``.
+        generation: how answers that a model writes are judged; None where nothing is written.
+        remedy: what to do about a split that the data set does not have.
     """
 
     name: str
@@ -40,6 +44,9 @@ class Task:
     splits: tuple[str, ...]
     description: str
     loader: Callable[[str, Path | None], Table]
+    subsets: tuple[str, ...] = ()
+    generation: Generation | None = None
+    remedy: str = "Choose one of its splits, or give files of your own."
 
 
 def register(task: Task) -> Task:

@@ -1,0 +1,79 @@
+"""``monteclora calibrate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
+from monteclora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from monteclora.evaluation.calibrate import CalibrationResult
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    run: str,
+    /,
+    *,
+    tolerance: float | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    undo: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Fit the posterior's scale to validation rows, without training, and store it in the adapter.
+
+    Half of the validation rows choose it, the other half says what it is worth. Evaluation, prediction, export and
+    from_pretrained then draw at that scale.
+
+    Args:
+        run: a run folder.
+        tolerance: take the largest scale whose accuracy is at most so much below the mean's; by default the scale
+            with the smallest NLL is taken.
+        num_samples: posterior draws; by default the recipe's number.
+        seed: of the draws, the same ones at every scale.
+        batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
+        undo: put the scale of training back.
+    """
+    from monteclora.evaluation.calibrate import calibrate as fit
+    from monteclora.evaluation.calibrate import undo_calibration
+
+    if undo:
+        if tolerance is not None:
+            raise ConfigError("--undo and --tolerance are both given", "Keep one.")
+        undone = undo_calibration(run)
+        if as_json:
+            print_json({"undone": undone})
+        else:
+            print_line(f"{run}: the scale of training is back" if undone else f"{run}: there was nothing to undo")
+        return
+    result = fit(run, tolerance=tolerance, num_samples=num_samples, seed=seed, batch_size=batch_size)
+    if as_json:
+        print_json({"folder": result.folder, **result.facts()})
+        return
+    _print(result)
+
+
+def _print(result: CalibrationResult) -> None:
+    from monteclora.metrics.registry import METRICS
+    from monteclora.runs.calibration import CALIBRATION_FILE
+
+    shown = [metric for name, metric in METRICS.items() if name in result.report["mean"]]
+    columns = [metric.label for metric in shown]
+
+    def cells(metrics: object) -> list[str]:
+        assert isinstance(metrics, dict)
+        return [f"{metrics[metric.name]:.3f}" for metric in shown]
+
+    title = f"{result.folder}: scale against metrics, {result.rows[0]} rows, {result.num_samples} draws"
+    print_table(["scale", *columns], [[f"{c:.3g}", *cells(m)] for c, m in result.curve.items()], title)
+    title = f"scale {result.factor:.3g} ({result.criterion}), on {result.rows[1]} rows that the fit did not use"
+    print_table(["", *columns], [[name, *cells(m)] for name, m in result.report.items()], title)
+    print_line(f"written: {result.folder / 'adapter'}, {result.folder / CALIBRATION_FILE}")
+    if result.factor == 0.0:
+        note("no scale was better than the mean: draws are now the mean; --undo puts the scale of training back")
+    elif result.factor == max(result.curve):
+        note("the largest scale that was tried is the best one")

@@ -1,0 +1,76 @@
+"""``monteclora generate``."""
+
+from __future__ import annotations
+
+from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
+
+__all__ = ["generate"]
+
+
+def generate(
+    run: str,
+    /,
+    *,
+    task: str | None = None,
+    split: str = "test",
+    num_samples: int = 0,
+    seed: int = 0,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    rows: int | None = None,
+    batch_size: int | None = None,
+    base: Flag = False,
+    allow_code_execution: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Have a run write answers to a task's questions, and judge them: gsm8k by exact match, humaneval by running them.
+
+    Answers are kept as they come: the same command goes on where an earlier one stopped.
+
+    Args:
+        run: a run folder of a language model.
+        task: by default the one it was trained on.
+        split: of the task.
+        num_samples: posterior draws, each of which answers every question; 0 for the mean.
+        seed: of draws and sampling.
+        samples: answers to each question under each draw, for pass@k; more than one needs a temperature.
+        temperature: of sampling, 0 for the most probable tokens.
+        top_p: of sampling.
+        max_new_tokens: the most tokens of an answer; by default the task's.
+        rows: answer at most so many questions, the same ones for every run.
+        batch_size: questions a forward pass; by default the recipe's training.eval_batch_size.
+        base: have the pretrained model answer, without the adapter.
+        allow_code_execution: let judging run programs that the model wrote, in a sandbox (Linux only).
+    """
+    from monteclora.evaluation.generation import generate as answer
+
+    result = answer(
+        run,
+        task,
+        split,
+        num_samples=num_samples,
+        seed=seed,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        rows=rows,
+        batch_size=batch_size,
+        base=base,
+        allow_code_execution=allow_code_execution,
+    )
+    if as_json:
+        print_json(result.facts())
+        return
+    how = f"{result.num_samples} posterior draws" if result.num_samples else "pretrained" if base else "mean"
+    title = f"{result.folder} on {result.task}, {result.split} ({result.problems:,} questions, {how})"
+    shown = [
+        (name, f"{score.mean:.3f}", "" if score.low is None else f"{score.low:.3f} to {score.high:.3f}")
+        for name, score in result.scores.items()
+    ]
+    print_table(["", "right", "95 % interval"], shown, title)
+    print_line(f"written: {result.answers}")
+    for text in result.notes:
+        note(text)

@@ -1,0 +1,131 @@
+"""Telling examples unlike the training data from those like it.
+
+A score is float (B,), larger where an example looks less like the training data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from monteclora.errors import ConfigError, DataError
+from monteclora.metrics.checks import FloatArray, floats
+
+__all__ = ["Gaussians", "auroc", "fpr95", "nearest_distance"]
+
+_AT_ONCE = 4_000_000  # distances in memory
+
+
+def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
+    """The probability that an outside example's score is larger than an inside one's, ties half; in [0, 1].
+
+    The area under the ROC curve: 0.5 is chance, 1 perfect. Also of wrong (outside) against right (inside) answers.
+
+    Raises:
+        DataError: either group is empty or malformed.
+    """
+    from scipy.stats import rankdata
+
+    low, high = _group("inside", inside), _group("outside", outside)
+    ranks = rankdata(np.concatenate([low, high]))[len(low) :]
+    return float((ranks.sum() - len(high) * (len(high) + 1) / 2) / (len(low) * len(high)))
+
+
+def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
+    """The share of outside examples that pass where the threshold lets at least 95 % of inside examples pass.
+
+    Raises:
+        DataError: either group is empty or malformed.
+    """
+    threshold = np.quantile(_group("inside", inside), 0.95, method="inverted_cdf")
+    return float(np.mean(_group("outside", outside) <= threshold))
+
+
+def nearest_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> FloatArray:
+    """Distance to the k-th nearest reference row after scaling all rows to length 1 (Sun et al., ICML 2022).
+
+    Args:
+        features: float (B, D).
+        reference: float (N, D), N >= k.
+        k: which neighbour.
+
+    Returns:
+        float64 (B,), in [0, 2].
+
+    Raises:
+        DataError: an array is malformed.
+        ConfigError: ``k`` is below 1 or above N.
+    """
+    rows, known = _features("features", features), _features("reference", reference)
+    if rows.shape[1] != known.shape[1]:
+        raise DataError(
+            f"features have {rows.shape[1]} columns and the reference {known.shape[1]}", "Take both from one model."
+        )
+    if not 1 <= k <= len(known):
+        raise ConfigError(f"k is {k}; expected 1 to {len(known)}, the number of reference rows", "Use 1.")
+    rows, known = _unit(rows), _unit(known)
+    found = np.empty(len(rows))
+    step = max(1, _AT_ONCE // len(known))
+    for first in range(0, len(rows), step):
+        cosines = rows[first : first + step] @ known.T
+        kth = np.partition(cosines, len(known) - k, axis=1)[:, len(known) - k]
+        found[first : first + step] = np.sqrt(np.maximum(2.0 - 2.0 * kth, 0.0))
+    return found
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """A Gaussian for each class with one covariance, fitted to features (Lee et al., NeurIPS 2018).
+
+    Attributes:
+        means: float64 (C, D).
+        whitening: float64 (D, R); distances are Euclidean after it.
+    """
+
+    means: FloatArray
+    whitening: FloatArray
+
+    @classmethod
+    def fit(cls, features: ArrayLike, labels: ArrayLike) -> Gaussians:
+        """Fit to features (N, D) with labels (N,); directions in which they hardly vary are left out.
+
+        Raises:
+            DataError: an array is malformed.
+        """
+        rows, classes = _features("features", features), np.asarray(labels)
+        names = np.unique(classes)
+        means = np.stack([rows[classes == name].mean(0) for name in names])
+        centred = rows - means[np.searchsorted(names, classes)]
+        # the covariance's eigenvectors, without forming it
+        _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+        kept = singular > singular.max(initial=0.0) * 1e-3
+        scale = np.sqrt(len(rows)) / singular[kept] if kept.any() else np.empty(0)
+        return cls(means, directions[kept].T * scale)
+
+    def distance(self, features: ArrayLike) -> FloatArray:
+        """Mahalanobis distance of rows (B, D) to the nearest mean, float64 (B,)."""
+        rows = _features("features", features) @ self.whitening
+        centres = self.means @ self.whitening
+        squared = np.stack([np.square(rows - centre).sum(1) for centre in centres])
+        return np.sqrt(squared.min(0))
+
+
+def _group(name: str, values: ArrayLike) -> FloatArray:
+    found = floats(name, values)
+    if found.ndim != 1 or len(found) == 0:
+        raise DataError(f"{name} has shape {found.shape}; expected (B,) with B >= 1", "Pass one score per example.")
+    return found
+
+
+def _features(name: str, values: ArrayLike) -> FloatArray:
+    found = floats(name, values)
+    if found.ndim != 2 or len(found) == 0:
+        raise DataError(f"{name} has shape {found.shape}; expected (B, D) with B >= 1", "Pass one row per example.")
+    return found
+
+
+def _unit(rows: FloatArray) -> FloatArray:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1.0)

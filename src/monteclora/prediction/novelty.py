@@ -1,0 +1,170 @@
+"""How unlike its training rows a row is: the energy of its logits and the distance to the nearest training row.
+
+The energy is that of the tuned model at its mean. Features are the last hidden states of the model without its adapter,
+averaged over the tokens of a row: training has not pulled them towards the training rows' labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from monteclora.errors import CheckpointError, DataError
+from monteclora.metrics.ood import nearest_distance
+from monteclora.prediction.forward import Collate, FloatArray, batches, to_device
+from monteclora.prediction.predictive import evaluating
+from monteclora.system.atomic import write_file
+
+__all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_rows"]
+
+NOVELTY_FILE = "novelty.safetensors"
+MOST_BYTES = 4_000_000
+"""Of reference features: callers subsample the training rows to :func:`most_rows` of this size."""
+_NEIGHBOUR = 1  # see docs/abstaining.md for what was measured
+_QUANTILE = 0.95
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What forward passes show of B rows.
+
+    Attributes:
+        features: float64 (B, D), mean over a row's tokens of the last hidden states without the adapter; a model that
+            was trained whole has none, and its own hidden states are taken.
+        energy: float64 (B,), minus the log-sum-exp of the logits (Liu et al., NeurIPS 2020).
+    """
+
+    features: FloatArray
+    energy: FloatArray
+
+
+def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64) -> Seen:
+    """The features and energies of encoded rows.
+
+    The adapter is switched off meanwhile for part of the time: no other thread may use the model.
+
+    Args:
+        model: a classifier that returns ``hidden_states``, as every model of transformers does.
+        rows: with ``input_ids`` and ``attention_mask``; ``labels`` are ignored.
+        collate: pads a list of rows to a batch.
+        batch_size: rows per forward pass.
+
+    Raises:
+        DataError: there is no row.
+    """
+    if not rows:
+        raise DataError("there are no rows to look at", "Give at least one.")
+    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+    features: FloatArray | None = None
+    energy = np.empty(len(rows))
+    with evaluating(model):
+        for indices in batches(inputs, batch_size):
+            batch = to_device(collate([inputs[i] for i in indices]), model)
+            found = model(**batch, output_hidden_states=not isinstance(model, PeftModel))
+            mask = batch["attention_mask"].unsqueeze(-1).double()
+            states = _pretrained_states(model, batch) if isinstance(model, PeftModel) else found.hidden_states[-1]
+            pooled = (states.double() * mask).sum(1) / mask.sum(1)
+            if features is None:
+                features = np.empty((len(rows), pooled.shape[1]))
+            features[indices] = pooled.cpu().numpy()
+            energy[indices] = -torch.logsumexp(found.logits.double(), -1).cpu().numpy()
+    assert features is not None
+    return Seen(features, energy)
+
+
+def _pretrained_states(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            states: torch.Tensor = model(**batch, output_hidden_states=True).hidden_states[-1]
+    finally:
+        for parameter, required in trainable:  # peft makes the adapter trainable when it switches it on again
+            parameter.requires_grad_(required)
+    return states
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Scores rows against training rows; see :meth:`fit`.
+
+    Attributes:
+        features: of training rows, float16 (N, D).
+        centre, spread: float64 (2,), mean and standard deviation of distance and energy over held-out rows.
+        limit: 0.95 quantile of the held-out rows' scores.
+    """
+
+    features: NDArray[np.float16]
+    centre: FloatArray
+    spread: FloatArray
+    limit: float
+
+    @classmethod
+    def fit(cls, training: Seen, held_out: Seen) -> Novelty:
+        """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are.
+
+        Raises:
+        """
+        kept = training.features.astype(np.float16)
+        parts = _parts(held_out, kept)
+        centre, spread = parts.mean(1), np.maximum(parts.std(1), 1e-12)
+        scores = ((parts - centre[:, None]) / spread[:, None]).sum(0)
+        return cls(kept, centre, spread, float(np.quantile(scores, _QUANTILE, method="inverted_cdf")))
+
+    def of(self, seen: Seen) -> FloatArray:
+        """The novelty of rows, float64 (B,): above 0 where a row is more novel than 95 % of the held-out rows.
+
+        The sum of the standardised distance to the nearest training row and the standardised energy, minus the
+        limit.
+        """
+        parts = _parts(seen, self.features)
+        found: FloatArray = ((parts - self.centre[:, None]) / self.spread[:, None]).sum(0) - self.limit
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the reference; raises CheckpointError where the disk refuses."""
+        tensors: dict[str, NDArray[Any]] = {
+            "features": self.features,
+            "centre": self.centre,
+            "spread": self.spread,
+            "limit": np.array([self.limit]),
+        }
+        write_file(path, save(tensors, metadata={"format": "1"}))
+
+    @classmethod
+    def load(cls, path: Path) -> Novelty:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        try:
+            found = load(path.read_bytes())
+            features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
+            if features.ndim != 2 or centre.shape != (2,) or spread.shape != (2,) or limit.shape != (1,):
+                raise ValueError("its tensors have other shapes")
+            if not all(np.isfinite(values).all() for values in found.values()):
+                raise ValueError("it holds numbers that are not finite")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error})", "Remove it; it is made again when needed."
+            ) from None
+        return cls(features, centre, spread, float(limit[0]))
+
+
+def most_rows(width: int) -> int:
+    """How many training rows are kept for features of this width."""
+    return max(1, MOST_BYTES // (2 * width))
+
+
+def _parts(seen: Seen, reference: NDArray[np.float16]) -> FloatArray:
+    return np.stack([nearest_distance(seen.features, reference, _NEIGHBOUR), seen.energy])

@@ -1,0 +1,130 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from monteclora import evaluate, export_samples
+from monteclora.adapters.rescaling import posterior_scale, rescale_posterior
+from monteclora.errors import ConfigError, DataError
+from monteclora.evaluation.calibrate import calibrate, undo_calibration
+from monteclora.runs.loading import load_run
+from monteclora.training.run import train
+from tests.finished_runs import LABELS, texts, tiny_recipe, write_rows
+
+
+def quietly(run, **kwargs):
+    return evaluate(run, progress=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def noisy(assets, tmp_path_factory):
+    """A run with visible noise and 40 validation rows, some with a wrong label."""
+    folder = tmp_path_factory.mktemp("noisy")
+    rows = texts(40, seed=5)
+    for row in rows[::4]:
+        row["label"] = LABELS[(LABELS.index(row["label"]) + 1) % 3]
+    recipe = tiny_recipe(assets, folder / "run")
+    recipe["data"]["validation_file"] = str(write_rows(folder / "validation.jsonl", rows))
+    recipe["method"]["sample_scale"] = "relative:1.0"
+    recipe["training"] |= {"max_steps": 25, "learning_rate": 5e-2}
+    train(recipe, progress=False)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(noisy, tmp_path):
+    return shutil.copytree(noisy, tmp_path / "run")
+
+
+def test_the_scale_is_the_best_of_its_curve_and_is_in_force_afterwards(run):
+    result = calibrate(run, progress=False)
+    nlls = {scale: metrics["nll"] for scale, metrics in result.curve.items()}
+    assert result.factor == min(nlls, key=nlls.get)
+    assert list(nlls) == sorted(nlls)
+    assert len(nlls) == 15
+    assert result.rows[0] + result.rows[1] == 40
+    assert posterior_scale(run / "adapter")["factor"] == result.factor
+    stored = json.loads((run / "calibration.json").read_text())["posterior_scale"]
+    assert [point["scale"] for point in stored["curve"]] == list(nlls)
+    assert stored["report"]["calibrated"] == pytest.approx(result.report["calibrated"])
+
+
+def test_scale_zero_is_the_mean_and_one_is_as_trained(run):
+    before = quietly(run)
+    for factor, expected in ((0.0, before.scored.at_mean), (1.0, before.scored.predictions)):
+        rescale_posterior(run / "adapter", factor, {})
+        found = quietly(run).scored.predictions
+        np.testing.assert_allclose(found.probs, expected.probs, atol=1e-6)
+    result = calibrate(run, progress=False)
+    assert result.curve[0.0] == pytest.approx(calibrate(run, progress=False).curve[0.0], abs=1e-6)
+
+
+def test_the_curve_does_not_depend_on_the_scale_in_force(run):
+    first = calibrate(run, progress=False)
+    rescale_posterior(run / "adapter", 0.0, {})
+    again = calibrate(run, progress=False)
+    assert again.factor == first.factor
+    for scale, metrics in first.curve.items():
+        assert again.curve[scale] == pytest.approx(metrics, abs=1e-6)
+
+
+def test_undo_puts_back_the_very_file(run):
+    path = run / "adapter" / "posterior.safetensors"
+    before = path.read_bytes()
+    assert not undo_calibration(run)
+    calibrate(run, progress=False)
+    calibrate(run, progress=False)
+    assert path.read_bytes() != before
+    assert undo_calibration(run)
+    assert path.read_bytes() == before
+    assert "posterior_scale" not in json.loads((run / "calibration.json").read_text())
+
+
+def test_exported_draws_and_saved_adapters_have_the_scale(run, tmp_path):
+    plain = load_run(run)
+    export_samples(plain.model, tmp_path / "plain", 1)
+    rescale_posterior(run / "adapter", 5.0, {"criterion": "by hand"})
+    scaled = load_run(run)
+    export_samples(scaled.model, tmp_path / "scaled", 1)
+    mean = load_file(run / "adapter" / "adapter_model.safetensors")
+    one, other = (load_file(tmp_path / n / "sample-0" / "adapter_model.safetensors") for n in ("plain", "scaled"))
+    for name in mean:
+        torch.testing.assert_close(other[name] - mean[name], 5.0 * (one[name] - mean[name]), atol=1e-5, rtol=1e-4)
+    scaled.model.save_pretrained(tmp_path / "saved")
+    assert posterior_scale(tmp_path / "saved") == posterior_scale(run / "adapter")
+
+
+def test_with_a_tolerance_the_largest_scale_that_keeps_to_it(run):
+    result = calibrate(run, tolerance=0.1, progress=False)
+    accuracy = {scale: metrics["accuracy"] for scale, metrics in result.curve.items()}
+    within = [scale for scale in accuracy if accuracy[scale] >= accuracy[0.0] - 0.1 - 1e-12]
+    assert result.factor in within
+    assert all(scale in within for scale in accuracy if scale <= result.factor)
+    above = [scale for scale in accuracy if scale > result.factor]
+    assert not above or min(above) not in within
+    assert calibrate(run, tolerance=0.99, progress=False).factor == 64.0
+
+
+def test_a_temperature_is_fitted_anew_at_the_new_scale(run):
+    before = quietly(run, calibrator="temperature").notes
+    rescale_posterior(run / "adapter", 8.0, {})
+    assert quietly(run, calibrator="temperature").notes != before
+
+
+def test_what_cannot_be_calibrated_is_refused(trained, assets, tmp_path):
+    with pytest.raises(ConfigError, match=r"method lora of .* has no posterior to scale"):
+        calibrate(trained["lora"], progress=False)
+    with pytest.raises(ConfigError, match="tolerance is 2"):
+        calibrate(trained["texts"], tolerance=2.0, progress=False)
+    with pytest.raises(ConfigError, match="num_samples is 0"):
+        calibrate(trained["texts"], num_samples=0, progress=False)
+    with pytest.raises(ConfigError, match="scale is -1"):
+        rescale_posterior(trained["texts"] / "adapter", -1.0, {})
+    recipe = tiny_recipe(assets, tmp_path / "run")
+    recipe["data"]["validation_fraction"] = 0.0
+    train(recipe, progress=False)
+    with pytest.raises(DataError, match="0 validation rows, too few"):
+        calibrate(tmp_path / "run", progress=False)

@@ -1,0 +1,143 @@
+"""One suite that every sampler passes, and what is particular to each."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from monteclora.errors import ConfigError
+from monteclora.prediction.classes import predict_classes
+from monteclora.prediction.cost import Metered, metered
+from monteclora.prediction.mc_dropout import MCDropout
+from monteclora.prediction.registry import SAMPLERS, check_calibrator, get_sampler
+from monteclora.prediction.sampler import MEAN
+from tests.models import bert, llama_classifier, same_global_generators, wrapped
+from tests.prediction.rows import padding, rows_of
+
+LENGTHS = [3, 9, 5, 7, 4]
+
+
+@pytest.fixture(params=[bert, llama_classifier], ids=lambda build: build.__name__)
+def model(request):
+    return wrapped(request.param, lora_dropout=0.3)
+
+
+@pytest.fixture(params=sorted(SAMPLERS))
+def kind(request):
+    return SAMPLERS[request.param]
+
+
+def found(model, sampler, batch_size=2):
+    return predict_classes(model, rows_of(LENGTHS), padding(), sampler=sampler, batch_size=batch_size).log_probs
+
+
+def test_probabilities_sum_to_one_under_every_draw(model, kind):
+    sampler = kind.build(4, 0)
+    log_probs = found(model, sampler)
+    assert log_probs.shape == (sampler.num_samples, len(LENGTHS), 3)
+    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1.0, atol=1e-12)
+
+
+def test_a_row_is_predicted_alike_in_every_batch(model, kind):
+    sampler = kind.build(4, 0)
+    whole = found(model, sampler, batch_size=5)
+    for batch_size in (1, 2):
+        np.testing.assert_allclose(found(model, sampler, batch_size), whole, atol=1e-5)
+
+
+def test_draws_belong_to_their_seed_and_to_nothing_else(model, kind):
+    with same_global_generators():
+        first = found(model, kind.build(4, 0))
+    torch.rand(7)
+    np.testing.assert_array_equal(found(model, kind.build(4, 0)), first)
+    if kind.name != "mean":
+        np.testing.assert_array_equal(found(model, kind.build(2, 0)), first[:2])
+        assert np.abs(found(model, kind.build(4, 1)) - first).max() > 1e-4
+        assert np.abs(first[0] - first[1]).max() > 1e-4
+
+
+def test_the_mean_and_the_modes_are_as_before(model, kind):
+    before = found(model, MEAN)
+    found(model, kind.build(3, 0))
+    assert model.training
+    np.testing.assert_array_equal(found(model, MEAN), before)
+
+
+def test_the_cost_is_counted(model, kind):
+    sampler = kind.build(4, 0)
+    with metered(model) as meter:
+        found(model, Metered(sampler, meter))
+    costs = meter.costs(sampler.name)
+    assert costs[sampler.name]["forward_passes"] == 3 * sampler.num_samples  # five rows in batches of two
+    assert 0 < costs[sampler.name]["seconds"] <= meter.seconds
+    assert costs.get("mean", {}).get("forward_passes") == (3 if kind.name == "mean" else 0)
+
+
+def test_two_threads_do_not_see_each_others_draws(model, kind):
+    model.eval()
+    expected = [found(model, kind.build(2, seed)) for seed in range(4)]
+    got = [None] * 4
+
+    def predict(seed):
+        got[seed] = found(model, kind.build(2, seed))
+
+    threads = [threading.Thread(target=predict, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"no sampler 'mc_dropuot'. Did you mean mc_dropout"):
+        get_sampler("mc_dropuot")
+    with pytest.raises(ConfigError, match=r"no calibrator 'temprature'. Did you mean temperature"):
+        check_calibrator("temprature")
+
+
+# MC dropout
+
+
+class Thinned(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x):
+        return self.dropout(x)
+
+
+def test_masks_have_the_rate_of_the_layer_and_keep_the_mean():
+    model, x = Thinned(0.3).eval(), torch.ones(1, 20_000)
+    with MCDropout(1).draw(model, 0):
+        y = model(x)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert float((y == 0).float().mean()) == pytest.approx(0.3, abs=0.01)  # three standard errors
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.015)
+
+
+def test_a_mask_is_shared_by_rows_and_positions():
+    model = Thinned(0.5).eval()
+    with MCDropout(1).draw(model, 0):
+        y = model(torch.ones(3, 4, 50))
+    assert torch.equal(y, y[:1, :1].expand_as(y))
+
+
+def test_a_copied_model_drops_nothing_twice():
+    model = Thinned(0.5).eval()
+    with MCDropout(1).draw(model, 0):
+        expected = model(torch.ones(1, 50))
+    copied = copy.deepcopy(model)
+    with MCDropout(1).draw(copied, 0):
+        assert torch.equal(copied(torch.ones(1, 50)), expected)
+
+
+def test_a_model_without_dropout_is_refused():
+    model = wrapped(bert)
+    with pytest.raises(ConfigError, match="mc_dropout needs a dropout rate above 0"):
+        found(model, MCDropout(2))
