@@ -120,6 +120,10 @@ def test_loading_leaves_what_the_user_froze_frozen(tmp_path: Path) -> None:
             model.load_adapter(tmp_path, f"other {other}", is_trainable=other)
             assert all(p.requires_grad is trainable for p in posterior_of(model).parameters())
             assert all(p.requires_grad is other for p in posterior_of(model, f"other {other}").parameters())
+        model.add_adapter("added", config_for(llama))
+        frozen = {"default": not trainable, "other False": True, "other True": False, "added": True}
+        for name, expected in frozen.items():
+            assert all(p.requires_grad is not expected for p in posterior_of(model, name).parameters())
 
 
 # -- state dicts -------------------------------------------------------------------------------------------------------
