@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from monteclora.evaluation.text import load
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
+    from monteclora.studies.study import StudyResult, study
     from monteclora.training.groups import separate_posterior
     from monteclora.training.run import train
     from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
@@ -31,6 +32,7 @@ _HOME = {
     "MonteCLoRATrainerMixin": "training.trainer",
     "PredictiveDistribution": "prediction.predictive",
     "RunResult": "runs.result",
+    "StudyResult": "studies.study",
     "evaluate": "evaluation.run",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
@@ -41,6 +43,7 @@ _HOME = {
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
     "separate_posterior": "training.groups",
+    "study": "studies.study",
     "train": "training.run",
     "variational_loss": "adapters.active",
 }
@@ -53,6 +56,7 @@ __all__ = [
     "MonteCLoRATrainerMixin",
     "PredictiveDistribution",
     "RunResult",
+    "StudyResult",
     "evaluate",
     "export_merged",
     "export_samples",
@@ -63,6 +67,7 @@ __all__ = [
     "posterior_sampling",
     "predict",
     "separate_posterior",
+    "study",
     "train",
     "variational_loss",
 ]

@@ -130,7 +130,7 @@ def test_a_compiled_layer_in_training(options: dict[str, Any], autocast: bool) -
 
 def test_a_compiled_layer_in_evaluation_and_under_posterior_draws() -> None:
     eager, compiled = compiled_layers()
-    x = torch.randn(6, 12)
+    x = torch.randn(2, 12).repeat(3, 1)
     for model in (eager, compiled):
         model.eval()
     with torch.no_grad():
@@ -175,6 +175,13 @@ def test_the_whole_model_compiled(build: Callable[..., nn.Module]) -> None:
     assert posterior_of(compiled).draws == 3
     breaks = [reason for reason in counters["graph_break"] if "DrawScope._draw" not in reason]
     assert not breaks, "the draw itself is made outside, and nothing else breaks the graph"
+
+
+def test_the_whole_model_is_one_graph() -> None:
+    """As with plain LoRA: the draw is made by the outermost hook, before the graph begins."""
+    eager, compiled = wrapped(llama), wrapped(llama)
+    assert agree(steps(eager, eager), steps(compiled, torch.compile(compiled, backend=BACKEND, fullgraph=True)))
+    assert posterior_of(compiled).draws == 3
 
 
 @pytest.mark.slow

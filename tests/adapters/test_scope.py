@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,21 +46,65 @@ def test_one_draw_for_each_forward_however_deep_the_call(build: Callable[..., nn
         assert posterior.current.index == count - 1
 
 
-@pytest.mark.parametrize(
-    "part", ["base_model", "base_model.model", "base_model.model.model", "base_model.model.model.layers"]
-)
+@pytest.mark.parametrize("part", ["base_model", "base_model.model", "base_model.model.model"])
 def test_calling_an_inner_module_draws_once(part: str) -> None:
     model = wrapped(llama)
     posterior, inner = posterior_of(model), model.get_submodule(part)
-    if part.endswith("layers"):  # a part below the module that holds every adapted layer draws nothing of its own
-        backbone = model.base_model.model.model
-        hidden = torch.randn(2, 5, 32)
-        inner[0](hidden, position_embeddings=backbone.rotary_emb(hidden, torch.arange(5).unsqueeze(0)))
-        assert posterior.draws == 0
-        return
     outputs = [inner(input_ids=tokens())[0] for _ in range(2)]
     assert posterior.draws == 2
     assert not torch.equal(*outputs)
+
+
+def block_inputs(model: nn.Module) -> tuple[nn.Module, Tensor, Any]:
+    backbone = model.base_model.model.model
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4))
+    return backbone.layers[0], hidden, backbone.rotary_emb(hidden, torch.arange(5).unsqueeze(0))
+
+
+def test_a_block_called_alone_draws_once_and_gets_its_gradient() -> None:
+    model = wrapped(llama)
+    posterior = posterior_of(model)
+    block, hidden, positions = block_inputs(model)
+    for count in (1, 2):
+        output = block(hidden, position_embeddings=positions)
+        assert posterior.draws == count
+    (output[0] if isinstance(output, tuple) else output).square().sum().backward()
+    first_block = sum(layer.rank for layer in posterior.layers if ".layers.0." in layer.name)
+    assert int((posterior.rho.grad != 0).sum()) == first_block
+
+
+def test_a_part_of_a_block_draws_for_each_layer_at_first_and_then_once() -> None:
+    model = wrapped(llama)
+    posterior = posterior_of(model)
+    block, hidden, positions = block_inputs(model)
+    counts = []
+    for _ in range(3):
+        before = posterior.draws
+        block.self_attn(hidden, position_embeddings=positions, attention_mask=None)
+        counts.append(posterior.draws - before)
+    assert counts == [2, 1, 1]  # q_proj and v_proj
+    model(**batch_for(llama))
+    assert posterior.draws == 5
+
+
+def test_the_mode_of_the_layers_decides_and_not_that_of_the_wrapper() -> None:
+    model, twin = wrapped(llama), wrapped(llama)
+    model.training = model.base_model.training = False
+    assert torch.equal(model(**batch_for(llama)).logits, twin(**batch_for(llama)).logits)
+    assert posterior_of(model).draws == 1
+    (model(**batch_for(llama)).loss + variational_loss(model)).backward()
+    gradients(model)
+
+
+def test_an_encoder_called_alone_draws_from_the_posterior() -> None:
+    model = wrapped(t5).eval()
+    encoder = model.get_base_model().get_encoder()
+    with torch.no_grad():
+        mean = encoder(input_ids=tokens())[0]
+        with posterior_sampling(model, seed=1):
+            one, two = encoder(input_ids=tokens())[0], encoder(input_ids=tokens())[0]
+    assert not torch.equal(mean, one)
+    assert not torch.equal(one, two)
 
 
 def test_a_model_without_the_peft_wrapper_around_it_still_draws() -> None:
@@ -379,6 +424,100 @@ def test_sampling_a_merged_or_disabled_adapter_is_refused() -> None:
 
 def test_several_draws_on_a_batch_that_they_do_not_divide_are_refused() -> None:
     model = wrapped(llama).eval()
-    with posterior_sampling(model, num_samples=3), pytest.raises(ConfigError, match="3 draws at once met") as caught:
-        model(input_ids=tokens(rows=4))
-    assert "Repeat the batch" in caught.value.hint
+    for rows in (4, 3, 6):  # of a batch of three different rows each would be under a draw of its own
+        with (
+            posterior_sampling(model, num_samples=3),
+            pytest.raises(ConfigError, match="3 draws at once met") as caught,
+        ):
+            model(input_ids=tokens(rows=rows))
+        assert "Repeat the batch" in caught.value.hint
+    with posterior_sampling(model, num_samples=3):
+        model(input_ids=tokens(rows=2).repeat(3, 1))
+
+
+def test_an_adapter_made_active_in_some_layers_alone_is_drawn() -> None:
+    model = wrapped(llama)
+    model.add_adapter("other", config_for(llama, noise_seed=5))
+    stir(model)
+    for name, module in model.named_modules():
+        if name.endswith("layers.1.self_attn.q_proj"):
+            module.set_adapter("other")
+    for count in (1, 2):
+        model(**batch_for(llama))
+        assert posterior_of(model, "other").draws == posterior_of(model).draws == count
+
+
+def test_rows_of_several_adapters_are_drawn_each_from_its_own() -> None:
+    model = wrapped(llama).eval()
+    model.add_adapter("other", config_for(llama, noise_seed=5))
+    stir(model)
+    model.eval()
+    ids = tokens(rows=2)
+    with torch.no_grad():
+        with posterior_sampling(model, seed=3):
+            mixed = [model(input_ids=ids, adapter_names=["default", "other"]).logits for _ in range(2)]
+        for row, name in enumerate(["default", "other"]):
+            model.set_adapter(name)
+            model.eval()
+            with posterior_sampling(model, seed=3):
+                for draw in range(2):
+                    torch.testing.assert_close(model(input_ids=ids).logits[row], mixed[draw][row])
+
+
+def test_a_disabled_adapter_freezes_its_posterior_and_has_no_loss() -> None:
+    """Else data-parallel training would wait for gradients that never come."""
+    model = wrapped(llama)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        loss = variational_loss(model)
+        assert not loss.requires_grad
+        assert float(loss) == 0.0
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == names
+    assert float(variational_loss(model).detach()) > 0
+
+
+def test_a_layer_that_is_never_called_is_refused() -> None:
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "last": nn.Linear(16, 4)})
+    with pytest.raises(ConfigError, match=r"'attention.out_proj' is never called"):
+        monteclora.get_peft_model(base, MonteCLoRAConfig(target_modules=["out_proj", "last"], r=2))
+
+
+@pytest.mark.parametrize("value", [1e3, -1e3, 1e30])
+def test_a_posterior_that_diverged_has_a_finite_loss(value: float) -> None:
+    model = wrapped(llama)
+    with torch.no_grad():
+        posterior_of(model).rho.fill_(value)
+        posterior_of(model).eta.fill_(value)
+    loss = model(**batch_for(llama)).loss + variational_loss(model)
+    loss.backward()
+    assert loss.isfinite()
+    assert loss > 1e3
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_offloaded_adapters_are_refused_before_anything_is_computed(training: bool) -> None:
+    model = cpu_offload(wrapped(llama).train(training), torch.device("cpu"))
+    batch = batch_for(llama)
+    with pytest.raises(ConfigError, match="are offloaded"):
+        _ = model(**batch) if training else monteclora.predict(model, batch, num_samples=2)
+
+
+def test_per_sample_gradients_by_torch_func_work_at_the_mean_and_are_refused_under_draws() -> None:
+    model = wrapped(perceptron)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    x = torch.randn(5, 12)
+    with pytest.raises(ConfigError, match=r"transform of torch\.func"):
+        per_sample(parameters, x)
+    model.eval()
+    found = per_sample(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(found[name].sum(0), parameter.grad)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import monteclora
@@ -128,6 +129,10 @@ def test_a_reader_that_has_enough_is_no_error():
         (["evaluate", "."], "is not a run. Give a folder that `monteclora train` made."),
         (["predict", ".", "rows.csv"], "is not a run"),
         (["predict", ".", "rows.csv", "--out", "rows.xlsx"], "Name it with one of .parquet, .jsonl."),
+        (["predict", ".", "rows.csv", "--text", "w1"], "both the file rows.csv and --text are given. Give one"),
+        (["predict", ".", "--text", "w1", "--keep", "id"], "--keep is for a file, and --text is given"),
+        (["predict", "."], "there is nothing to predict. Give a file, or texts"),
+        (["predict", ".", "rows.csv", "--keep", "total"], "the predictions have a column 'total' of their own"),
         (["export", ".", "--format", "merged"], "is not a run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -265,6 +270,23 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
     assert (status, err) == (0, "")
     assert out == "written: new-predictions.parquet (2 rows, 3 posterior draws each)\n"
     assert (tmp_path / "new-predictions.parquet").is_file()
+
+    status, out, err = run_main("evaluate", run, "--ood", "new.jsonl")
+    assert (status, err) == (0, "")
+    assert "accuracy at coverage 0.8: " in out
+    assert "telling new.jsonl (2 rows) from the split" in out
+    assert all(score in out for score in ("entropy", "mutual information", "maximum logit", "novelty"))
+
+    status, out, err = run_main("predict", run, "--text", "w1 w2", "--text", "w40", "--seed", 3)
+    assert (status, err) == (0, "")
+    rows = pq.read_table(tmp_path / "new-predictions.parquet").to_pylist()
+    assert [line.split(",")[0] for line in out.splitlines()] == [row["prediction"] for row in rows]
+    assert all(f"confidence {row['confidence']:.3f}" in line for row, line in zip(rows, out.splitlines(), strict=True))
+    status, out, _ = run_main("predict", run, "--text", "w1 w2", "--text", "w40", "--seed", 3, "--json")
+    answers = json.loads(out)["answers"]
+    assert [answer["text"] for answer in answers] == ["w1 w2", "w40"]
+    for name in ("confidence", "total", "epistemic", "novelty", "abstain"):
+        assert [answer[name] for answer in answers] == pytest.approx([row[name] for row in rows], abs=1e-5)
 
     status, out, _ = run_main("export", run, "--format", "samples", "--num-samples", 2)
     assert (status, out.split()) == (0, [str(run / "samples" / f"sample-{i}") for i in range(2)])

@@ -1,13 +1,17 @@
 import json
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import monteclora
 from monteclora.errors import CheckpointError, ConfigError, DataError
-from monteclora.evaluation.prediction import predict_file
+from monteclora.evaluation.prediction import OUTPUT_COLUMNS, predict_file
 from monteclora.evaluation.run import evaluate
 from monteclora.prediction.generation import Decoding, complete, encode_prompts
 from monteclora.runs.loading import load_run
@@ -27,6 +31,17 @@ def read(path):
 
 
 @pytest.fixture
+def copied(trained, tmp_path):
+    """Makes a copy of a run that may be changed, as it was when training ended."""
+    later = shutil.ignore_patterns("novelty.safetensors", "abstention.json")
+
+    def copy(name):
+        return shutil.copytree(trained[name], Path(tempfile.mkdtemp(dir=tmp_path)) / "run", ignore=later)
+
+    return copy
+
+
+@pytest.fixture
 def unlabelled(tmp_path):
     """The texts of the test split, without their labels, in a csv file."""
     path = tmp_path / "messages.csv"
@@ -35,12 +50,13 @@ def unlabelled(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
-def test_predictions_are_those_of_the_evaluation(trained, unlabelled, tmp_path, ending):
-    found = quietly(trained["texts"], unlabelled, tmp_path / f"out{ending}", seed=5)
+def test_predictions_are_those_of_the_evaluation(copied, unlabelled, tmp_path, ending):
+    found = quietly(copied("texts"), unlabelled, tmp_path / f"out{ending}", seed=5)
     assert (found.rows, found.num_samples, found.notes) == (15, 3, ())
-    expected = evaluate(trained["texts"], seed=5, progress=False).scored.predictions
+    expected = evaluate(copied("texts"), seed=5, progress=False).scored.predictions
     rows = read(found.path)
     names = ["index", "text", "prediction", "confidence", "probabilities", "total", "aleatoric", "epistemic"]
+    names += ["novelty", "abstain"]
     for i, row in enumerate(rows):
         assert list(row) == names
         assert row["index"] == i
@@ -49,23 +65,90 @@ def test_predictions_are_those_of_the_evaluation(trained, unlabelled, tmp_path, 
         assert row["epistemic"] == pytest.approx(expected.epistemic[i], abs=1e-6)
 
 
-def test_rows_come_in_the_order_of_the_file_however_they_are_cut_up(trained, tmp_path, monkeypatch):
+def test_rows_come_in_the_order_of_the_file_however_they_are_cut_up(copied, tmp_path, monkeypatch):
     rows = [{"text": row["text"]} for row in texts(23, seed=2)]
     file = write_rows(tmp_path / "in.jsonl", rows)
-    whole = read(quietly(trained["texts"], file, tmp_path / "whole.jsonl").path)
+    whole = read(quietly(copied("texts"), file, tmp_path / "whole.jsonl").path)
     monkeypatch.setattr(Classification, "rows_at_once", 5)
-    parts = read(quietly(trained["texts"], file, tmp_path / "parts.parquet", batch_size=2).path)
+    parts = read(quietly(copied("texts"), file, tmp_path / "parts.parquet", batch_size=2).path)
     assert [row["text"] for row in whole] == [row["text"] for row in parts] == [row["text"] for row in rows]
     assert [row["index"] for row in parts] == list(range(23))
     np.testing.assert_allclose([row["total"] for row in whole], [row["total"] for row in parts], atol=1e-6)
 
 
-def test_lora_predicts_without_epistemic_uncertainty(trained, unlabelled, tmp_path):
-    rows = read(quietly(trained["lora"], unlabelled, tmp_path / "out.jsonl").path)
+def test_lora_predicts_without_epistemic_uncertainty(copied, unlabelled, tmp_path):
+    rows = read(quietly(copied("lora"), unlabelled, tmp_path / "out.jsonl").path)
     assert {row["epistemic"] for row in rows} == {0.0}
     assert all(row["total"] == row["aleatoric"] > 0 for row in rows)
     with pytest.raises(ConfigError, match="the method lora has no posterior"):
-        quietly(trained["lora"], unlabelled, tmp_path / "out.jsonl", num_samples=2)
+        quietly(copied("lora"), unlabelled, tmp_path / "out.jsonl", num_samples=2)
+
+
+def test_novelty_and_abstain_are_those_of_the_model_that_answers_texts(copied, unlabelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "rows_at_once", 4)
+    rows = read(quietly(copied("texts"), unlabelled, tmp_path / "out.parquet", seed=2).path)
+    expected = monteclora.load(copied("texts")).predict([row["text"] for row in rows], seed=2)
+    np.testing.assert_allclose([row["novelty"] for row in rows], expected.novelty, rtol=1e-4)
+    assert [row["abstain"] for row in rows] == expected.abstain
+
+
+def test_where_the_rows_of_the_run_are_gone_a_note_says_what_is_left_out(copied, unlabelled, tmp_path, monkeypatch):
+    def gone(*_):
+        raise DataError("there is no file texts-train.jsonl", "Check the path.")
+
+    run = copied("texts")
+    monkeypatch.setattr("monteclora.evaluation.reference.load", gone)
+    found = quietly(run, unlabelled, tmp_path / "out.jsonl")
+    assert found.notes == ("novelty and abstain are left out: there is no file texts-train.jsonl. Check the path.",)
+    assert not {"novelty", "abstain"} & set(read(found.path)[0])
+
+
+def test_calibrated_predictions_have_no_threshold(copied, unlabelled, tmp_path):
+    found = quietly(copied("texts"), unlabelled, tmp_path / "out.jsonl", calibrator="temperature")
+    assert any(note.startswith("abstain is left out: a calibrator") for note in found.notes)
+    assert {"novelty", "abstain"} & set(read(found.path)[0]) == {"novelty"}
+
+
+def test_a_run_folder_that_cannot_be_written_to_predicts(copied, unlabelled, tmp_path, monkeypatch, caplog):
+    def refuse(path, content):
+        raise CheckpointError(f"cannot write {path}", "Free some space.")
+
+    run = copied("texts")
+    monkeypatch.setattr("monteclora.evaluation.reference.write_file", refuse)
+    monkeypatch.setattr("monteclora.prediction.novelty.write_file", refuse)
+    assert "novelty" in read(quietly(run, unlabelled, tmp_path / "out.jsonl").path)[0]
+    assert "novelty.safetensors is not kept" in caplog.text
+
+
+def test_columns_of_the_file_are_kept(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "rows_at_once", 2)
+    rows = [{"text": f"w{i}", "id": i, "tags": ["a"] * i} for i in range(5)]
+    file = write_rows(tmp_path / "in.jsonl", rows)
+    run = copied("texts")
+    for out in ("out.parquet", "out.jsonl"):
+        found = read(quietly(run, file, tmp_path / out, keep=["id", "tags"]).path)
+        assert list(found[0])[:4] == ["index", "id", "tags", "text"]
+        assert [{name: row[name] for name in ("text", "id", "tags")} for row in found] == rows
+
+
+def test_columns_that_cannot_be_kept_are_refused(trained, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"text": "w1", "id": 1, "mixed": 1}, {"text": "w1", "mixed": "a"}])
+    for keep, problem in (
+        (["id", "confidence"], "have a column 'confidence' of their own"),
+        (["ids"], r"in\.jsonl has no column 'ids'"),
+        (["mixed"], "mixed types"),
+        ("id", "expected a list of columns"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=problem):
+            quietly(trained["texts"], file, tmp_path / "out.jsonl", keep=keep)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["texts", "pairs"])
+def test_no_column_has_a_name_that_could_be_kept(copied, tmp_path, name):
+    rows = [{"text": "w1"}] if name == "texts" else [{"prompt": "w1"}]
+    file = write_rows(tmp_path / "in.jsonl", rows)
+    assert set(read(quietly(copied(name), file, tmp_path / "out.jsonl", max_new_tokens=4).path)[0]) <= OUTPUT_COLUMNS
 
 
 # causal LM

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 
 import monteclora
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.data.columns import Columns
+from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.reference import abstention_of, novelty_of, see
 from monteclora.evaluation.run import evaluate
@@ -20,7 +22,8 @@ TEXTS = [row["text"] for row in texts(7, seed=4)]
 
 @pytest.fixture
 def run(trained, tmp_path):
-    return shutil.copytree(trained["texts"], tmp_path / "run")
+    later = shutil.ignore_patterns("novelty.safetensors", "abstention.json")
+    return shutil.copytree(trained["texts"], tmp_path / "run", ignore=later)
 
 
 def test_answers_are_those_of_predict_file(run, tmp_path):
@@ -70,6 +73,17 @@ def test_what_was_stored_is_used_and_damage_is_named(run, monkeypatch):
         model.predict(TEXTS)
 
 
+def test_without_the_rows_of_the_run_texts_are_answered_and_a_note_says_what_is_left_out(run, monkeypatch):
+    def gone(*_):
+        raise DataError("there is no file texts-train.jsonl", "Check the path.")
+
+    monkeypatch.setattr("monteclora.evaluation.reference.load", gone)
+    found = monteclora.load(run).predict(TEXTS)
+    assert (found.novelty, found.abstain, len(found.labels)) == (None, None, 7)
+    assert found.notes == ("novelty and abstain are left out: there is no file texts-train.jsonl. Check the path.",)
+    assert "notes" not in found.to_dict()
+
+
 def test_the_threshold_is_chosen_on_validation_rows(run):
     loaded = monteclora.load(run).run
     predictions = evaluate(run, "validation", progress=False).scored.predictions
@@ -114,3 +128,18 @@ def test_features_are_the_pretrained_models_and_energies_the_tuned_ones(run):
     with loaded.model.disable_adapter():
         states = loaded.model(**batch, output_hidden_states=True).hidden_states[-1]
     np.testing.assert_allclose(seen.features[0], states[0].mean(0).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["its data", "a task with a name"])
+def test_single_texts_are_refused_by_a_run_of_pairs(trained, how):
+    model = monteclora.load(trained["texts"])
+    pairs = Columns("classification", ("sentence1", "sentence2"), "label")
+    data = dataclasses.replace(model.run.recipe.data, task="mrpc", train_file=None, test_file=None)
+    loaded = {
+        "its data": dataclasses.replace(model.run, columns=pairs),
+        "a task with a name": dataclasses.replace(
+            model.run, columns=None, recipe=dataclasses.replace(model.run.recipe, data=data)
+        ),
+    }[how]
+    with pytest.raises(ConfigError, match=r"reads pairs of texts \(sentence1, sentence2\)"):
+        dataclasses.replace(model, run=loaded).predict(["w1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -261,6 +262,8 @@ def test_options_that_are_no_tensors_are_passed_on() -> None:
 def test_next_tokens_need_the_logits_of_the_last_ones_only() -> None:
     """64 rows of a few hundred tokens over a large vocabulary would take gigabytes."""
     model, seen = wrapped(llama), []
+    predict(model, {"input_ids": tokens(2, 4)}, num_samples=2)  # finds out how rows lie
+    predict(model, padded(ROWS, "left", extra=1), num_samples=2)
     model.get_base_model().lm_head.register_forward_hook(lambda m, i, output: seen.append(output.shape[1]))
     predict(model, {"input_ids": tokens(2, 30)}, num_samples=2)
     predict(model, padded(ROWS, "left", extra=9), num_samples=2)
@@ -447,3 +450,15 @@ def test_what_is_no_batch_is_refused_in_one_line(batch: Any, message: str) -> No
         predict(wrapped(llama), batch)
     assert caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+def test_padding_without_a_mask_is_warned_of() -> None:
+    model = wrapped(bert).eval()
+    ids = tokens(2, 6)
+    ids[1, 4:] = PAD
+    with pytest.warns(UserWarning, match="no attention_mask"):
+        predict(model, {"input_ids": ids}, num_samples=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        predict(model, {"input_ids": ids, "attention_mask": (ids != PAD).long()}, num_samples=2)
+        predict(model, {"input_ids": tokens(2, 6)}, num_samples=2)

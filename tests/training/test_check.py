@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from monteclora.errors import ConfigError
 from monteclora.runs.prepare import prepare_data, prepare_model
 from monteclora.runs.recipe import load_recipe
-from monteclora.training.check import check
+from monteclora.training.check import CheckReport, check
 from monteclora.training.estimate import Sizes
 from tests.training.conftest import Recipe, quietly
 
@@ -115,3 +115,29 @@ def test_what_training_would_refuse(recipe: MakeRecipe) -> None:
         check(recipe(method_options={"target_modules": ["qeury"]}))
     with pytest.raises(ConfigError, match="best_metric is perplexity"):
         check(recipe(best_metric="perplexity"))
+
+
+def test_what_a_method_keeps_and_takes_is_in_the_estimate(recipe: MakeRecipe) -> None:
+    """IVON's four numbers a weight; rows that are longer by the prompt; a gradient of every weight."""
+
+    def report(method: str, **options: object) -> CheckReport:
+        made = recipe(method=method)
+        made["method"] = {"name": method, **options}
+        return check(made)
+
+    lora, ivon = report("lora"), report("ivon")
+    assert ivon.memory.optimizer - lora.memory.optimizer == 16 * lora.sizes.trained
+    few, many = (report("prompt_tuning", num_virtual_tokens=count) for count in (1, 11))
+    longest = few.tokens[1]
+    assert many.memory.activations / few.memory.activations == pytest.approx((longest + 11) / (longest + 1))
+    full = report("full")
+    multiplied = full.sizes.parameters - full.sizes.embeddings
+    tokens = full.steps * 8 * full.tokens[0]
+    assert full.operations == pytest.approx(6 * multiplied * tokens)
+
+
+def test_a_schedule_that_leaves_nothing_to_prune_is_refused(recipe: MakeRecipe) -> None:
+    made = recipe(method="adalora")
+    made["method"] = {"name": "adalora", "tinit": 6, "tfinal": 5}
+    with pytest.raises(ConfigError, match=r"method\.tinit 6 and method\.tfinal 5 leave none of 10 steps"):
+        check(made)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from monteclora.adapters.scope import PosteriorSampler
+from monteclora.adapters.scope import PosteriorSampler, check_here
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior
@@ -51,13 +51,14 @@ def variational_loss(model: nn.Module) -> Tensor:
 
     Returns:
         A scalar, differentiable in rho and eta of the active adapters (docs/method.md section 4); zero while their
-        posteriors are switched off.
+        posteriors are switched off or the adapters disabled.
 
     Raises:
         ConfigError: the model has no MonteCLoRA adapter.
     """
-    posteriors = active_posteriors(model)
-    losses = [posterior.regulariser().loss for posterior in posteriors if posterior.enabled]
+    tuner = _tuner(model)
+    posteriors = tuner.active_posteriors()
+    losses = [posterior.regulariser().loss for posterior in posteriors if posterior.enabled and not tuner.frozen]
     if losses:
         return torch.stack(losses).sum()
     return torch.zeros((), device=posteriors[0].rho.device if posteriors else None)
@@ -115,7 +116,8 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     """The posteriors from which :func:`posterior_sampling` draws: :func:`active_posteriors`, at least one.
 
     Raises:
-        ConfigError: the model has no MonteCLoRA adapter, none that is active, or all are merged or disabled.
+        ConfigError: the model has no MonteCLoRA adapter, none that is active, all are merged or disabled, or one
+            is offloaded.
     """
     tuner = _tuner(model)
     posteriors = tuner.active_posteriors()
@@ -129,6 +131,8 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
             f"active adapters are {tuner.active_adapters}, which are merged or disabled: every draw would be the mean",
             "Call model.unmerge_adapter(), or sample outside model.disable_adapter().",
         )
+    for posterior in posteriors:
+        check_here(posterior)
     return posteriors
 
 

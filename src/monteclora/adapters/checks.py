@@ -22,11 +22,11 @@ _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
-def check_adapter(model_id: str | os.PathLike[str], subfolder: str | None = None) -> None:
+def check_adapter(model_id: str | os.PathLike[str], subfolder: str | None = None, kind: str = "LORA") -> None:
     """Check the files of an adapter in a folder before peft sees them: it would read a pickle, and name no file.
 
     Raises:
-        CheckpointError: one is missing or damaged, or the adapter is no LoRA.
+        CheckpointError: one is missing or damaged, or the adapter is not of the ``kind`` that peft calls so.
         UnsafeCodeError: the weights are a pickle.
     """
     folder = Path(model_id) / (subfolder or "")
@@ -41,11 +41,11 @@ def check_adapter(model_id: str | os.PathLike[str], subfolder: str | None = None
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}", RESTORE)
     try:
-        kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
+        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({type(error).__name__})", RESTORE) from None
-    if kind != "LORA":
-        raise CheckpointError(f"{folder / CONFIG_FILE} has the peft_type {brief(kind)}, expected LORA", RESTORE)
+    if found != kind:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has the peft_type {brief(found)}, expected {kind}", RESTORE)
 
 
 @contextmanager

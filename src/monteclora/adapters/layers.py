@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from monteclora.adapters.functional import drawn_lora, grouped_lora
+from monteclora.adapters.scope import DrawScope
 from monteclora.posterior import AdapterPosterior
 
 __all__ = ["DrawnLayer", "DrawnLinear", "supported_types"]
@@ -40,9 +41,10 @@ def _delta(module: LoraLayer, adapter_name: str, weight: Tensor) -> Tensor:
 class DrawnLayer(LoraVariant):
     """What one layer knows about its posterior: which one, and its place in it."""
 
-    def __init__(self, posterior: AdapterPosterior, index: int) -> None:
+    def __init__(self, posterior: AdapterPosterior, index: int, scope: DrawScope) -> None:
         self.posterior = posterior
         self.slot = posterior.slots[index]
+        self.scope = scope
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -81,11 +83,13 @@ class DrawnLayer(LoraVariant):
         if not isinstance(dropout, nn.Identity):
             x = dropout(x)
         if module.training:
+            if not posterior.drawn:
+                self.scope.draw_late(posterior)
             layer = self.slot.current
         elif torch.compiler.is_compiling():
             layer = self.slot.predictive
         else:
-            draw = posterior.predictive
+            draw = self.scope.predictive(posterior)
             layer = None if draw is None else draw.layers[self.slot.index]
         if layer is None or not posterior.enabled:
             lora_a = _part(parts, "lora_A", active_adapter)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from monteclora.errors import ConfigError
@@ -32,7 +32,7 @@ def shared_targets(model: nn.Module) -> list[str]:
     counts: dict[int, int] = {}
     for _, _, parameter in _uses(model):
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     return [name for name, layer in layers if counts.get(id(getattr(layer.get_base_layer(), "weight", None)), 0) > 1]
 
 

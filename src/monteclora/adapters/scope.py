@@ -1,8 +1,9 @@
 """One draw for each forward pass, made before it starts (docs/method.md section 7).
 
-A :class:`DrawScope` hooks the model from its outermost module down to the one that holds every adapted layer, so that
-a draw is made whichever of them is called, once for the outermost call. Recomputation by activation checkpointing, in
-which the layers run again inside the backward pass, sees the draw of the forward pass it repeats.
+A :class:`DrawScope` hooks every module that contains adapted layers, down to the blocks of the model, so that a draw is
+made whichever of them is called, once for the outermost call. A layer that is reached in another way asks for its draw
+itself. Recomputation by activation checkpointing, in which the layers run again inside the backward pass, sees the draw
+of the forward pass it repeats.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from monteclora.adapters.rows import batch_tensor, layer_out_of_order
+from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.system.devices import process_index
 
-__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "holding"]
+__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "check_here", "holding"]
+
+
+class RowOrderError(ConfigError):
+    """Several draws were asked of one forward pass, of a model whose layers cannot tell them apart."""
 
 
 class DrawSource(Protocol):
@@ -39,6 +46,18 @@ class DrawSource(Protocol):
         """Means of a posterior's layers, to be drawn with the noise; None where layers add their own."""
         ...
 
+    def adapted_layers(self, posterior: AdapterPosterior) -> Mapping[str, nn.Module]:
+        """A posterior's layers by name."""
+        ...
+
+    def known_posteriors(self) -> Sequence[AdapterPosterior]:
+        """Those of all adapters, active or not."""
+        ...
+
+    def hook_everything(self) -> None:
+        """Install the scope on every module that contains an adapted layer."""
+        ...
+
 
 class PosteriorSampler:
     """What eval-mode forward passes draw while sampling from the posterior is on.
@@ -54,11 +73,16 @@ class PosteriorSampler:
         self.seed = seed
         self.count = count
         self.resample = resample
-        self.next = first
+        self.number = self.next = first
+        self.checked = False  # whether a batch was seen to be the examples repeated
+
+    def advance(self) -> None:
+        """The coming forward pass has new draws."""
+        self.number, self.next = self.next, self.next + self.count
 
     def __call__(self, posterior: AdapterPosterior) -> Draw:
-        """The draw of the coming forward pass."""
-        return posterior.sample(self.seed, self.next, self.count)
+        """The draws of the coming forward pass."""
+        return posterior.sample(self.seed, self.number, self.count)
 
 
 @contextmanager
@@ -96,13 +120,32 @@ class BoundCheckpoint:
         return self.checkpoint(repeat, *args, **kwargs)
 
 
+def check_here(posterior: AdapterPosterior) -> None:
+    """Raises ConfigError for a posterior that is offloaded: no layer brings it back when it is needed."""
+    if posterior.rho.is_meta:
+        raise ConfigError(
+            "rho and eta of the adapter are offloaded (on the meta device), and draws are made before any layer runs",
+            "Keep the adapted layers on a device: leave them out of cpu_offload, disk_offload and device_map.",
+        )
+
+
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """The first dimension of what the model is called with."""
-    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")]
-    for value in [*named, *args, *kwargs.values()]:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return None
+    tensor = batch_tensor(args, kwargs)
+    return None if tensor is None else tensor.shape[0]
+
+
+def _check_repeated(count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise unless a batch is its first rows ``count`` times over: row i would get draw i without a word."""
+    batch = batch_tensor(args, kwargs)
+    if batch is None:
+        return
+    parts = batch.detach().unflatten(0, (count, -1)) if batch.shape[0] % count == 0 else None
+    if parts is None or not torch.equal(parts, parts[:1].expand_as(parts)):
+        raise ConfigError(
+            f"{count} draws at once met a batch of {batch.shape[0]} rows that is not its first rows {count} times over",
+            "Repeat the batch along its first dimension, or draw one at a time with num_samples=1.",
+        )
 
 
 @contextmanager
@@ -118,6 +161,7 @@ def _outside_checkpoints() -> Iterator[None]:
 # what is going on in a context, by scope: threads that call one model at the same time do not meet
 _levels: ContextVar[Mapping[DrawScope, int]] = ContextVar("levels", default=MappingProxyType({}))
 _samplers: ContextVar[Mapping[DrawScope, PosteriorSampler]] = ContextVar("samplers", default=MappingProxyType({}))
+_probing: ContextVar[bool] = ContextVar("probing", default=False)
 
 
 class DrawScope:
@@ -131,24 +175,35 @@ class DrawScope:
         self.source = source
         self.held: int | None = None  # number of the draw that every training forward pass makes again
         self.shared = False  # whether every active adapter makes it, also one that is not trained
-        self._traced: int | None = None
         self._hooked: list[nn.Module] = []
+        self._within: tuple[frozenset[int], ...] = ()  # the numbers of the hooked modules inside each
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
+        self._order: dict[Any, str | None] = {}  # what rows.layer_out_of_order found, by kind of call
 
     def install(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
         """Hook ``modules``, outermost first; ``blocks`` are those that may be checkpointed.
 
-        Modules that are hooked already are left as they are. Each has a level, above those of the modules around it.
+        Modules that are hooked already are left as they are.
         """
+        known = {id(module) for module in self._hooked}
         for module in modules:
-            if not any(module is hooked for hooked in self._hooked):
-                level = len(self._hooked)
+            if id(module) not in known:
+                known.add(id(module))
+                number = len(self._hooked)
                 self._hooked.append(module)
-                enter, leave = partial(self.enter, level), partial(self.leave, level)
+                # what calls a compiled model runs the outermost hooks by themselves, outside its graph
+                enter = partial(self.enter if number else self.enter_uncompiled, number)
+                leave = partial(self.leave if number else self.leave_uncompiled, number)
                 self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(leave, always_call=True))
+        numbers = {id(module): number for number, module in enumerate(self._hooked)}
+        self._within = tuple(
+            frozenset(numbers[id(part)] for part in module.modules() if part is not module and id(part) in numbers)
+            for module in self._hooked
+        )
         self._blocks = list(blocks)
+        self._order.clear()
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -158,56 +213,185 @@ class DrawScope:
             function = getattr(block, "_gradient_checkpointing_func", None)
             if isinstance(function, BoundCheckpoint):
                 block.__dict__["_gradient_checkpointing_func"] = function.checkpoint
-        self._hooked, self._handles, self._blocks = [], [], []
+        self._hooked, self._within, self._handles, self._blocks = [], (), [], []
 
     @property
     def _running(self) -> int | None:
-        """The level of the outermost call that runs in this context; compiled code reads none and has its own."""
-        return self._traced if torch.compiler.is_compiling() else _levels.get().get(self)
+        """The number of the outermost call that runs in this context."""
+        return _levels.get().get(self)
 
     @_running.setter
-    def _running(self, level: int | None) -> None:
+    def _running(self, number: int | None) -> None:
+        others = {scope: running for scope, running in _levels.get().items() if scope is not self}
+        _levels.set(others if number is None else {**others, self: number})
+
+    def enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Draw, if this is the outermost call and not a repetition inside a backward pass.
+
+        Not in compiled code, which would be another for every block: where nothing around it drew, its layers do.
+        """
         if torch.compiler.is_compiling():
-            self._traced = level
-        else:
-            others = {scope: running for scope, running in _levels.get().items() if scope is not self}
-            _levels.set(others if level is None else {**others, self: level})
-
-    def enter(self, level: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Draw, if this is the outermost call and not a repetition inside a backward pass."""
-        # no module runs inside itself or inside its parts: a call at this level or below it was interrupted
+            return
         running = self._running
-        if running is None or level <= running:
-            self._running = level
-            self._draw(module.training, args, kwargs)
+        # whatever is called meanwhile is inside the outermost call; if it is not, that call was interrupted
+        if running is None or number not in self._within[running]:
+            self._running = number
+            self._draw(number, args, kwargs)
 
-    def leave(self, level: int, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
         """The call is over, by return or by exception."""
-        if self._running == level:
+        if torch.compiler.is_compiling():
+            return
+        if self._running == number:
             self._running = None
+            for posterior in self.source.known_posteriors():
+                posterior.drawn = False
 
     @torch.compiler.disable
-    def _draw(self, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1:
+    def enter_uncompiled(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """:meth:`enter`, never part of a compiled graph."""
+        self.enter(number, module, args, kwargs)
+
+    @torch.compiler.disable
+    def leave_uncompiled(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
+        """:meth:`leave`, never part of a compiled graph."""
+        self.leave(number, module, args, output)
+
+    @torch.compiler.disable
+    def _draw(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch._C._current_graph_task_id() != -1 or _probing.get():
             return
+        try:
+            self._draw_all(number, args, kwargs)
+        except RuntimeError as error:
+            # torch's own words: whether a transform is going on has no public name
+            words = ("transform, ", "torch.func", "vmap")
+            if isinstance(error, ConfigError) or not any(word in str(error) for word in words):
+                raise
+            raise ConfigError(
+                "a draw cannot be made inside a transform of torch.func (grad, vmap, jvp)",
+                "Transform the model in evaluation mode, which uses the mean, or take gradients with backward().",
+            ) from error
+
+    def _draw_all(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         posteriors = self.source.drawn_posteriors()
-        if training:
+        for posterior in posteriors:
+            check_here(posterior)
+        training = [self._in_training(posterior) for posterior in posteriors]
+        if any(training):
             self._bind_checkpoints()
-            drawn = [posterior for posterior in posteriors if self.shared or self.source.is_trained(posterior)]
-            if len(drawn) < len(posteriors):
-                for posterior in posteriors:
-                    posterior.current = None
-            with _outside_checkpoints():
-                for posterior in drawn:
-                    if self.held is not None:
-                        posterior.draws = self.held
-                    posterior.draw(process_index(), _batch_size(args, kwargs), self.source.means(posterior))
-            return
+            each = [posterior for posterior in posteriors if posterior.settings.noise == "per_example"]
+            if each:
+                self._check_examples(number, args, kwargs, each)
+            for posterior, trains in zip(posteriors, training, strict=True):
+                if trains:
+                    self._draw_for_training(posterior, _batch_size(args, kwargs))
         sampler = _samplers.get().get(self)
-        if sampler is not None and sampler.resample:
-            for posterior in posteriors:
-                posterior.predict_with(sampler(posterior))
-            sampler.next += sampler.count
+        if sampler is not None and not all(training):
+            self._draw_for_prediction(sampler, number, args, kwargs)
+
+    def _in_training(self, posterior: AdapterPosterior) -> bool:
+        """Whether any of a posterior's layers is in training mode: the modules around them may be in another."""
+        return any(layer.training for layer in self.source.adapted_layers(posterior).values())
+
+    def _draw_for_training(self, posterior: AdapterPosterior, batch_size: int | None) -> None:
+        if self.shared or self.source.is_trained(posterior):
+            if self.held is not None:
+                posterior.draws = self.held
+            with _outside_checkpoints():
+                posterior.draw(process_index(), batch_size, self.source.means(posterior))
+        else:
+            posterior.current = None
+        posterior.drawn = True
+
+    def _draw_for_prediction(
+        self, sampler: PosteriorSampler, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        posteriors = self.source.drawn_posteriors()
+        if sampler.count > 1 and (sampler.resample or not sampler.checked):
+            _check_repeated(sampler.count, args, kwargs)
+            sampler.checked = True
+        if sampler.count > 1:
+            disorder = self._disorder(number, args, kwargs, sampler.count, posteriors)
+            if disorder is not None:
+                raise RowOrderError(
+                    f"{sampler.count} draws at once cannot be told apart in layer {disorder}",
+                    "Draw one at a time with num_samples=1, as monteclora.predict does for such models.",
+                )
+        if sampler.resample:
+            sampler.advance()
+            for posterior in self.source.known_posteriors():
+                if posterior in posteriors:
+                    posterior.predict_with(sampler(posterior))
+                elif posterior.predictive is not None:
+                    posterior.predict_with(None)
+
+    def _check_examples(
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], posteriors: Sequence[AdapterPosterior]
+    ) -> None:
+        batch = _batch_size(args, kwargs)
+        if batch is None or batch < 2:
+            return
+        disorder = self._disorder(number, args, kwargs, batch, posteriors)
+        if disorder is not None:
+            raise ConfigError(
+                f"noise='per_example' cannot tell the {batch} examples of a batch apart in layer {disorder}",
+                "Use noise='shared', or leave that layer out of target_modules.",
+            )
+
+    def _disorder(
+        self,
+        number: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        groups: int,
+        posteriors: Sequence[AdapterPosterior],
+    ) -> str | None:
+        """What :func:`~monteclora.adapters.rows.layer_out_of_order` finds, once for each kind of call."""
+        given = tuple(sorted(name for name, value in kwargs.items() if value is not None))
+        kind = (number, len(args), given, tuple(id(posterior) for posterior in posteriors))
+        if kind not in self._order:
+            layers = {k: v for posterior in posteriors for k, v in self.source.adapted_layers(posterior).items()}
+            token = _probing.set(True)
+            try:
+                with in_force.restored():
+                    for posterior in self.source.known_posteriors():
+                        in_force.put(posterior, None)
+                    self._order[kind] = layer_out_of_order(self._hooked[number], args, kwargs, layers, groups)
+            finally:
+                _probing.reset(token)
+        return self._order[kind]
+
+    @torch.compiler.disable
+    def draw_late(self, posterior: AdapterPosterior) -> None:
+        """A layer in training mode runs, and its posterior was not drawn in the pass that goes on, if one does.
+
+        Its adapter may have been made active in some layers alone; then it is drawn for the rest of the pass. Or the
+        layer is reached without any of the hooked modules around it: then it has a draw of its own, and from the next
+        call on every module around an adapted layer is hooked.
+        """
+        if torch._C._current_graph_task_id() != -1 or _probing.get() or not posterior.enabled:
+            return
+        running = self._running is not None
+        if posterior.settings.noise == "per_example":
+            raise ConfigError(
+                "noise='per_example' met an adapted layer outside a forward pass of the model",
+                "Call the model, or one of its blocks, or use noise='shared'.",
+            )
+        self._draw_for_training(posterior, None)
+        posterior.drawn = running
+        if not running:
+            self.source.hook_everything()
+
+    def predictive(self, posterior: AdapterPosterior) -> Draw | None:
+        """The draw that a layer in evaluation mode sees; made here if its adapter is active in some rows alone."""
+        draw = posterior.predictive
+        if draw is None:
+            sampler = _samplers.get().get(self)
+            if sampler is not None and posterior.enabled and not _probing.get():
+                draw = sampler(posterior)
+                posterior.predict_with(draw)
+        return draw
 
     def _bind_checkpoints(self) -> None:
         for block in self._blocks:
@@ -241,14 +425,17 @@ class DrawScope:
     def sampling(self, posteriors: Sequence[AdapterPosterior], sampler: PosteriorSampler) -> Iterator[None]:
         """Let eval-mode forward passes of this context draw with ``sampler`` inside the block."""
         token = _samplers.set({**_samplers.get(), self: sampler})
-        before = [posterior.predictive for posterior in posteriors]
+        everyone = self.source.known_posteriors()
+        before = [posterior.predictive for posterior in everyone]
         try:
             with in_force.restored():
+                for posterior in everyone:
+                    in_force.put(posterior, None)
                 for posterior in posteriors:
                     # where every forward pass draws, the first one's draw is not made here as well
                     posterior.predict_with(None if sampler.resample else sampler(posterior))
                 yield
         finally:
             _samplers.reset(token)
-            for posterior, draw in zip(posteriors, before, strict=True):
+            for posterior, draw in zip(everyone, before, strict=True):
                 posterior.mirror(draw)

@@ -11,7 +11,6 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
-from itertools import takewhile
 from operator import attrgetter
 from typing import Any, cast
 
@@ -66,11 +65,14 @@ class MonteCLoRATuner(LoraModel):
 
     ``posteriors``, by adapter name, is a module of the ``PeftModel`` around this one, to which this one only refers:
     peft counts whatever is registered here, or in the layers, as adapter weights, and would write it into their file.
-    ``mean_modules`` has the ``lora_A`` of their layers.
+    ``mean_modules`` has the ``lora_A`` of their layers, ``hooked_layers`` the layers by
+    name, ``frozen`` which parameters of posteriors are trainable when the adapters are not disabled.
     """
 
     posteriors: nn.ModuleDict
     mean_modules: dict[str, list[nn.ModuleDict]]
+    hooked_layers: dict[str, dict[str, LoraLayer]]
+    frozen: dict[nn.Parameter, bool]
     scope: DrawScope
     begun: bool
 
@@ -83,6 +85,8 @@ class MonteCLoRATuner(LoraModel):
         """Initialise what this class adds; peft calls it once, before the first adapter's layers are made."""
         self.__dict__["posteriors"] = nn.ModuleDict()
         self.mean_modules = {}
+        self.hooked_layers = {}
+        self.frozen = {}
         self.scope = DrawScope(self)
         self.begun = False
 
@@ -114,7 +118,7 @@ class MonteCLoRATuner(LoraModel):
 
     def in_use(self, posterior: AdapterPosterior) -> bool:
         """Whether an active adapter's layers compute it: any of them is neither disabled nor merged."""
-        layers = (cast(LoraLayer, self.model.get_submodule(layer.name)) for layer in posterior.layers)
+        layers = self.adapted_layers(posterior).values()
         return any(not layer.disable_adapters and not layer.merged for layer in layers)
 
     def is_trained(self, posterior: AdapterPosterior) -> bool:
@@ -127,8 +131,7 @@ class MonteCLoRATuner(LoraModel):
         trainable = posterior.rho.requires_grad or posterior.eta.requires_grad
         if not trainable:
             name = next(name for name, known in self.posteriors.items() if known is posterior)
-            layers = (cast(LoraLayer, self.model.get_submodule(layer.name)) for layer in posterior.layers)
-            parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in layers)
+            parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in self.adapted_layers(posterior).values())
             trainable = any(part.weight.requires_grad for pair in parts for part in pair)
         posterior.trained = posterior.trained or (trainable and torch.is_grad_enabled())
         return trainable and posterior.trained
@@ -168,13 +171,14 @@ class MonteCLoRATuner(LoraModel):
                 device=_device_of(layers[0][1].get_base_layer().weight),
             )
         for index, (_, layer) in enumerate(layers):
-            layer.lora_variant[adapter_name] = DrawnLayer(posterior, index)
+            layer.lora_variant[adapter_name] = DrawnLayer(posterior, index, self.scope)
             if type(layer) is Linear:
                 layer.__class__ = DrawnLinear
         posterior.trained = adapter_name in self.active_adapters and not config.inference_mode
         posterior.requires_grad_(posterior.trained)
         self.posteriors[adapter_name] = posterior
         self.mean_modules[adapter_name] = [layer.lora_A for _, layer in layers]
+        self.hooked_layers[adapter_name] = dict(layers)
         self.scope.install(self._modules_around([name for name, _ in layers]), self._checkpointable())
 
     def measure(self, *, begin: bool = False) -> None:
@@ -199,7 +203,9 @@ class MonteCLoRATuner(LoraModel):
             elif all(_is_here(layer.lora_A[name].weight) for _, layer in layers):
                 scales = _scales(config, name, [layer for _, layer in layers])
                 scale = cast(Tensor, posterior.scale)
-                scale.copy_(torch.tensor(scales, dtype=scale.dtype))
+                fitted = torch.tensor(scales, dtype=scale.dtype, device=scale.device)
+                if not torch.equal(fitted, scale):  # transforms of torch.func list parameters, and allow no change
+                    scale.copy_(fitted)
             cast(AdapterPosterior, self.posteriors[name]).measured = begin and name in self.active_adapters
 
     def layer_shapes(self, adapter_name: str) -> list[LayerShape]:
@@ -226,14 +232,42 @@ class MonteCLoRATuner(LoraModel):
                     "and 8-bit layers only",
                     "Take it out of target_modules, or list it in exclude_modules.",
                 )
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                raise ConfigError(
+                    f"target module '{name}' is never called: nn.MultiheadAttention uses its weight alone",
+                    "Take it out of target_modules, or list it in exclude_modules.",
+                )
         return layers
 
-    def _modules_around(self, names: list[str]) -> list[nn.Module]:
-        """The model and its submodules down to the deepest that contains every named layer, without the layers."""
-        parents = [name.split(".")[:-1] for name in names]
-        shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))]
-        around = [self.model.get_submodule(".".join(shared[:i])) for i in range(len(shared) + 1)]
+    def _modules_around(self, names: list[str], *, inside_blocks: bool = False) -> list[nn.Module]:
+        """The modules that contain a named layer, outermost first, down to the elements of lists of modules.
+
+        A hook costs little, but a model has far more modules than blocks. ``inside_blocks`` goes down to the layers.
+        """
+        found: dict[str, nn.Module] = {}
+        for name in names:
+            module, parts = self.model, name.split(".")[:-1]
+            found[""] = module
+            for depth, part in enumerate(parts, 1):
+                outer, module = module, module.get_submodule(part)
+                found[".".join(parts[:depth])] = module
+                if isinstance(outer, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and not inside_blocks:
+                    break
+        around = [found[name] for name in sorted(found, key=lambda name: (name.count(".") + bool(name), name))]
         return [self, *(m for m in around if not isinstance(m, (nn.ModuleList, nn.ModuleDict)))]
+
+    def hook_everything(self) -> None:
+        """Install the scope on every module that contains an adapted layer, also inside the blocks."""
+        names = [name for layers in self.hooked_layers.values() for name in layers]
+        self.scope.install(self._modules_around(names, inside_blocks=True), self._checkpointable())
+
+    def adapted_layers(self, posterior: AdapterPosterior) -> dict[str, LoraLayer]:
+        """A posterior's layers by name."""
+        return self.hooked_layers[next(name for name, known in self.posteriors.items() if known is posterior)]
+
+    def known_posteriors(self) -> list[AdapterPosterior]:
+        """Those of all adapters, active or not."""
+        return cast(list[AdapterPosterior], list(self.posteriors.values()))
 
     def _checkpointable(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -291,6 +325,21 @@ class MonteCLoRATuner(LoraModel):
         for name, posterior in self.posteriors.items():
             posterior.requires_grad_(name in self.active_adapters and not inference_mode)
 
+    def disable_adapter_layers(self) -> None:
+        """As in peft, which freezes the adapters meanwhile; the posteriors are frozen with them."""
+        if not self.frozen:
+            self.frozen = {p: p.requires_grad for posterior in self.known_posteriors() for p in posterior.parameters()}
+        super().disable_adapter_layers()
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+
+    def enable_adapter_layers(self) -> None:
+        """As in peft; the posteriors are trainable again if they were before."""
+        super().enable_adapter_layers()
+        for parameter, trainable in self.frozen.items():
+            parameter.requires_grad_(trainable)
+        self.frozen = {}
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As in peft, posteriors included."""
         super().set_requires_grad(adapter_names, requires_grad)
@@ -305,7 +354,7 @@ class MonteCLoRATuner(LoraModel):
         replaced = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if adapter_name in self.posteriors:
-            del self.posteriors[adapter_name], self.mean_modules[adapter_name]
+            del self.posteriors[adapter_name], self.mean_modules[adapter_name], self.hooked_layers[adapter_name]
         if replaced:
             for posterior in self.active_posteriors():
                 posterior.requires_grad_(True)

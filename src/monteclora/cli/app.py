@@ -23,6 +23,7 @@ from monteclora.cli import (
     predict,
     recipes,
     report,
+    study,
     train,
 )
 from monteclora.cli.overrides import RECIPE_USAGE
@@ -49,6 +50,7 @@ app.command(recipes.app)
 app.command(check.check, usage=f"Usage: monteclora check {RECIPE_USAGE}")
 app.command(train.train, usage=f"Usage: monteclora train {RECIPE_USAGE}")
 app.command(evaluate.evaluate)
+app.command(study.study)
 app.command(predict.predict)
 app.command(generate.generate)
 app.command(harness.harness)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
@@ -27,6 +28,7 @@ def evaluate(
     rows: int | None = None,
     batch_size: int | None = None,
     allow_unfinished: Flag = False,
+    ood: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Measure a run's predictions, at the posterior's mean and under draws from it.
@@ -45,6 +47,7 @@ def evaluate(
         rows: measure at most so many rows, the same ones for every run.
         batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
         allow_unfinished: take the last checkpoint of a run that did not come to its end.
+        ood: a file of texts unlike the training data: how well a classifier tells them from the split's rows.
     """
     from monteclora.evaluation.run import evaluate as measure
 
@@ -60,6 +63,7 @@ def evaluate(
         rows=rows,
         batch_size=batch_size,
         allow_unfinished=allow_unfinished,
+        ood=ood,
     )
     if as_json:
         print_json({"folder": result.folder, "split": result.split, "model": result.model, **result.facts()})
@@ -81,6 +85,21 @@ def _print(result: EvaluationResult) -> None:
     shown = [metric for name, metric in METRICS.items() if name in result.point]
     rows = [[name, *(f"{metrics[m.name]:.3f}" for m in shown)] for name, metrics in by_name.items()]
     print_table(["", *(metric.label for metric in shown)], rows, title)
+    _print_shift(result)
     print_line(f"written: {result.folder / EVALUATION_FILE}, {result.folder / PREDICTIONS_FILE}")
     for text in result.notes:
         note(text)
+
+
+def _print_shift(result: EvaluationResult) -> None:
+    from monteclora.evaluation.shift import COVERAGE, SCORES
+
+    selective, ood = result.shift.selective, result.shift.ood
+    if selective is not None:
+        print_line(
+            f"AURC {selective['aurc']:.4f} ({selective['aurc_excess']:.4f} above the best ranking), "
+            f"accuracy at coverage {COVERAGE}: {selective[f'accuracy_at_{COVERAGE}']:.3f}"
+        )
+    if ood is not None:
+        rows = [[SCORES[name], f"{of['auroc']:.3f}", f"{of['fpr95']:.3f}"] for name, of in ood["scores"].items()]
+        print_table(["score", "AUROC", "FPR95"], rows, f"telling {ood['file']} ({ood['rows']:,} rows) from the split")

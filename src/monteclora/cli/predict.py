@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from monteclora.cli.output import Json, note, print_json, print_line
+from monteclora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from monteclora.evaluation.text import TextPredictions
 
 __all__ = ["predict"]
 
 
 def predict(
     run: str,
-    file: Path,
+    file: Path | None = None,
     /,
     *,
+    text: Annotated[list[str] | None, Parameter(negative=())] = None,
     out: Path | None = None,
+    keep: str | None = None,
     sampler: str | None = None,
     calibrator: str | None = None,
     num_samples: int | None = None,
@@ -23,15 +33,18 @@ def predict(
     batch_size: int | None = None,
     as_json: Json = False,
 ) -> None:
-    """Predict every row of a file, and say how uncertain each prediction is.
+    """Predict every row of a file, or texts given here, and say how uncertain each prediction is.
 
     A classifier gives prediction, confidence and probabilities; a causal LM its completion and first token.
-    Both give total, aleatoric and epistemic uncertainty in nats.
+    Both give total, aleatoric and epistemic uncertainty in nats. A classifier also gives novelty, above 0 for a text
+    unlike the training rows, and abstain, whether the answer is not to be relied on.
 
     Args:
         run: a run folder.
         file: csv, tsv, jsonl or Parquet with the columns of texts that the run was trained on.
+        text: a text to predict instead of a file; repeat it for several. The answers are printed.
         out: a .parquet or .jsonl file; by default the file's name with -predictions.parquet, in this folder.
+        keep: columns of the file to write beside the predictions, separated by commas: id,date.
         sampler: mean, posterior or mc_dropout; by default posterior for a method that has one, else mean.
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
@@ -39,6 +52,13 @@ def predict(
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's training.eval_batch_size.
     """
+    if text:
+        only_files = {"out": out, "keep": keep, "sampler": sampler, "calibrator": calibrator, "batch-size": batch_size}
+        _check_alone(file, [name for name, value in only_files.items() if value is not None])
+        _print_answers(run, text, num_samples, seed, max_new_tokens, as_json)
+        return
+    if file is None:
+        raise ConfigError("there is nothing to predict", 'Give a file, or texts: --text "...".')
     from monteclora.evaluation.prediction import predict_file
 
     name = file.name.removesuffix(".gz")
@@ -53,6 +73,7 @@ def predict(
         seed=seed,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        keep=[column.strip() for column in keep.split(",")] if keep else (),
     )
     if as_json:
         print_json(
@@ -68,5 +89,41 @@ def predict(
         return
     how = f"{found.num_samples} {found.sampler} draws each" if found.num_samples else "no posterior draws"
     print_line(f"written: {found.path} ({found.rows:,} rows, {how})")
-    for text in found.notes:
-        note(text)
+    for words in found.notes:
+        note(words)
+
+
+def _check_alone(file: Path | None, options: Sequence[str]) -> None:
+    if file is not None:
+        raise ConfigError(f"both the file {file} and --text are given", "Give one of them.")
+    if options:
+        raise ConfigError(f"--{options[0]} is for a file, and --text is given", "Leave one of them out.")
+
+
+def _print_answers(
+    run: str, texts: Sequence[str], num_samples: int | None, seed: int, max_new_tokens: int, as_json: bool
+) -> None:
+    from monteclora.evaluation.text import load
+
+    found = load(run).predict(texts, num_samples=num_samples, seed=seed, max_new_tokens=max_new_tokens)
+    if as_json:
+        names = [{"texts": "text", "labels": "label"}.get(name, name) for name in found.to_dict()]
+        answers = [dict(zip(names, values, strict=True)) for values in zip(*found.to_dict().values(), strict=True)]
+        print_json({"answers": answers, "notes": list(found.notes)})
+        return
+    for index in range(len(found.texts)):
+        print_line(_answer(found, index))
+    for words in found.notes:
+        note(words)
+
+
+def _answer(found: TextPredictions, index: int) -> str:
+    """A text's answer in one line; a completion's line breaks are spaces."""
+    label = " ".join(found.labels[index].split())
+    uncertainty = f"uncertainty {found.total[index]:.3f} nats ({found.epistemic[index]:.3f} epistemic)"
+    parts = [label, f"confidence {found.confidence[index]:.3f}", uncertainty]
+    if found.novelty is not None:
+        parts.append(f"novelty {found.novelty[index]:+.2f}")
+    if found.abstain is not None:
+        parts.append("abstain" if found.abstain[index] else "answer")
+    return ", ".join(parts)

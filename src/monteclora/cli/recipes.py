@@ -8,7 +8,7 @@ from cyclopts import App
 
 from monteclora.cli.output import Json, print_json, print_line, print_table
 from monteclora.errors import ConfigError
-from monteclora.runs.bundled import bundled_recipes, summary
+from monteclora.runs.bundled import bundled_recipes, bundled_studies, summary
 from monteclora.system.atomic import write_file
 
 __all__ = ["app"]
@@ -20,12 +20,15 @@ app = App(name="recipes", help="List, show or copy the bundled recipes.")
 @app.command(name="list")
 def list_recipes(*, as_json: Json = False) -> None:
     """List the bundled recipes."""
-    found = {name: summary(path) for name, path in bundled_recipes().items()}
+    found = {name: summary(path) for name, path in {**bundled_recipes(), **bundled_studies()}.items()}
     if as_json:
         print_json([{"name": name, "summary": text} for name, text in found.items()])
         return
     print_table(["recipe", "what it does"], found.items(), left=2)
-    print_line("monteclora train NAME trains one; monteclora recipes copy NAME gives you one to change.")
+    print_line(
+        "monteclora train NAME trains one, monteclora study NAME runs a study; "
+        "monteclora recipes copy NAME gives you one to change."
+    )
 
 
 @app.command
@@ -57,7 +60,7 @@ def copy(name: str, to: Path | None = None, /) -> None:
 
 
 def _find(name: str) -> Path:
-    bundled = bundled_recipes()
+    bundled = {**bundled_recipes(), **bundled_studies()}
     if name not in bundled:
         from monteclora.config import nearest
 

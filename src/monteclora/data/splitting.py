@@ -17,7 +17,7 @@ from monteclora.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["carve_validation", "content_sha256", "shared_inputs", "subset"]
+__all__ = ["carve_validation", "content_ranks", "content_sha256", "shared_inputs", "subset"]
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
@@ -43,7 +43,7 @@ def carve_validation(
         chosen = _whole_groups(groups, fraction, seed)
     else:
         labels = train["label"][:] if "label" in train.column_names else [None] * len(train)
-        ranks = _ranks(train, seed, "validation")
+        ranks = content_ranks(train, seed, "validation")
         by_label: dict[Any, list[int]] = defaultdict(list)
         for index, label in enumerate(labels):
             by_label[label].append(index)
@@ -103,7 +103,7 @@ def subset(rows: Dataset, count: int | None, seed: int) -> Dataset:
     """At most ``count`` rows, in their order; all of them for None."""
     if count is None or count >= len(rows):
         return rows
-    ranks = _ranks(rows, seed, "subset")
+    ranks = content_ranks(rows, seed, "subset")
     return rows.select(sorted(sorted(range(len(rows)), key=lambda index: ranks[index])[:count]))
 
 
@@ -115,7 +115,8 @@ def content_sha256(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _ranks(rows: Dataset, seed: int, purpose: str) -> list[bytes]:
+def content_ranks(rows: Dataset, seed: int, purpose: str) -> list[bytes]:
+    """A hash of each row's content with the seed and a purpose: sorting by it is a shuffle that content decides."""
     salt = f"{seed} {purpose} ".encode()
     return [hashlib.sha256(salt + row).digest() for row in _canonical_rows(rows)]
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from monteclora.errors import ConfigError
+from monteclora.data.columns import listed
+from monteclora.data.files import open_table
+from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.reference import Judge
 from monteclora.prediction.registry import NO_CALIBRATOR
 from monteclora.prediction.sampler import MEAN
 from monteclora.runs.loading import load_run
@@ -24,12 +27,16 @@ from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import load_inputs
 from monteclora.tasks.kinds import KINDS
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["OUTPUT_ENDINGS", "PredictedFile", "predict_file"]
+__all__ = ["OUTPUT_COLUMNS", "OUTPUT_ENDINGS", "PredictedFile", "predict_file"]
 
 OUTPUT_ENDINGS = (".parquet", ".jsonl")
+OUTPUT_COLUMNS = frozenset(
+    {
+        *("index", "text", "text_pair", "prompt", "messages", "prediction", "completion", "next_token", "tools"),
+        *("confidence", "probabilities", "total", "aleatoric", "epistemic", "novelty", "abstain"),
+    }
+)
+"""Every name that a column of the predictions can have, whatever the kind of task."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,15 @@ def predict_file(
     seed: int = 0,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
+    keep: Sequence[str] = (),
     progress: bool = True,
 ) -> PredictedFile:
     """Predict every row of a file.
 
-    A classifier gives prediction, confidence and the probability of each label. A causal LM gives its greedy completion
-    at the posterior's mean, the most likely next token after the prompt and its probability (confidence). Both give
-    the prediction's total, aleatoric and epistemic uncertainty in nats.
+    A classifier gives prediction, confidence and the probability of each label; and novelty and abstain, as
+    :meth:`monteclora.evaluation.text.TextModel.predict` does: where they are left out, a note says why. A causal LM
+    gives its greedy completion at the posterior's mean, the most likely next token after the prompt and its probability
+    (confidence). Both give the prediction's total, aleatoric and epistemic uncertainty in nats.
 
     Args:
         run: a run folder, or what ``train`` gave.
@@ -86,19 +95,23 @@ def predict_file(
         seed: the stream of draws.
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's ``training.eval_batch_size``.
+        keep: columns of the file that are written as they are, after the index.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
-        CheckpointError: not a run, an unfinished one, or its adapter is damaged.
-        ConfigError: an argument does not fit the run, or ``out`` cannot be written.
+        CheckpointError: not a run, an unfinished one, or its adapter or what was stored with it is damaged.
+        ConfigError: an argument does not fit the run, ``keep`` has a name of the predictions' own columns, or ``out``
+            cannot be written.
         DataError: the file is missing or wrong.
     """
     target = _checked_target(Path(out), Path(file))
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
+    _check_kept(keep)
     loaded = load_run(run.folder if isinstance(run, RunResult) else run)
     rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
+    kept = _kept(file, keep)
     kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
     if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:
         raise ConfigError(
@@ -107,7 +120,10 @@ def predict_file(
         )
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
-    notes = list(fitted)
+        judge, left_out = (
+            (None, ()) if kind.predicts_tokens else Judge.of(loaded, drawn, seed, calibrated=bool(calibrators))
+        )
+    notes = [*fitted, *left_out]
     with (
         quiet_libraries(),
         replacing(target) as temporary,
@@ -119,7 +135,9 @@ def predict_file(
             chunk = rows.select(range(first, min(first + kind.rows_at_once, len(rows))))
             found = kind.predict(predictor, chunk, max_new_tokens)
             notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in found.notes]
-            write(pa.table({"index": range(first, first + len(chunk)), **found.columns}))
+            place = {"index": range(first, first + len(chunk)), **_slice(kept, first, len(chunk))}
+            judged = judge.columns(chunk, found.columns["confidence"]) if judge else {}
+            write(pa.table({**place, **found.columns, **judged}))
     return PredictedFile(
         target,
         len(rows),
@@ -128,6 +146,39 @@ def predict_file(
         drawn.name if drawn else MEAN.name,
         calibrator or NO_CALIBRATOR,
     )
+
+
+def _check_kept(keep: Sequence[str]) -> None:
+    if isinstance(keep, str):
+        raise ConfigError(f"keep is the text {keep!r}, expected a list of columns", f'Write ["{keep}"].')
+    if clash := sorted(OUTPUT_COLUMNS.intersection(keep)):
+        raise ConfigError(
+            f"the predictions have a column {clash[0]!r} of their own", "Rename it in the file to keep it."
+        )
+
+
+def _kept(file: str | Path, keep: Sequence[str]) -> dict[str, pa.Array]:
+    """The columns of a file that are passed through, a value for each row."""
+    if not keep:
+        return {}
+    table = open_table(file)
+    for name in keep:
+        if name not in table.columns:
+            raise DataError(f"{table.name} has no column {name!r}; it has {listed(table)}", "Keep one of these.")
+    values: dict[str, list[Any]] = {name: [] for name in keep}
+    for _, row in table.rows():
+        for name, column in values.items():
+            column.append(row.get(name))
+    try:
+        return {name: pa.array(column) for name, column in values.items()}
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{table.name} has a column of mixed types among {', '.join(keep)}: {error}", "Give one type."
+        ) from None
+
+
+def _slice(columns: dict[str, pa.Array], first: int, count: int) -> dict[str, pa.Array]:
+    return {name: column.slice(first, count) for name, column in columns.items()}
 
 
 def _checked_target(out: Path, file: Path) -> Path:
@@ -145,7 +196,9 @@ def _writer(path: Path, suffix: str) -> Iterator[_Writer]:
     """Appends tables to a file."""
     if suffix == ".jsonl":
         with path.open("w", encoding="utf-8") as file:
-            yield lambda table: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+            yield lambda table: file.writelines(
+                json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table.to_pylist()
+            )
         return
     opened: list[pq.ParquetWriter] = []
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from numpy.typing import ArrayLike
 
 from monteclora.data.encoding import encode
 from monteclora.data.splitting import subset
@@ -24,9 +29,64 @@ from monteclora.tasks.classification import classify
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["ABSTENTION_FILE", "abstention_of", "novelty_of", "see"]
+__all__ = ["ABSTENTION_FILE", "LEVEL", "RISK", "Judge", "abstention_of", "novelty_of", "see"]
 
 ABSTENTION_FILE = "abstention.json"
+RISK, LEVEL = 0.1, 0.9
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Tells of new rows how novel they are, and which answers to abstain from.
+
+    Attributes:
+        loaded: the run, a classifier.
+        novelty: see :func:`novelty_of`.
+        abstention: see :func:`abstention_of`; None where the confidences are calibrated, since the calibrator is fitted
+            to the validation rows that the threshold would be chosen on.
+    """
+
+    loaded: LoadedRun
+    novelty: Novelty
+    abstention: Abstention | None
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedRun,
+        sampler: Sampler | None,
+        seed: int,
+        risk: float = RISK,
+        level: float = LEVEL,
+        calibrated: bool = False,
+    ) -> tuple[Judge | None, tuple[str, ...]]:
+        """What judges the answers of a run, as far as it has it, and in words what is left out and why.
+
+        Args:
+            loaded, sampler, seed, risk, level: see :func:`abstention_of`.
+            calibrated: whether a calibrator corrects the confidences.
+
+        Raises:
+            CheckpointError: a stored file is damaged.
+            ConfigError: ``risk`` or ``level`` is out of range.
+        """
+        try:
+            novelty = novelty_of(loaded)
+            if calibrated:
+                why = "a calibrator was fitted to the validation rows that its threshold is chosen on"
+                return cls(loaded, novelty, None), (f"abstain is left out: {why}",)
+            return cls(loaded, novelty, abstention_of(loaded, sampler, seed, risk, level)), ()
+        except DataError as error:
+            return None, (f"novelty and abstain are left out: {error}",)
+
+    def columns(self, rows: Dataset, confidence: ArrayLike) -> dict[str, list[Any]]:
+        """``novelty``, and ``abstain`` where there is a threshold, of rows answered with this confidence, (B,)."""
+        found: dict[str, list[Any]] = {"novelty": self.novelty.of(see(self.loaded, rows)).tolist()}
+        if self.abstention is not None:
+            found["abstain"] = self.abstention.abstains(confidence).tolist()
+        return found
 
 
 def see(loaded: LoadedRun, rows: Dataset) -> Seen:
@@ -51,7 +111,7 @@ def novelty_of(loaded: LoadedRun) -> Novelty:
     held_out, data = _validation(loaded), load(loaded.recipe.data, ("train",))
     width = see(loaded, held_out.select(range(1))).features.shape[1]
     found = Novelty.fit(see(loaded, subset(data.split("train"), most_rows(width), seed=0)), see(loaded, held_out))
-    found.save(path)
+    _store(path, lambda: found.save(path))
     return found
 
 
@@ -94,8 +154,16 @@ def abstention_of(loaded: LoadedRun, sampler: Sampler | None, seed: int, risk: f
         name: value if not isinstance(value, float) or math.isfinite(value) else str(value)
         for name, value in dataclasses.asdict(found).items()
     }
-    write_file(path, (json.dumps({"format": 1, **facts, **how}, indent=2) + "\n").encode())
+    _store(path, lambda: write_file(path, (json.dumps({"format": 1, **facts, **how}, indent=2) + "\n").encode()))
     return found
+
+
+def _store(path: Path, write: Callable[[], None]) -> None:
+    """Keep what can be measured again: a run folder that cannot be written to does not stop an answer."""
+    try:
+        write()
+    except CheckpointError as error:
+        _log.warning("%s is not kept, and is measured again next time: %s", path.name, error)
 
 
 def _validation(loaded: LoadedRun) -> Dataset:

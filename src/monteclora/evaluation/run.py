@@ -17,6 +17,7 @@ from monteclora.data.sources import local_splits
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import FIT_SPLIT, fitted_calibrators
+from monteclora.evaluation.shift import Shift, outside_rows
 from monteclora.prediction.cost import Metered, metered
 from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
 from monteclora.prediction.sampler import MEAN
@@ -61,6 +62,7 @@ class EvaluationResult:
         seconds: it took.
         unfinished: how far the run came if it did not come to its end.
         notes: what a reader of the numbers must know, in words.
+        shift: how well a classifier ranks its answers, and tells outside rows.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class EvaluationResult:
     seconds: float
     unfinished: str | None
     notes: tuple[str, ...]
+    shift: Shift
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -119,6 +122,7 @@ class EvaluationResult:
             "point": dict(self.point),
             "posterior": None if self.posterior is None else dict(self.posterior),
             "mean_uncertainty": {name: float(getattr(found, name).mean()) for name in _UNCERTAINTIES},
+            **self.shift.facts(),
             "unfinished": self.unfinished,
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
@@ -143,6 +147,7 @@ def evaluate(
     rows: int | None = None,
     batch_size: int | None = None,
     allow_unfinished: bool = False,
+    ood: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Predict a split of a run's data, measure the predictions, and keep both in the run folder.
@@ -166,6 +171,7 @@ def evaluate(
         rows: at most so many rows, chosen by their content: the same ones for every run.
         batch_size: sequences a forward pass; by default the recipe's ``training.eval_batch_size``.
         allow_unfinished: take the last checkpoint of a run that did not come to its end, and say so in the result.
+        ood: a file of rows unlike the training data, for a classifier: how well scores tell them from the split's rows.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -185,6 +191,7 @@ def evaluate(
         seed=seed,
         rows=rows,
         batch_size=batch_size,
+        ood=ood,
         progress=progress,
     )
 
@@ -200,6 +207,7 @@ def evaluate_loaded(
     seed: int = 0,
     rows: int | None = None,
     batch_size: int | None = None,
+    ood: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """As :func:`evaluate`, with a run that is loaded already."""
@@ -208,6 +216,7 @@ def evaluate_loaded(
             raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
     drawn = loaded.sampler(sampler, num_samples, seed)
     check_calibrator(calibrator or NO_CALIBRATOR)
+    outside = outside_rows(loaded, ood)
     data, split = _load_split(loaded, split, task)
     chosen = subset(data.split(split), rows, seed=0)
     source = data.sources[split]
@@ -228,6 +237,10 @@ def evaluate_loaded(
     ):
         predictor = loaded.predictor(drawn and Metered(drawn, meter), batch_size, advance, calibrators)
         scored = KINDS[loaded.kind].score(predictor, chosen)
+    seconds = time.perf_counter() - started
+    with quiet_libraries():
+        # another predictor: bar and meter are those of the split's rows
+        shift = Shift.of(loaded, loaded.predictor(drawn, batch_size, None, calibrators), scored, chosen, ood, outside)
     result = EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,
@@ -241,9 +254,10 @@ def evaluate_loaded(
         cost=meter.costs(drawn.name if drawn else None),
         scored=scored,
         rows=chosen,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         unfinished=loaded.unfinished,
-        notes=(*notes, *scored.notes),
+        notes=(*notes, *scored.notes, *shift.notes),
+        shift=shift,
     )
     _keep(loaded, result)
     return result

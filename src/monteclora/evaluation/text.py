@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import pyarrow as pa
 from datasets import Dataset
 
 from monteclora.errors import ConfigError
-from monteclora.evaluation.reference import abstention_of, novelty_of, see
+from monteclora.evaluation.reference import LEVEL, RISK, Judge
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.quiet import quiet_libraries
+from monteclora.tasks import list_tasks
 from monteclora.tasks.kinds import KINDS
 
 __all__ = ["TextModel", "TextPredictions", "load"]
@@ -31,9 +32,10 @@ class TextPredictions:
         confidence: probability of the label, or of a completion's first token.
         total, aleatoric, epistemic: uncertainty of the label or first token, nats; total is the sum of the others.
         novelty: above 0 where a text is less like the training rows than 95 % of the validation rows are; None for a
-            language model.
+            language model, and where the run's rows are gone.
         abstain: whether the answer is not to be relied on: its confidence is below the threshold of the promised risk.
-            None for a language model.
+            None likewise.
+        notes: what was left out or shortened, in words.
     """
 
     texts: list[str]
@@ -44,10 +46,12 @@ class TextPredictions:
     epistemic: list[float]
     novelty: list[float] | None
     abstain: list[bool] | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The columns by name, without those that are None."""
-        return {name: values for name, values in asdict(self).items() if values is not None}
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "notes"}
+        return {name: list(values) for name, values in columns.items() if values is not None}
 
     def to_arrow(self) -> pa.Table:
         """Likewise, as a table of Arrow."""
@@ -65,8 +69,8 @@ class TextModel:
     """
 
     run: LoadedRun
-    risk: float = 0.1
-    level: float = 0.9
+    risk: float = RISK
+    level: float = LEVEL
 
     def predict(
         self, texts: Sequence[str], *, num_samples: int | None = None, seed: int = 0, max_new_tokens: int = 64
@@ -74,7 +78,7 @@ class TextModel:
         """Answer texts.
 
         The first call for a classifier measures the run's training and validation rows, and stores what novelty and
-        abstention need beside the run.
+        abstention need beside the run. Where these rows are gone, both are None, and a note says so.
 
         Args:
             texts: at least one; prompts for a language model.
@@ -84,28 +88,48 @@ class TextModel:
 
         Raises:
             ConfigError: ``texts`` is no list of texts, or an argument does not fit the run.
-            DataError: the rows that novelty and abstention are measured on are gone.
+            CheckpointError: what was stored beside the run is damaged.
         """
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
-        sampler = self.run.sampler(num_samples=num_samples, seed=seed)
         kind = KINDS[self.run.kind]
+        if not kind.predicts_tokens and len(columns_read := _text_columns(self.run)) > 1:
+            raise ConfigError(
+                f"{self.run.folder} reads pairs of texts ({', '.join(columns_read)}), and predict takes single ones",
+                "Predict a file with these columns: monteclora predict RUN FILE.",
+            )
+        sampler = self.run.sampler(num_samples=num_samples, seed=seed)
         rows = Dataset.from_dict({"prompt" if kind.predicts_tokens else "text": list(texts)})
         with quiet_libraries():
-            columns = kind.predict(self.run.predictor(sampler), rows, max_new_tokens).columns
-            novelty = abstain = None
+            answered = kind.predict(self.run.predictor(sampler), rows, max_new_tokens)
+            columns, notes, judged = answered.columns, answered.notes, dict[str, list[Any]]()
             if not kind.predicts_tokens:
-                novelty = novelty_of(self.run).of(see(self.run, rows)).tolist()
-                promise = abstention_of(self.run, sampler, seed, self.risk, self.level)
-                abstain = promise.abstains(columns["confidence"]).tolist()
+                judge, left_out = Judge.of(self.run, sampler, seed, self.risk, self.level)
+                judged = judge.columns(rows, columns["confidence"]) if judge else {}
+                notes += left_out
         numbers = {
             name: np.asarray(columns[name]).tolist() for name in ("confidence", "total", "aleatoric", "epistemic")
         }
         labels = columns["completion" if kind.predicts_tokens else "prediction"]
-        return TextPredictions(list(texts), list(labels), **numbers, novelty=novelty, abstain=abstain)
+        return TextPredictions(
+            list(texts),
+            list(labels),
+            **numbers,
+            novelty=judged.get("novelty"),
+            abstain=judged.get("abstain"),
+            notes=notes,
+        )
 
 
-def load(run: str | Path | RunResult, *, risk: float = 0.1, level: float = 0.9) -> TextModel:
+def _text_columns(run: LoadedRun) -> tuple[str, ...]:
+    """Those that a classifier was trained on, as far as they were written down."""
+    if run.columns is not None:
+        return run.columns.text
+    spec, tasks = run.recipe.data, {task.name: task.text_columns for task in list_tasks()}
+    return tasks.get(spec.task or "", tuple(spec.text_columns))
+
+
+def load(run: str | Path | RunResult, *, risk: float = RISK, level: float = LEVEL) -> TextModel:
     """Load a run that answers texts.
 
     Args:

@@ -18,7 +18,13 @@ RESTORE = "Take the folder from a backup, or remove it and run `monteclora train
 
 
 class AdapterMethod(Method):
-    """A method whose trained weights are an adapter of peft."""
+    """A method whose trained weights are an adapter of peft.
+
+    Attributes:
+        peft_type: as ``adapter_config.json`` names the kind of adapter.
+    """
+
+    peft_type: str = "LORA"
 
     def save(self, model: Any, folder: Path) -> None:
         """As ``save_pretrained`` writes it, without a model card."""
@@ -32,11 +38,11 @@ class AdapterMethod(Method):
         from monteclora.adapters.checks import check_adapter, check_finite
         from monteclora.adapters.storage import WEIGHTS_FILE
 
-        check_adapter(folder)
+        check_adapter(folder, kind=self.peft_type)
         trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
             _check_names(model, folder / WEIGHTS_FILE)
-            model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+            self.load_weights(model, folder)
         except (OSError, LookupError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
@@ -45,6 +51,10 @@ class AdapterMethod(Method):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
         check_finite(folder, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    def load_weights(self, model: Any, folder: Path) -> None:
+        """Put the adapter's checked weights into the model."""
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """See :class:`~monteclora.methods.base.Method`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
-__all__ = ["Added", "Method", "MethodOptions", "PhaseName", "TaskKind"]
+__all__ = ["Added", "Method", "MethodOptions", "PhaseName", "Plan", "TaskKind"]
 
 TaskKind = Literal["classification", "causal_lm"]
 PhaseName = Literal["cooperative", "adapter", "posterior"]
@@ -54,6 +55,29 @@ class Added:
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a phase of training is to be.
+
+    Attributes:
+        options: the ``method`` section of the recipe.
+        phase: what is trained.
+        steps: most optimiser steps of the phase.
+        rows: of the training split.
+        learning_rate: its peak.
+        weight_decay: of the parameters that have any.
+        seed: of the run.
+    """
+
+    options: Any
+    phase: PhaseName
+    steps: int
+    rows: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+
+
 class Method:
     """A way to fine-tune a model. A method overrides what it does differently from plain fine-tuning with AdamW.
 
@@ -82,10 +106,14 @@ class Method:
         """
         raise NotImplementedError
 
-    def begin_phase(self, model: nn.Module, phase: PhaseName) -> None:
-        """Choose what is trained in a phase. Methods without a posterior have the phase ``cooperative`` alone."""
+    def begin_phase(self, model: nn.Module, plan: Plan) -> None:
+        """Prepare a phase. Methods without a posterior have the phase ``cooperative`` alone.
 
-    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        Raises:
+            ConfigError: an option does not fit the plan.
+        """
+
+    def parameter_groups(self, model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
         """The trained parameters in groups of an optimiser: those with weight decay, then those without."""
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -93,17 +121,25 @@ class Method:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (decayed if self.decays(name) and name not in norms else others).append(parameter)
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter of that name."""
         return _NOT_DECAYED.search(name.lower()) is None
 
-    def optimizer(self, groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
+    def optimizer(self, groups: list[dict[str, Any]], plan: Plan) -> Optimizer:
         """AdamW with the defaults of transformers' Trainer."""
         import torch
 
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    def gradient_context(self, optimizer: Any) -> AbstractContextManager[None]:
+        """Around all forward and backward passes of a step and the clipping of its gradient.
+
+        Args:
+            optimizer: what :meth:`optimizer` made, as accelerate prepared it.
+        """
+        return nullcontext()
 
     def added_loss(self, model: nn.Module) -> Added | None:
         """What is added to the task's loss, asked for after the forward pass of each batch; None for nothing."""
@@ -115,6 +151,16 @@ class Method:
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """Called after step ``step`` (from 1) of ``steps`` changed the weights, while gradients are still there."""
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    def virtual_tokens(self, options: Any) -> int:
+        """Positions of the model that the method itself takes in every row."""
+        return 0
+
+    def extra_memory(self, model: nn.Module, options: Any) -> int:
+        """Bytes that training keeps besides weights, gradients, AdamW's moments and activations, from the shapes."""
+        return 0
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,52 +13,87 @@ from monteclora.methods.adapters import AdapterMethod
 from monteclora.methods.base import MethodOptions, TaskKind
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["LoRA", "LoRAFields", "LoRAOptions", "check_names", "lora_arguments", "seed_everything"]
+__all__ = [
+    "LoRA",
+    "LoRAFields",
+    "LoRAMethod",
+    "LoRAOptions",
+    "TargetFields",
+    "check_names",
+    "lora_arguments",
+    "peft_task",
+    "put_adapter",
+    "seed_everything",
+]
 
 
 @dataclass(frozen=True)
-class LoRAFields(MethodOptions):
+class TargetFields(MethodOptions):
+    """Which layers an adapter is put on.
+
+    Args:
+        target_modules: the layers that get an adapter: names such as ``q_proj``, or ``all-linear`` for every linear
+            layer but the head; null is peft's choice for the architecture, or ``all-linear`` where it has none.
+        exclude_modules: layers that get none, even though ``target_modules`` names them.
+        modules_to_save: layers that are trained and saved whole; a classification head always is.
+    """
+
+    target_modules: list[str] | Literal["all-linear"] | None = None
+    exclude_modules: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values: pairs of field and message, see :mod:`monteclora.config`."""
+        empty = self.target_modules == []
+        return [("target_modules", "is empty: name a layer, or leave it out")] if empty else []
+
+    def targets(self, model: PreTrainedModel, choices: Mapping[str, Any]) -> list[str] | str | None:
+        """``target_modules`` for peft, which has ``choices`` of its own by architecture."""
+        if self.target_modules is None and model.config.model_type not in choices:
+            return "all-linear"
+        return self.target_modules
+
+    def module_arguments(self) -> dict[str, Any]:
+        """The other fields as arguments of a configuration of peft."""
+        return {
+            "exclude_modules": list(self.exclude_modules) or None,
+            "modules_to_save": list(self.modules_to_save) or None,
+        }
+
+
+@dataclass(frozen=True)
+class LoRAFields(TargetFields):
     """The options that LoRA shares with the methods built on it.
 
     Args:
         r: the rank of the update.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: the share of the adapter's inputs set to zero in training.
-        target_modules: the layers that get an adapter: names such as ``q_proj``, or ``all-linear`` for every linear
-            layer but the head; null is peft's choice for the architecture (query and value projections), or
-            ``all-linear`` where it has none.
-        exclude_modules: layers that get none, even though ``target_modules`` names them.
         rank_pattern: other ranks for some layers, by name or regular expression.
         alpha_pattern: other values of ``lora_alpha`` for some layers.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (Kalajdzievski 2023).
-        modules_to_save: layers that are trained and saved whole; a classification head always is.
     """
 
     r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    target_modules: list[str] | Literal["all-linear"] | None = None
-    exclude_modules: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     use_rslora: bool = False
-    modules_to_save: list[str] = field(default_factory=list)
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values: pairs of field and message, see :mod:`monteclora.config`."""
-        found = [
+        found = super().problems() + [
             (name, f"is {value}, expected at least 1")
             for name, value in (("r", self.r), ("lora_alpha", self.lora_alpha))
             if value < 1
         ]
         if not 0 <= self.lora_dropout < 1:
             found.append(("lora_dropout", f"is {self.lora_dropout}, expected at least 0 and below 1"))
-        if self.target_modules == []:
-            found.append(("target_modules", "is empty: name a layer, or leave it out"))
         for name in ("rank_pattern", "alpha_pattern"):
             found += [
                 (name, f"gives {key} the value {value}, expected at least 1")
@@ -80,28 +115,29 @@ class LoRAOptions(LoRAFields):
     name: Literal["lora"] = "lora"
 
 
+def peft_task(task_kind: TaskKind) -> str:
+    """What peft calls the kind of task."""
+    return "SEQ_CLS" if task_kind == "classification" else "CAUSAL_LM"
+
+
 def lora_arguments(options: LoRAFields, model: PreTrainedModel, task_kind: TaskKind) -> dict[str, Any]:
     """The arguments of ``peft.LoraConfig`` that the options stand for."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    targets = options.target_modules
-    if targets is None and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        targets = "all-linear"
     return {
-        "task_type": "SEQ_CLS" if task_kind == "classification" else "CAUSAL_LM",
+        "task_type": peft_task(task_kind),
         "r": options.r,
         "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout,
-        "target_modules": targets,
-        "exclude_modules": list(options.exclude_modules) or None,
+        "target_modules": options.targets(model, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
+        **options.module_arguments(),
         "rank_pattern": dict(options.rank_pattern),
         "alpha_pattern": dict(options.alpha_pattern),
         "use_rslora": options.use_rslora,
-        "modules_to_save": list(options.modules_to_save) or None,
     }
 
 
-def check_names(options: LoRAFields, model: PreTrainedModel) -> None:
+def check_names(options: TargetFields, model: PreTrainedModel) -> None:
     """Check that every layer an option names exists; peft passes over those that do not in silence.
 
     Raises:
@@ -113,7 +149,7 @@ def check_names(options: LoRAFields, model: PreTrainedModel) -> None:
     for option, names in listed.items():
         _require(option, [name for name in names if not _any_ends(modules, name)], modules)
     for option in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(options, option)
+        patterns = getattr(options, option, ())
         unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in modules)]
         _require(option, unmatched, modules)
 
@@ -147,26 +183,50 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-class LoRA(AdapterMethod):
+def put_adapter(model: PreTrainedModel, make: Callable[[], PeftConfig], seed: int) -> nn.Module:
+    """The model with an adapter, its weights drawn from the seed.
+
+    Args:
+        model: is changed in place.
+        make: gives the adapter's configuration.
+        seed: of the run.
+
+    Raises:
+        ConfigError: peft refuses it.
+    """
+    import peft
+
+    seed_everything(seed)
+    try:
+        wrapped: nn.Module = peft.get_peft_model(model, make())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"peft refused the adapter: {error}", "Correct the method section.") from error
+    return wrapped
+
+
+class LoRAMethod(AdapterMethod):
+    """What LoRA and its relatives in peft have in common; each says in :meth:`arguments` where it differs."""
+
+    def arguments(self, options: Any) -> dict[str, Any]:
+        """Arguments of ``peft.LoraConfig`` besides those of :func:`lora_arguments`."""
+        return {}
+
+    def wrap(self, model: PreTrainedModel, options: Any, task_kind: TaskKind, seed: int) -> nn.Module:
+        """Put the adapter on the model.
+
+        Raises:
+            ConfigError: an option names a layer that does not exist or that cannot be adapted.
+        """
+        import peft
+
+        check_names(options, model)
+        arguments = lora_arguments(options, model, task_kind) | self.arguments(options)
+        return put_adapter(model, lambda: peft.LoraConfig(**arguments), seed)
+
+
+class LoRA(LoRAMethod):
     """See :class:`~monteclora.methods.base.Method`."""
 
     name = "lora"
     description = "low-rank adaptation: a trained update B A of frozen weights"
     options = LoRAOptions
-
-    def wrap(self, model: PreTrainedModel, options: LoRAOptions, task_kind: TaskKind, seed: int) -> nn.Module:
-        """Put a LoRA adapter on the model.
-
-        Raises:
-            ConfigError: an option names a layer that does not exist or that LoRA cannot adapt.
-        """
-        import peft
-
-        check_names(options, model)
-        config: LoraConfig = peft.LoraConfig(**lora_arguments(options, model, task_kind))
-        seed_everything(seed)
-        try:
-            wrapped: nn.Module = peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise ConfigError(f"peft refused the adapter: {error}", "Correct the method section.") from error
-        return wrapped

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_type_hints
 
 from monteclora.errors import CheckpointError
 from monteclora.methods.adapters import RESTORE, AdapterMethod
-from monteclora.methods.base import Added, PhaseName, TaskKind
+from monteclora.methods.base import Added, Plan, TaskKind
 from monteclora.methods.lora import LoRAFields, check_names, lora_arguments, seed_everything
 from monteclora.posterior.settings import PosteriorSettings
 
@@ -74,15 +74,15 @@ class MonteCLoRA(AdapterMethod):
         seed_everything(seed)
         return get_peft_model(model, config)
 
-    def begin_phase(self, model: nn.Module, phase: PhaseName) -> None:
+    def begin_phase(self, model: nn.Module, plan: Plan) -> None:
         """The phases of docs/method.md section 6."""
         from monteclora.adapters.active import active_posteriors, train_posterior_only
 
-        if phase == "posterior":
+        if plan.phase == "posterior":
             train_posterior_only(model)
             return
         for posterior in active_posteriors(model):
-            posterior.enabled = phase == "cooperative"
+            posterior.enabled = plan.phase == "cooperative"
             posterior.requires_grad_(posterior.enabled)
 
     def decays(self, name: str) -> bool:

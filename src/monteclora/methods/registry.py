@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from monteclora.config import nearest
 from monteclora.errors import ConfigError
+from monteclora.methods.adalora import AdaLoRA
 from monteclora.methods.base import Method
+from monteclora.methods.dora import DoRA
 from monteclora.methods.full import FullFineTuning
+from monteclora.methods.ia3 import IA3
+from monteclora.methods.ivon import Ivon
 from monteclora.methods.lora import LoRA
+from monteclora.methods.loraplus import LoRAPlus
 from monteclora.methods.monteclora import MonteCLoRA
+from monteclora.methods.peft_monteclora import PeftMonteCLoRA
+from monteclora.methods.prompt_tuning import PromptTuning
+from monteclora.methods.rslora import RsLoRA
 
 __all__ = ["get_method", "list_methods", "register"]
 
-_METHODS: dict[str, Method] = {method.name: method for method in (FullFineTuning(), LoRA(), MonteCLoRA())}
+_METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        FullFineTuning(),
+        LoRA(),
+        RsLoRA(),
+        LoRAPlus(),
+        DoRA(),
+        AdaLoRA(),
+        IA3(),
+        PromptTuning(),
+        Ivon(),
+        PeftMonteCLoRA(),
+        MonteCLoRA(),
+    )
+}
 
 
 def register(method: Method) -> Method:

@@ -35,6 +35,9 @@ from monteclora.posterior.settings import PosteriorSettings
 
 __all__ = ["AdapterPosterior"]
 
+# of the logarithms rho and eta: exp(2 * 20) and its sums stay far below the largest float32
+_BOUND = 20.0
+
 
 class AdapterPosterior(nn.Module):
     """Learned ``rho`` (R,) and ``eta`` (L, N) of an adapter's L layers, R the sum of their ranks.
@@ -82,6 +85,7 @@ class AdapterPosterior(nn.Module):
         self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed after training
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
+        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on
         self._repetitions = Repetitions()
         self._reminder = Reminder()
         if settings.kl_weight == settings.coop_weight == 0.0:
@@ -143,7 +147,7 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "_current": None}
+        return {**self.__dict__, "_current": None, "drawn": False}
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` holds beside the tensors: the number of draws made, and whether noise is on."""
@@ -285,7 +289,7 @@ class AdapterPosterior(nn.Module):
         posterior_sample: bool = False,
         differentiable: bool = False,
     ) -> RawDraw:
-        rho, eta, s = self.rho, self.eta, self.settings
+        (rho, eta), s = self._bounded(), self.settings
 
         def generator(kind: noise.Kind) -> torch.Generator:
             return noise.generator(seed, process, index, kind, rho.device, posterior_sample=posterior_sample)
@@ -366,6 +370,10 @@ class AdapterPosterior(nn.Module):
         columns, rows = signs.split([sum(into), sum(out)], -1)
         return columns.split(into, -1), rows.split(out, -1)
 
+    def _bounded(self) -> tuple[Tensor, Tensor]:
+        """rho and eta as they are used: a diverging step ends in a large loss, not in numbers that are not finite."""
+        return self.rho.clamp(-_BOUND, _BOUND), self.eta.clamp(-_BOUND, _BOUND)
+
     # -- objective -----------------------------------------------------------------------------------------------
 
     def regulariser(self) -> Regulariser:
@@ -380,7 +388,7 @@ class AdapterPosterior(nn.Module):
         """
         if torch.is_grad_enabled():
             self._reminder.silence()
-        s, count = self.settings, len(self.layers)
+        (rho, eta), s, count = self._bounded(), self.settings, len(self.layers)
         row_squared_norm, row_log_determinant = self._c, self._log_determinant
         if s.regulariser == "sampled":
             if self.current is None:
@@ -389,12 +397,12 @@ class AdapterPosterior(nn.Module):
                     "Run a forward pass in training mode first, or use regulariser='expected'.",
                 )
             row_squared_norm, row_log_determinant = self.current.row_squared_norm, self.current.row_log_determinant
-            coop = (2.0 * dirichlet.log_norm(self.eta, self.current.weights)).exp()
+            coop = (2.0 * dirichlet.log_norm(eta, self.current.weights)).exp()
         else:
-            coop = dirichlet.moments(self.eta).squared_norm
-        kl_sigma, kl_z = row_divergences(self.rho, self._nu, row_squared_norm, row_log_determinant, s.num_components)
+            coop = dirichlet.moments(eta).squared_norm
+        kl_sigma, kl_z = row_divergences(rho, self._nu, row_squared_norm, row_log_determinant, s.num_components)
         return Regulariser(
-            kl_pi=dirichlet.kl_divergence(self.eta, s.alpha_prior).mean(),
+            kl_pi=dirichlet.kl_divergence(eta, s.alpha_prior).mean(),
             kl_sigma=kl_sigma / count,
             kl_z=kl_z / count,
             coop=coop.mean(),

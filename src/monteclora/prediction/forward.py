@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-__all__ = ["Collate", "FloatArray", "batches", "logits_at", "to_device"]
+__all__ = ["Collate", "FloatArray", "base_of", "batches", "logits_at", "text_mask", "to_device", "with_positions"]
 
 FloatArray = NDArray[np.float64]
 Collate = Callable[[list[dict[str, Any]]], Any]
@@ -31,15 +31,42 @@ def to_device(batch: Any, model: nn.Module) -> dict[str, Any]:
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed)."""
+    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    return model if found is None else cast(nn.Module, found.get_base_model())
+
+
+def text_mask(base: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """The mask of the tokens whose logits a model returns: of an encoder-decoder, its decoder's."""
+    name = "decoder_attention_mask" if _two_stacks(base) else "attention_mask"
+    mask: Tensor | None = inputs.get(name)
+    return mask
+
+
+def with_positions(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, with positions that do not count padding on the left.
+
+    Args:
+        base: the model.
+        inputs: what it takes; a mask of shape (B, T) says what is padding. Positions that are given are kept.
+    """
+    mask = text_mask(base, inputs)
+    counts = not _two_stacks(base) and "position_ids" in inspect.signature(base.forward).parameters
+    if not counts or inputs.get("position_ids") is not None or mask is None or mask.dim() != 2 or mask[:, 0].all():
+        return dict(inputs)
+    return {**inputs, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+
+
+def _two_stacks(base: nn.Module) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
 def logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tensor:
     """Logits at some columns of a padded batch, (B, len(columns), V); a large head runs on those alone if it can."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameters = inspect.signature(base.forward).parameters
-    mask = inputs["attention_mask"]
-    if "position_ids" in parameters and not mask[:, 0].all():
-        # absolute positions must not count padding on the left
-        inputs = {**inputs, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
-    if "logits_to_keep" in parameters:
+    base = base_of(model)
+    inputs = with_positions(base, inputs)
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
         found: Tensor = model(**inputs, logits_to_keep=columns).logits
         return found
     every: Tensor = model(**inputs).logits

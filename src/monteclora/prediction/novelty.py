@@ -42,10 +42,12 @@ class Seen:
         features: float64 (B, D), mean over a row's tokens of the last hidden states without the adapter; a model that
             was trained whole has none, and its own hidden states are taken.
         energy: float64 (B,), minus the log-sum-exp of the logits (Liu et al., NeurIPS 2020).
+        max_logit: float64 (B,), the largest logit (Hendrycks et al., ICML 2022).
     """
 
     features: FloatArray
     energy: FloatArray
+    max_logit: FloatArray
 
 
 def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64) -> Seen:
@@ -66,7 +68,7 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
         raise DataError("there are no rows to look at", "Give at least one.")
     inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
     features: FloatArray | None = None
-    energy = np.empty(len(rows))
+    energy, max_logit = np.empty(len(rows)), np.empty(len(rows))
     with evaluating(model):
         for indices in batches(inputs, batch_size):
             batch = to_device(collate([inputs[i] for i in indices]), model)
@@ -77,9 +79,11 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
             if features is None:
                 features = np.empty((len(rows), pooled.shape[1]))
             features[indices] = pooled.cpu().numpy()
-            energy[indices] = -torch.logsumexp(found.logits.double(), -1).cpu().numpy()
+            logits = found.logits.double()
+            energy[indices] = -torch.logsumexp(logits, -1).cpu().numpy()
+            max_logit[indices] = logits.amax(-1).cpu().numpy()
     assert features is not None
-    return Seen(features, energy)
+    return Seen(features, energy, max_logit)
 
 
 def _pretrained_states(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:

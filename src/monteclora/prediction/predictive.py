@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from monteclora.adapters.active import posterior_sampling, sampled_posteriors
+from monteclora.adapters.scope import RowOrderError
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
+from monteclora.prediction.forward import base_of, text_mask, with_positions
+from monteclora.system.modes import evaluating
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
 
@@ -57,25 +59,6 @@ class PredictiveDistribution:
         return uncertainty.epistemic(self.probs)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's mode is restored after it.
-
-    A model that is in evaluation mode already is not touched: several threads may predict with it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    if any(mode for _, mode in modes):
-        model.eval()
-    else:
-        modes = []
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Logits of the labels, or of the next token after each row's last one, shape (B, C), float32.
 
@@ -87,23 +70,21 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         ConfigError: the model has a head of another kind.
     """
-    inputs, base = dict(inputs), _base(model)
+    base = base_of(model)
     if type(base).__name__.endswith(_OTHER_HEADS):
         raise ConfigError(
             f"{type(base).__name__} does not predict one label or next token a row",
             "Use a model with a sequence classification or language-modelling head.",
         )
     parameters = inspect.signature(base.forward).parameters
-    two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    mask = inputs.get("decoder_attention_mask" if two_stacks else "attention_mask")
-    counts_positions = not two_stacks and "position_ids" in parameters and inputs.get("position_ids") is None
-    if counts_positions and mask is not None and mask.dim() == 2:
-        # absolute positions must not count padding on the left
-        if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        elif inputs.get("input_ids") is not None:
-            inputs = _padded_on_the_right(inputs, mask)
-            mask = inputs["attention_mask"]
+    mask = text_mask(base, inputs)
+    placed = with_positions(base, inputs)
+    if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
+        inputs = placed
+    elif "position_ids" in placed.keys() - inputs.keys() and mask is not None and inputs.get("input_ids") is not None:
+        # a classifier looks for the last token by its padding, and counts positions from the first column
+        inputs = _padded_on_the_right(dict(inputs), mask)
+        mask = inputs["attention_mask"]
     if "logits_to_keep" in parameters:
         # over a large vocabulary, the logits of all positions would take more memory than the model
         sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -141,17 +122,12 @@ def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:
     return (mask.long() * torch.arange(length, device=mask.device)).argmax(-1)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper, which may be inside others (compiled, averaged, distributed)."""
-    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return model if found is None else cast(nn.Module, found.get_base_model())
-
-
 def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0) -> PredictiveDistribution:
     """Sample the posterior predictive distribution of labels or next tokens.
 
     Draw s is the same for every input and every call with this seed: the result for an input depends neither on what
-    else is in the batch nor on the global generators, and neither is changed.
+    else is in the batch nor on the global generators, and neither is changed. Draws share forward passes if the model
+    keeps them apart, which is found out once; else they are made one at a time, with a warning that names the layer.
 
     Args:
         model: a model with a MonteCLoRA adapter; its mode (training or not) is as before afterwards.
@@ -172,6 +148,7 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
             f"num_samples is {num_samples}, expected a whole number of at least 1", "Ask for one draw or more."
         )
     _check_batch(batch)
+    _warn_of_padding(model, batch)
     device = sampled_posteriors(model)[0].rho.device
     inputs = {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -189,10 +166,21 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
         for first in range(0, num_samples, together):
             count = min(together, num_samples - first)
             repeated = {key: _repeated(value, rows, count) for key, value in inputs.items()}
-            with posterior_sampling(model, seed, num_samples=count, first=first):
-                logits = class_logits(model, repeated)
+            try:
+                with posterior_sampling(model, seed, num_samples=count, first=first):
+                    logits = class_logits(model, repeated)
+            except RowOrderError as error:
+                warnings.warn(f"{error.message}: they are drawn one at a time", UserWarning, stacklevel=2)
+                chunks += [_one(model, inputs, seed, s) for s in range(first, num_samples)]
+                break
             chunks.append(logits.softmax(-1).view(count, rows, -1))
     return PredictiveDistribution(torch.cat(chunks))
+
+
+def _one(model: nn.Module, inputs: Mapping[str, Any], seed: int, number: int) -> Tensor:
+    """Probabilities under one draw, shape (1, B, C)."""
+    with posterior_sampling(model, seed, first=number):
+        return class_logits(model, inputs).softmax(-1).unsqueeze(0)
 
 
 def _check_batch(batch: Any) -> None:
@@ -207,6 +195,24 @@ def _check_batch(batch: Any) -> None:
         raise ConfigError(
             f"input_ids has the shape {tuple(ids.shape)}, expected (rows, tokens)",
             "Put a single row into a batch of one: input_ids.unsqueeze(0).",
+        )
+
+
+def _warn_of_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Warn of rows that seem to be padded, without a mask to say so: their padding is read as text."""
+    ids, pad = batch.get("input_ids"), getattr(getattr(base_of(model), "config", None), "pad_token_id", None)
+    if not isinstance(ids, Tensor) or not isinstance(pad, int) or batch.get("attention_mask") is not None:
+        return
+    padding = ids == pad
+    # a single padding token at the end of every row may be the end of the text
+    if any(bool(side.all(-1).any()) for side in (padding[:, :2], padding[:, -2:]) if side.shape[1] == 2) or any(
+        bool(side.any()) and not bool(side.all()) for side in (padding[:, :1], padding[:, -1:]) if side.numel()
+    ):
+        warnings.warn(
+            f"rows of input_ids begin or end with the padding token ({pad}) and there is no attention_mask, so that "
+            "padding is read as text: pass the attention_mask that the tokenizer returns",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bundled_recipes", "former_names", "summary"]
+__all__ = ["bundled_recipes", "bundled_studies", "former_names", "summary"]
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
+_STUDY = "study-"
 # stem of earlier names, which had one recipe for each method: the recipe that has all
 _FORMER = {
     "mrpc-minilm": "paper-mrpc-starter",
@@ -17,8 +18,13 @@ _FORMER = {
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """The YAML file of every bundled recipe, by its name."""
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    """The YAML file of every bundled recipe of a run, by its name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml")) if not path.stem.startswith(_STUDY)}
+
+
+def bundled_studies() -> dict[str, Path]:
+    """The YAML file of every bundled study recipe, by its name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob(f"{_STUDY}*.yaml"))}
 
 
 def former_names() -> dict[str, tuple[str, str]]:

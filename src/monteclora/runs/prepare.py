@@ -102,7 +102,20 @@ def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
     if recipe.data.chat_template is not None:
         use_template(tokenizer, recipe.data.chat_template)
+    _leave_room(recipe, tokenizer)
     return tokenizer
+
+
+def _leave_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take the positions that the method uses from those of the model. Raises ConfigError where none are left."""
+    taken, most = get_method(recipe.method.name).virtual_tokens(recipe.method), tokenizer.model_max_length
+    if taken and recipe.data.max_length + taken > most:
+        raise ConfigError(
+            f"data.max_length is {recipe.data.max_length}, and the method {recipe.method.name} takes {taken} of the "
+            f"{most} positions that {recipe.model.name} has",
+            f"Set data.max_length to {most - taken} or less." if taken < most else "Set fewer virtual tokens.",
+        )
+    tokenizer.model_max_length = most - taken
 
 
 def _cuts(encoded: dict[str, Encoded], max_length: int) -> list[str]:

@@ -12,6 +12,7 @@ from monteclora.data.columns import Columns, find_columns, input_columns, listed
 from monteclora.data.conversations import ROLES
 from monteclora.data.files import Table, open_table
 from monteclora.data.kinds import Kind
+from monteclora.data.label_noise import with_label_noise
 from monteclora.data.labels import LabelSet, describe_labels, refuse_scores
 from monteclora.data.rows import CheckedRows, Reading, read_rows
 from monteclora.data.sources import SPLITS, local_splits
@@ -52,9 +53,11 @@ class DataSpec:
             half; only the completion's end (``completion``); or the row is left out (``drop``).
         chat_template: in place of the model's: the path of a Jinja file, or ``chatml``.
         train_rows, validation_rows: use only that many rows.
+        train_fraction: use only this share of the training rows that remain after validation rows are set aside.
+        label_noise: give this share of the training rows a wrong label or answer, drawn uniformly from the others.
         validation_fraction: the share of the training rows of each label set aside where there is no
             validation split; 0 for none.
-        seed: chooses the rows of both.
+        seed: chooses all these rows, and the wrong labels.
     """
 
     task: str | None = None
@@ -78,6 +81,8 @@ class DataSpec:
     chat_template: str | None = None
     train_rows: int | None = None
     validation_rows: int | None = None
+    train_fraction: float | None = None
+    label_noise: float = 0.0
     validation_fraction: float = 0.1
     seed: int = 0
 
@@ -106,6 +111,12 @@ class DataSpec:
         for name in ("train_rows", "validation_rows"):
             if (rows := getattr(self, name)) is not None and rows < 1:
                 found.append((name, "must be at least 1"))
+        if self.train_fraction is not None and not 0 < self.train_fraction <= 1:
+            found.append(("train_fraction", "must be above 0 and at most 1"))
+        if self.train_fraction is not None and self.train_rows is not None:
+            found.append(("train_fraction", "and train_rows are both given: keep one"))
+        if not 0 <= self.label_noise <= 1:
+            found.append(("label_noise", "must be between 0 and 1"))
         if not 0 <= self.validation_fraction < 1:
             found.append(("validation_fraction", "must be at least 0 and below 1"))
         return found
@@ -198,6 +209,15 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
     for split, count in (("train", spec.train_rows), ("validation", spec.validation_rows)):
         if split in data:
             data[split] = subset(data[split], count, spec.seed)
+    if "train" in data and spec.train_fraction is not None:
+        whole = len(data["train"])
+        data["train"] = subset(data["train"], max(round(spec.train_fraction * whole), 1), spec.seed)
+        notes.append(f"train: {len(data['train'])} of {whole} rows are used (seed {spec.seed})")
+    if "train" in data and spec.label_noise:
+        data["train"], changed = with_label_noise(
+            data["train"], spec.label_noise, spec.seed, len(labels.names) if labels else None
+        )
+        notes.append(f"train: {changed} of {len(data['train'])} rows have a wrong label (seed {spec.seed})")
     ordered = {split: data[split] for split in SPLITS if split in data and _wanted(split, splits)}
     if labels is not None:
         notes += describe_labels(labels.names, {split: rows["label"][:] for split, rows in ordered.items()})

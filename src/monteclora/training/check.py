@@ -23,7 +23,7 @@ from monteclora.system.devices import PeakMemory, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks.kinds import KINDS
 from monteclora.training.estimate import Memory, Sizes, operations, required_memory
-from monteclora.training.phases import Phase, batches, phases_of
+from monteclora.training.phases import Phase, batches, phases_of, plan_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,10 +133,19 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         lengths = [len(ids) for ids in data.train["input_ids"]]
         phases = tuple(phases_of(recipe, len(lengths)))
         micro = min(batches(recipe.training)[0], len(lengths))
+        method = get_method(recipe.method.name)
+        virtual = method.virtual_tokens(recipe.method)
         mean = sum(lengths) / len(lengths)
         memory = required_memory(
-            recipe, sizes, micro, max(lengths), predicts_tokens=KINDS[data.task.kind].predicts_tokens
+            recipe,
+            sizes,
+            micro,
+            max(lengths) + virtual,
+            predicts_tokens=KINDS[data.task.kind].predicts_tokens,
+            extra=method.extra_memory(model, recipe.method),
         )
+        for phase in phases:  # what training would refuse at its start
+            method.begin_phase(model, plan_of(recipe, phase, len(lengths)))
         rows = sum(phase.steps for phase in phases) * recipe.training.batch_size
         measured = None
         if memory.weights <= _LARGEST_TO_LOAD and _weights_at_hand(resolve_model(recipe.model.name)):
@@ -155,7 +164,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
             trained=trained,
             phases=phases,
             memory=memory,
-            operations=operations(recipe, sizes, rows * mean),
+            operations=operations(recipe, sizes, rows * (mean + virtual)),
             measured=measured,
         )
 

@@ -1,9 +1,8 @@
 """How much memory and how many operations a run will take, from the shapes of the model alone.
 
-The counts are those of a transformer with frozen weights: a matmul takes two operations a weight and token, forward
-and once more backward for the activations; frozen weights need no gradient, and attention over short texts and the
-draws of the posterior are small beside them. Activations were counted on BERT and LLaMA; the estimate is good to a
-third.
+A matmul takes two operations a weight and token forward, as many backward for the activations, and as many again where
+the weight itself is trained. Attention over short texts and the draws of the posterior are small beside them.
+Activations were counted on BERT and LLaMA; the estimate is good to a third.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Memory:
 
     Attributes:
         weights: of the model and its adapter.
-        optimizer: gradients and Adam's moments.
+        optimizer: gradients, Adam's moments, and what the method keeps besides.
         activations: kept for the backward pass; 0 where the model's shape is unknown.
     """
 
@@ -86,8 +85,13 @@ class Memory:
         return self.weights + self.optimizer + self.activations
 
 
-def required_memory(recipe: Recipe, sizes: Sizes, rows: int, longest: int, *, predicts_tokens: bool) -> Memory:
-    """What a forward and backward pass of ``rows`` rows of ``longest`` tokens keeps in memory."""
+def required_memory(
+    recipe: Recipe, sizes: Sizes, rows: int, longest: int, *, predicts_tokens: bool, extra: int = 0
+) -> Memory:
+    """What a forward and backward pass of ``rows`` rows of ``longest`` tokens keeps in memory.
+
+    ``extra`` bytes are the method's own, see :meth:`~monteclora.methods.base.Method.extra_memory`.
+    """
     width = 4 if recipe.model.dtype == "float32" else 2
     quantized = sizes.quantizable if recipe.model.quantization != "none" else 0
     weights = quantized * _QUANTIZED.get(recipe.model.quantization, 0.0)
@@ -98,10 +102,12 @@ def required_memory(recipe: Recipe, sizes: Sizes, rows: int, longest: int, *, pr
     if recipe.training.gradient_checkpointing:
         kept = (2 if half else 4) * sizes.hidden * sizes.layers + a_layer
     logits = _LOGITS * sizes.vocabulary if predicts_tokens else 0
-    return Memory(round(weights), sizes.trained * _ADAM, rows * longest * (kept + logits))
+    return Memory(round(weights), sizes.trained * _ADAM + extra, rows * longest * (kept + logits))
 
 
 def operations(recipe: Recipe, sizes: Sizes, tokens: float) -> float:
     """Floating-point operations of training on ``tokens`` tokens."""
     passes = 3 if recipe.training.gradient_checkpointing else 2
-    return 2.0 * passes * (sizes.parameters - sizes.embeddings) * tokens
+    multiplied = sizes.parameters - sizes.embeddings
+    # where embeddings are trained too, as in full fine-tuning, all that is multiplied with is
+    return 2.0 * (passes * multiplied + min(sizes.trained, multiplied)) * tokens

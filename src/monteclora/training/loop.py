@@ -172,17 +172,12 @@ class Loop:
         device = self.accelerator.device
         items, tokens = self._count(batches)
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
-        passes = []
-        for number, batch in enumerate(inputs, start=1):
-            last = number == len(inputs)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                passes.append(self._backward(batch, items, len(inputs)))
-        for parameter in self.kept_whole:
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        own_context = type(self.method).gradient_context is not Method.gradient_context
+        with self.method.gradient_context(self.optimizer) if own_context else nullcontext():
+            passes = self._passes(inputs, items)
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(self.optimizer)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         finite = self._is_finite(batches, passes, _plain(norm))
         if not finite:
             self.model.zero_grad(set_to_none=True)  # without gradients the optimiser passes over every weight
@@ -210,6 +205,18 @@ class Loop:
             counts = self.accelerator.reduce(counts, reduction="sum")
             tokens = int(counts[1])
         return counts[0], tokens
+
+    def _passes(self, inputs: Sequence[Mapping[str, Any]], items: Tensor) -> list[_Pass]:
+        """Forward and backward of every batch of the step; the processes meet at the last one."""
+        passes = []
+        for number, batch in enumerate(inputs, start=1):
+            last = number == len(inputs)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                passes.append(self._backward(batch, items, len(inputs)))
+        for parameter in self.kept_whole:
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return passes
 
     def _backward(self, batch: Mapping[str, Any], items: Tensor, count: int) -> _Pass:
         """Forward and backward of one of ``count`` batches."""

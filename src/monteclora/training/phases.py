@@ -17,7 +17,7 @@ from transformers import get_scheduler, set_seed
 
 from monteclora.errors import ConfigError
 from monteclora.methods import Method, get_method
-from monteclora.methods.base import PhaseName
+from monteclora.methods.base import PhaseName, Plan
 from monteclora.metrics.registry import METRICS
 from monteclora.runs.manifest import Checkpoint
 from monteclora.runs.prepare import PreparedData
@@ -36,7 +36,7 @@ from monteclora.training.validation import Validation
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Outcome", "Phase", "batches", "phases_of", "steps_per_epoch", "train_phase"]
+__all__ = ["Outcome", "Phase", "batches", "phases_of", "plan_of", "steps_per_epoch", "train_phase"]
 
 _STOPPING = "\nstopping: this step is finished and saved first; asked again, it stops at once\n"
 
@@ -112,6 +112,19 @@ def phases_of(recipe: Recipe, rows: int) -> list[Phase]:
     return [Phase("adapter", first, spec.learning_rate), Phase("posterior", second, rate)]
 
 
+def plan_of(recipe: Recipe, phase: Phase, rows: int) -> Plan:
+    """What a method is told of a phase that trains on ``rows`` rows."""
+    return Plan(
+        options=recipe.method,
+        phase=phase.name,
+        steps=phase.steps,
+        rows=rows,
+        learning_rate=phase.learning_rate,
+        weight_decay=recipe.training.weight_decay,
+        seed=recipe.seed,
+    )
+
+
 def _steps(spec: TrainingSpec, rows: int, epochs: float, most: int | None) -> int:
     steps = math.ceil(epochs * steps_per_epoch(spec, rows))
     return steps if most is None else min(steps, most)
@@ -145,7 +158,8 @@ def train_phase(
         ConfigError: the recipe asks for something this machine or version cannot do.
     """
     method = get_method(recipe.method.name)
-    method.begin_phase(model, phase.name)
+    plan = plan_of(recipe, phase, len(data.train))
+    method.begin_phase(model, plan)
     if resume is not None:
         method.load(model, resume.path)
     set_seed(recipe.seed)
@@ -163,7 +177,7 @@ def train_phase(
     reporting = Reporting(
         run.metrics, accelerator, console, phase=phase.name, title=title, first_step=first_step, steps=phase.steps
     )
-    loop = _loop(recipe, phase, run, data, model, method, accelerator, saver, reporting)
+    loop = _loop(recipe, phase, plan, run, data, model, method, accelerator, saver, reporting)
     if resume is not None:
         restore(loop, resume.path)
     try:
@@ -184,6 +198,7 @@ def train_phase(
 def _loop(
     recipe: Recipe,
     phase: Phase,
+    plan: Plan,
     run: RunFolder,
     data: PreparedData,
     model: nn.Module,
@@ -196,12 +211,12 @@ def _loop(
     if spec.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     columns = _columns(model, data.train)
-    plan = _batches(spec, data, columns, recipe.seed)
+    shuffled = _batches(spec, data, columns, recipe.seed)
     kept_whole: Sequence[nn.Parameter] = ()
     if sharding.is_requested():
         kept_whole = sharding.shard(model, method, accelerator.device)
-    groups = sharding.separated(method.parameter_groups(model, spec.weight_decay))
-    prepared, optimizer = model, method.optimizer(groups, phase.learning_rate)
+    groups = sharding.separated(method.parameter_groups(model, plan))
+    prepared, optimizer = model, method.optimizer(groups, plan)
     if not sharding.is_requested():
         prepared, optimizer = accelerator.prepare(model, optimizer)
     validation = None
@@ -223,14 +238,14 @@ def _loop(
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=spec.precision == "fp16"),
         precision=_precision(spec.precision, accelerator.device),
         measures=data.measures,
-        batches=plan,
+        batches=shuffled,
         validation=validation,
         steps=phase.steps,
         max_grad_norm=math.inf if spec.max_grad_norm is None else spec.max_grad_norm,
         intervals=Intervals(
             log=spec.logging_every,
-            evaluate=spec.eval_every or plan.steps_per_epoch,
-            save=spec.save_every or plan.steps_per_epoch,
+            evaluate=spec.eval_every or shuffled.steps_per_epoch,
+            save=spec.save_every or shuffled.steps_per_epoch,
             best_metric=best,
             greater_is_better=best is not None and METRICS[best].greater_is_better,
             patience=spec.early_stopping_patience if best else None,

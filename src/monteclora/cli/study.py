@@ -1,0 +1,62 @@
+"""``monteclora study``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from monteclora.cli.output import Json, note, print_json, print_line, print_table
+
+__all__ = ["study"]
+
+
+def study(
+    recipe: str,
+    /,
+    *,
+    out: Path | None = None,
+    workers: int | None = None,
+    workers_per_device: int = 1,
+    as_json: Json = False,
+) -> None:
+    """Run a grid of trials, and measure how robust each method is against its settings.
+
+    The same command again runs what is left; finished trials are never run again. Several commands, on machines that
+    share the study's folder, divide its trials.
+
+    Args:
+        recipe: a study recipe, or the name of a bundled one.
+        out: the study folder; by default the recipe's output, or studies/NAME.
+        workers: processes on this machine; by default one for each core or GPU, 0 for none but this one.
+        workers_per_device: processes that share a GPU.
+    """
+    from monteclora.studies.study import study as run
+
+    result = run(
+        recipe, output=None if out is None else str(out), workers=workers, workers_per_device=workers_per_device
+    )
+    if as_json:
+        print_json(
+            {
+                "folder": result.folder,
+                "trials": len(result.plan.trials),
+                "left": result.left,
+                "notes": list(result.plan.notes),
+                "outcomes": [vars(outcome) for outcome in result.outcomes.values()],
+                "summaries": [
+                    {**vars(s), "statistics": {name: vars(e) for name, e in s.statistics.items()}}
+                    for s in result.summaries
+                ],
+            }
+        )
+        return
+    columns = ["method", "condition", "metric", "best", "median", "spread", "regret", "diverged", "collapsed", "failed"]
+    rows = []
+    for s in result.summaries:
+        numbers = [f"{s.statistics[name].value:.4f}" for name in ("best", "median", "spread", "regret")]
+        condition = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in s.condition.items())
+        counts = [f"{n} of {s.trials}" for n in (s.diverged, s.collapsed, s.failed)]
+        rows.append([s.arm, condition or "all", s.metric, *numbers, *counts])
+    print_table(columns, rows, f"{result.folder}: {len(result.outcomes)} of {len(result.plan.trials)} trials", left=3)
+    print_line(f"written: {result.folder / 'results.parquet'}, summary.md, summary.tex, paired.parquet")
+    if result.left:
+        note(f"{result.left} trials are left: the same command goes on")

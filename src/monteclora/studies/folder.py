@@ -1,0 +1,116 @@
+"""A study on disk: ``study.yaml``, ``trials/ID/`` (a run each), ``results/ID.json``, ``claims/ID.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from monteclora.config import dump
+from monteclora.errors import CheckpointError
+from monteclora.studies.claims import Claims
+from monteclora.studies.plan import Trial
+from monteclora.studies.recipe import StudyRecipe, load_study
+from monteclora.system.atomic import write_file
+
+__all__ = ["Outcome", "StudyFolder"]
+
+Status = Literal["finished", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial came to; one file, written once.
+
+    Attributes:
+        trial: its id.
+        status: ``diverged`` is a result, ``failed`` is the lack of one.
+        reason: of divergence or failure.
+        metrics: by name, of the evaluated split, under draws where there were any; empty unless finished.
+        point: likewise, at the mean.
+        validation: metrics of the weights that training kept.
+        no_skill: metrics of predicting the class frequencies whatever the row.
+        rows: how many were evaluated.
+        seconds: of training.
+        tokens, peak_memory_bytes, trained_parameters: of training.
+        notes: what was done differently from the recipe.
+    """
+
+    trial: str
+    status: Status
+    reason: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    point: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+    no_skill: Mapping[str, float] = field(default_factory=dict)
+    rows: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+    trained_parameters: int = 0
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The files of a study.
+
+    Args:
+        path: its folder.
+    """
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The study recipe."""
+        return self.path / "study.yaml"
+
+    @property
+    def recipe(self) -> StudyRecipe:
+        """The study recipe, for this folder. Raises CheckpointError where there is none."""
+        if not self.recipe_file.is_file():
+            raise CheckpointError(f"{self.path} is no study: it has no study.yaml", "Give a study folder.")
+        return load_study(self.recipe_file, str(self.path))
+
+    def write_recipe(self, study: StudyRecipe) -> None:
+        """Put down what is studied."""
+        write_file(self.recipe_file, dump(study).encode())
+
+    @cached_property
+    def claims(self) -> Claims:
+        """Who works on what."""
+        return Claims(self.path / "claims")
+
+    def outcome_file(self, trial: str) -> Path:
+        """Of a trial, by its id."""
+        return self.path / "results" / f"{trial}.json"
+
+    def outcome(self, trial: str) -> Outcome | None:
+        """What a trial came to; None where it is not done.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self.outcome_file(trial)
+        try:
+            return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__})", "Remove it: the trial is run again."
+            ) from None
+
+    def outcomes(self, trials: Sequence[Trial]) -> dict[str, Outcome]:
+        """Of all trials that are done, by id."""
+        found = {trial.id: self.outcome(trial.id) for trial in trials}
+        return {identity: outcome for identity, outcome in found.items() if outcome is not None}
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Put down what a trial came to."""
+        text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n"
+        write_file(self.outcome_file(outcome.trial), text.encode())

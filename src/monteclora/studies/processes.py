@@ -1,0 +1,121 @@
+"""Worker processes on this machine: started, watched, replaced when they die, and asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from monteclora.errors import ConfigError
+from monteclora.studies.folder import StudyFolder
+
+__all__ = ["default_workers", "run_workers"]
+
+_POLL = 0.25  # seconds
+_MOST_FAILURES = 5  # of workers in a row without a new result
+_PATIENCE = 120.0  # seconds for interrupted workers to save
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def default_workers(per_device: int) -> int:
+    """One for each core, or ``per_device`` for each GPU."""
+    if torch.cuda.is_available():
+        return per_device * torch.cuda.device_count()
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
+
+
+def run_workers(
+    folder: StudyFolder, count: int, per_device: int, deadline: float | None, tick: Callable[[], int]
+) -> None:
+    """Have worker processes run a study until they find nothing left to do.
+
+    Args:
+        folder: of the study, with its recipe.
+        count: how many workers.
+        per_device: how many share a GPU.
+        deadline: of ``time.time()``, after which no trial is started; None for none.
+        tick: called again and again, to show how far the study is; gives how many trials are done.
+
+    Raises:
+        ConfigError: workers end with an error before they come to anything; the message has its last line.
+        KeyboardInterrupt: asked for; the workers have saved.
+    """
+    workers = [_start(folder, number, per_device, deadline) for number in range(count)]
+    failures, done = 0, tick()
+    try:
+        while workers:
+            time.sleep(_POLL)
+            now = tick()
+            failures, done = (0 if now > done else failures), now
+            for number, worker in enumerate(list(workers)):
+                status = worker.process.poll()
+                if status is None:
+                    continue
+                if status == 0:
+                    workers.remove(worker)
+                    continue
+                failures += status > 0  # a signal has nothing to do with what it worked on
+                if failures >= _MOST_FAILURES:
+                    raise ConfigError(f"workers of {folder.path} fail: {_last_line(worker.log)}", f"See {worker.log}.")
+                workers[workers.index(worker)] = _start(folder, number, per_device, deadline)
+    finally:
+        _stop(workers)
+
+
+def _start(folder: StudyFolder, number: int, per_device: int, deadline: float | None) -> _Worker:
+    log = folder.path / "logs" / f"worker-{os.getpid()}-{number}.log"
+    log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "monteclora.studies.worker", str(folder.path)]
+    command += [] if deadline is None else [str(deadline)]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **_environment(number, per_device)},
+            start_new_session=True,  # Ctrl-C goes to this process alone, which then asks the workers to stop
+        )
+    return _Worker(process, log)
+
+
+def _environment(number: int, per_device: int) -> Mapping[str, str]:
+    """One thread each, whatever their number, so that results do not depend on it; and a GPU."""
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    if not torch.cuda.is_available():
+        return threads
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return {**threads, "CUDA_VISIBLE_DEVICES": names[number // per_device % len(names)]}
+
+
+def _stop(workers: list[_Worker]) -> None:
+    """Have them save and end; a second interruption ends them at once."""
+    running = [worker.process for worker in workers if worker.process.poll() is None]
+    try:
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + _PATIENCE
+        for process in running:
+            process.wait(max(end - time.monotonic(), 0.1))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no reason given"

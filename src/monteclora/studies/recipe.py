@@ -1,0 +1,126 @@
+"""The study recipe: a base recipe, what is compared, and the grid it is compared over."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from monteclora.config import Document, Node, brief, build, load_yaml
+from monteclora.config.document import from_python
+from monteclora.errors import ConfigError
+from monteclora.metrics.registry import METRICS
+from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, SAMPLERS
+from monteclora.runs.bundled import bundled_studies
+
+__all__ = ["Arm", "StudyRecipe", "load_study"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that a study compares.
+
+    Args:
+        set: dotted recipe keys with their values, as in ``method.name: lora``.
+        grid: dotted recipe keys with lists of values; they replace the study's for this arm.
+    """
+
+    set: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyRecipe:
+    """One study.
+
+    Args:
+        name: of the study; by default the file's name.
+        base: the recipe that every trial starts from: a bundled one's name, a YAML file, or its content.
+        set: dotted recipe keys that every trial changes.
+        arms: what is compared, by a name for people; by default the values of ``method.name`` in the grid.
+        grid: dotted recipe keys with lists of values. Keys under ``data`` and ``model`` are conditions, which are
+            summarised apart; ``seed`` repeats; every other key is a setting, over which the spread is measured.
+        split: what trials are evaluated on; null is test where it has labels, else validation.
+        metric: what the summary and the page lead with; null is accuracy, for completions the NLL.
+        sampler: of predictions, by name (:mod:`monteclora.prediction.registry`); null is ``posterior`` for methods that
+            have one, else ``mean``.
+        calibrator: ``temperature``, fitted to the validation rows of each trial, or ``none``.
+        max_trials: run at most so many, whole comparisons of all arms; the others are said to be left out.
+        max_hours: start no trial after so many hours of one command; the same command goes on later.
+        retries: how often a failed trial is tried again.
+        keep: what of a finished trial stays: its ``adapter``, ``everything`` (checkpoints too), or its ``numbers``.
+        output: the study folder; null is ``studies/<name>``.
+    """
+
+    name: str
+    base: str | dict[str, Any]
+    set: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    split: Literal["train", "validation", "test"] | None = None
+    metric: str | None = None
+    sampler: str | None = None
+    calibrator: str = NO_CALIBRATOR
+    max_trials: int | None = None
+    max_hours: float | None = None
+    retries: int = 2
+    keep: Literal["adapter", "everything", "numbers"] = "adapter"
+    output: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The study folder."""
+        return Path(self.output or f"studies/{self.name}")
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the values, see :mod:`monteclora.config`."""
+        found = []
+        if self.metric is not None and self.metric not in METRICS:
+            found.append(("metric", f"is {brief(self.metric)}, expected one of {', '.join(METRICS)}"))
+        for field_name, known in (("sampler", SAMPLERS), ("calibrator", (NO_CALIBRATOR, *CALIBRATORS))):
+            chosen = getattr(self, field_name)
+            if chosen is not None and chosen not in known:
+                found.append((field_name, f"is {brief(chosen)}, expected one of {', '.join(known)}"))
+        if self.retries < 0:
+            found.append(("retries", f"is {self.retries}, expected at least 0"))
+        for name in ("max_trials", "max_hours"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append((name, f"is {value}, expected above 0"))
+        grids = {"grid": self.grid, **{f"arms.{name}.grid": arm.grid for name, arm in self.arms.items()}}
+        found += [
+            (place, f"has no value for {key}") for place, grid in grids.items() for key, v in grid.items() if not v
+        ]
+        if self.arms and "method.name" in self.grid:
+            found.append(("grid", "has method.name, and arms are given: name the method in each arm"))
+        return found
+
+
+def load_study(source: str | Path | Mapping[str, Any] | StudyRecipe, output: str | None = None) -> StudyRecipe:
+    """Read a study recipe and check it.
+
+    Args:
+        source: the path of a YAML file, the name of a bundled study, a mapping with the same content, or a study.
+        output: a study folder in place of the recipe's.
+
+    Raises:
+        ConfigError: no such file or name, or with every problem of the recipe at once.
+    """
+    if isinstance(source, StudyRecipe):
+        return source if output is None else dataclasses.replace(source, output=output)
+    overrides: Iterable[tuple[str, str]] = () if output is None else [("output", output)]
+    if isinstance(source, Mapping):
+        return build(StudyRecipe, Document(from_python(source, "study"), "study"), overrides)
+    path = Path(source)
+    if not os.path.isfile(path) and str(source) in bundled_studies():
+        path = bundled_studies()[str(source)]
+    document = load_yaml(path)
+    if "name" not in document.root.value:
+        root = Node({"name": Node(path.stem, document.source), **document.root.value}, document.root.where)
+        document = dataclasses.replace(document, root=root)
+    if "base" in document.root.value and "grid" not in document.root.value:
+        raise ConfigError(f"{path} has no grid", "Give the recipe keys to try, each with a list of values.")
+    return build(StudyRecipe, document, overrides)

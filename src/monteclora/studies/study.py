@@ -1,0 +1,96 @@
+"""A study from its recipe to its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monteclora.studies.folder import Outcome, StudyFolder
+from monteclora.studies.live import Live
+from monteclora.studies.plan import Plan, make_plan
+from monteclora.studies.processes import default_workers, run_workers
+from monteclora.studies.recipe import StudyRecipe, load_study
+from monteclora.studies.summary import Summary, summarise
+from monteclora.studies.tables import write_tables
+from monteclora.studies.worker import work
+
+__all__ = ["StudyResult", "read_study", "study"]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study as far as it is.
+
+    Attributes:
+        folder: where it is.
+        plan: its trials.
+        outcomes: of those that are done, by id.
+        summaries: of each arm under each condition; empty while nothing is done.
+    """
+
+    folder: Path
+    plan: Plan = field(repr=False)
+    outcomes: Mapping[str, Outcome] = field(repr=False)
+    summaries: tuple[Summary, ...]
+
+    @property
+    def left(self) -> int:
+        """Trials without an outcome."""
+        return len(self.plan.trials) - len(self.outcomes)
+
+
+def study(
+    recipe: str | Path | Mapping[str, Any] | StudyRecipe,
+    *,
+    output: str | None = None,
+    workers: int | None = None,
+    workers_per_device: int = 1,
+    progress: bool = True,
+) -> StudyResult:
+    """Run every trial of a study that is not done yet, and summarise them.
+
+    The same call again runs what is left: finished trials never, interrupted ones from their checkpoint. Several calls,
+    on several machines that share the folder, divide the trials among them.
+
+    Args:
+        recipe: the path of a YAML file, a bundled study's name, a mapping, or a study recipe.
+        output: a study folder in place of the recipe's.
+        workers: processes on this machine; by default one for each core or GPU; 0 runs the trials in this process.
+        workers_per_device: processes that share a GPU.
+        progress: whether to tell on standard error what happens.
+
+    Raises:
+        ConfigError: the recipe is wrong, or workers cannot start.
+        DataError: the data are wrong.
+        KeyboardInterrupt: asked for; everything is saved and the same call goes on.
+    """
+    plan = make_plan(load_study(recipe, output))
+    folder = StudyFolder(plan.study.folder)
+    folder.write_recipe(plan.study)
+    hours = plan.study.max_hours
+    deadline = None if hours is None else time.time() + 3600 * hours
+    count = default_workers(workers_per_device) if workers is None else workers
+    with Live(folder, plan, max(count, 1), show=progress) as live:
+        if count == 0:
+            work(folder, plan, deadline)
+        elif any(not folder.outcome_file(trial.id).is_file() for trial in plan.trials):
+            run_workers(folder, min(count, len(plan.trials)), workers_per_device, deadline, live.tick)
+        live.tick()
+    return _result(folder, plan)
+
+
+def read_study(folder: str | Path) -> StudyResult:
+    """A study as far as it is, without running anything. Raises CheckpointError where there is none."""
+    found = StudyFolder(Path(folder))
+    return _result(found, make_plan(found.recipe))
+
+
+def _result(folder: StudyFolder, plan: Plan) -> StudyResult:
+    outcomes = folder.outcomes(plan.trials)
+    summaries = summarise(plan, outcomes)
+    if outcomes:
+        write_tables(folder.path, plan, outcomes, summaries)
+    return StudyResult(folder.path, plan, outcomes, summaries)

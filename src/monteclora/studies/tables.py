@@ -1,0 +1,139 @@
+"""What a study leaves for other tools: every trial and every statistic as Parquet, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from monteclora.metrics.registry import METRICS
+from monteclora.studies.folder import Outcome
+from monteclora.studies.plan import Plan
+from monteclora.studies.summary import Estimate, Summary, compare
+from monteclora.system.atomic import replacing, write_file
+
+__all__ = ["write_tables"]
+
+_HEADERS = {
+    "best": "Best",
+    "median": "Median",
+    "mean": "Mean",
+    "spread": "Spread",
+    "iqr": "IQR",
+    "std": "Std. dev.",
+    "worst_decile": "Worst decile",
+    "regret": "Regret",
+}
+
+
+def write_tables(folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary]) -> None:
+    """Write ``results.parquet`` (a row a trial), ``paired.parquet``, and ``summary`` as Parquet, Markdown and LaTeX."""
+    _parquet(folder / "results.parquet", _trial_rows(plan, outcomes))
+    _parquet(folder / "summary.parquet", [_flat(summary) for summary in summaries])
+    paired = [
+        {
+            "first": c.first,
+            "second": c.second,
+            "condition": json.dumps(c.condition),
+            "metric": c.metric,
+            "cells": c.cells,
+            "better": c.better,
+            "worse": c.worse,
+            **_ends("difference", c.difference),
+            **_ends("spread_difference", c.spread_difference),
+        }
+        for c in compare(plan, outcomes)
+    ]
+    _parquet(folder / "paired.parquet", paired)
+    header = ["Condition", "Arm", "Metric", *_HEADERS.values(), "Diverged", "Collapsed", "Failed", "Trials"]
+    rows = [_texts(summary) for summary in summaries]
+    write_file(folder / "summary.md", _markdown(header, rows).encode())
+    write_file(folder / "summary.tex", _latex(header, rows).encode())
+
+
+def _trial_rows(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    rows = []
+    for trial in plan.trials:
+        if (o := outcomes.get(trial.id)) is not None:
+            values = {key: json.dumps(value) for key, value in {**trial.conditions, **trial.settings}.items()}
+            rows.append(
+                {
+                    "trial": trial.id,
+                    "arm": trial.arm,
+                    "seed": trial.seed,
+                    **values,
+                    "status": o.status,
+                    "reason": o.reason,
+                    **o.metrics,
+                    **{f"mean_{name}": value for name, value in o.point.items()},
+                    "seconds": o.seconds,
+                    "peak_memory_bytes": o.peak_memory_bytes,
+                    "trained_parameters": o.trained_parameters,
+                }
+            )
+    return rows
+
+
+def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _flat(summary: Summary) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "condition": json.dumps(summary.condition),
+        "arm": summary.arm,
+        "metric": summary.metric,
+        "trials": summary.trials,
+        "diverged": summary.diverged,
+        "collapsed": summary.collapsed,
+        "failed": summary.failed,
+    }
+    for name, estimate in summary.statistics.items():
+        found |= _ends(name, estimate)
+    return found
+
+
+def _ends(name: str, estimate: Estimate) -> dict[str, float | None]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _texts(summary: Summary) -> list[str]:
+    condition = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary.condition.items())
+    numbers = [_text(summary.statistics[name]) for name in _HEADERS]
+    counts = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
+    return [condition or "all", summary.arm, METRICS[summary.metric].label, *numbers, *map(str, counts)]
+
+
+def _text(estimate: Estimate) -> str:
+    if estimate.low is None:
+        return f"{estimate.value:.4f}"
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    special = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "\\": "\\textbackslash{}"})
+    body = [" & ".join(cell.translate(special) for cell in line) + r" \\" for line in rows]
+    head = " & ".join(header) + r" \\"
+    columns = "lll" + "r" * (len(header) - 3)
+    parts = [
+        f"\\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,68 @@
+"""Statistics against values worked out by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from monteclora.studies.folder import Outcome
+from monteclora.studies.plan import Plan, Trial
+from monteclora.studies.summary import compare, summarise
+
+# accuracy of (arm, learning rate, seed)
+TABLE = {
+    ("a", 1, 0): 0.9, ("a", 2, 0): 0.8, ("a", 3, 0): 0.5,
+    ("a", 1, 1): 0.8, ("a", 2, 1): 0.7, ("a", 3, 1): 0.6,
+    ("b", 1, 0): 0.7, ("b", 2, 0): 0.7, ("b", 3, 0): None,
+    ("b", 1, 1): 0.6, ("b", 2, 1): 0.7, ("b", 3, 1): 0.8,
+}  # fmt: skip
+
+
+def made() -> tuple[Plan, dict[str, Outcome]]:
+    trials, outcomes = [], {}
+    for (arm, rate, seed), accuracy in TABLE.items():
+        name = f"{arm}{rate}{seed}"
+        trials.append(Trial(name, arm, {}, {"training.learning_rate": rate}, seed, cast(Any, None)))
+        skill = {"no_skill": {"accuracy": 0.5}, "rows": 100}
+        if accuracy is None:
+            outcomes[name] = Outcome(name, "diverged", **skill)
+        else:
+            outcomes[name] = Outcome(name, "finished", metrics={"accuracy": accuracy}, **skill)
+    study = SimpleNamespace(metric=None)
+    return Plan(cast(Any, study), tuple(trials)), outcomes
+
+
+def test_statistics_of_a_toy_study() -> None:
+    a, b = summarise(*made())
+    # seed 0: 0.9, 0.8, 0.5; seed 1: 0.8, 0.7, 0.6; the best of all is 0.9
+    expected = {
+        "best": 0.85, "median": 0.75, "mean": (2.2 / 3 + 0.7) / 2, "spread": 0.3, "iqr": (0.2 + 0.1) / 2,
+        "std": ((0.13 / 3) ** 0.5 + 0.1) / 2, "worst_decile": (0.56 + 0.62) / 2,
+        "regret": (0.9 - 2.2 / 3 + 0.2) / 2,
+    }  # fmt: skip
+    assert {name: e.value for name, e in a.statistics.items()} == pytest.approx(expected)
+    # four resamples of two seeds: means 0.4, 0.3, 0.3, 0.2; percentiles between them
+    spread = a.statistics["spread"]
+    assert (spread.low, spread.high) == pytest.approx((0.2 + 0.075 * 0.1, 0.4 - 0.075 * 0.1))
+    # the diverged run counts with the majority class's accuracy, 0.5
+    assert b.statistics["spread"].value == pytest.approx(0.2)
+    assert (a.trials, a.diverged, a.collapsed) == (6, 0, 1)  # 0.5 is within 0.05 of 0.5
+    assert (b.trials, b.diverged, b.failed) == (6, 1, 0)
+    assert b.shares[0] == pytest.approx(1 / 6)
+
+
+def test_paired_comparison_of_a_toy_study() -> None:
+    (found,) = compare(*made())
+    # a - b, seed 0: 0.2, 0.1, 0.0; seed 1: 0.2, 0.0, -0.2
+    assert (found.cells, found.better, found.worse) == (6, 3, 1)
+    assert found.difference.value == pytest.approx(0.05)
+    assert found.spread_difference.value == pytest.approx((0.4 - 0.2 + 0.2 - 0.2) / 2)
+
+
+def test_a_single_seed_has_no_interval() -> None:
+    plan, outcomes = made()
+    kept = tuple(trial for trial in plan.trials if trial.seed == 0)
+    a, _ = summarise(Plan(plan.study, kept), {t.id: outcomes[t.id] for t in kept})
+    assert (a.statistics["spread"].value, a.statistics["spread"].low) == (pytest.approx(0.4), None)
