@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from monteclora.prediction.predictive import PredictiveDistribution, predict
     from monteclora.runs.result import RunResult
     from monteclora.studies.study import StudyResult, study
+    from monteclora.training.groups import separate_posterior
     from monteclora.training.run import train
     from monteclora.training.trainer import MonteCLoRATrainer, MonteCLoRATrainerMixin
 
@@ -41,6 +42,7 @@ _HOME = {
     "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
+    "separate_posterior": "training.groups",
     "study": "studies.study",
     "train": "training.run",
     "variational_loss": "adapters.active",
@@ -64,6 +66,7 @@ __all__ = [
     "load",
     "posterior_sampling",
     "predict",
+    "separate_posterior",
     "study",
     "train",
     "variational_loss",

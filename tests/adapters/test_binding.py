@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 import monteclora
@@ -88,6 +89,41 @@ def test_a_state_dict_gives_mean_and_posterior(tmp_path: Path) -> None:
     for name in ("rho", "eta"):
         assert torch.equal(getattr(posterior_of(loaded), name), state[f"posteriors.default.{name}"])
         assert not torch.equal(getattr(posterior_of(loaded), name), getattr(posterior_of(model), name))
+
+
+def test_hotswap_refuses_another_mean_for_a_posterior(tmp_path: Path) -> None:
+    wrapped(llama, seed=3).save_pretrained(tmp_path)
+    model = wrapped(llama)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for trained in (True, False):
+        model.requires_grad_(trained)
+        with pytest.raises(ValueError, match="Configs are incompatible: for num_components, 4 != "):
+            hotswap_adapter(model, tmp_path, "default")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # what has no posterior is swapped as ever
+    plain = peft.get_peft_model(llama(), config_for(llama).plain_lora())
+    hotswap_adapter(plain, tmp_path, "default")
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(plain.eval()(**inputs()).logits, loaded.eval()(**inputs()).logits)
+
+
+def test_loading_leaves_what_the_user_froze_frozen(tmp_path: Path) -> None:
+    model = wrapped(llama)
+    model.save_pretrained(tmp_path)
+    posterior_of(model).rho.requires_grad_(False)
+    for trainable in (False, True):
+        model.load_adapter(tmp_path, "default", is_trainable=trainable)
+        assert (posterior_of(model).rho.requires_grad, posterior_of(model).eta.requires_grad) == (False, True)
+    for trainable in (False, True):
+        model = monteclora.from_pretrained(llama(), tmp_path, is_trainable=trainable)
+        for other in (False, True):
+            model.load_adapter(tmp_path, f"other {other}", is_trainable=other)
+            assert all(p.requires_grad is trainable for p in posterior_of(model).parameters())
+            assert all(p.requires_grad is other for p in posterior_of(model, f"other {other}").parameters())
+        model.add_adapter("added", config_for(llama))
+        frozen = {"default": not trainable, "other False": True, "other True": False, "added": True}
+        for name, expected in frozen.items():
+            assert all(p.requires_grad is not expected for p in posterior_of(model, name).parameters())
 
 
 # -- state dicts -------------------------------------------------------------------------------------------------------

@@ -41,6 +41,11 @@ def test_names_that_mean_the_same_elsewhere(name: str | None, portable: str | No
     assert portable_name(name) == portable
 
 
+def test_a_task_type_may_be_pefts_enumeration(tmp_path: Path) -> None:
+    named(task_type=peft.TaskType.SEQ_CLS).save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data["pipeline_tag"] == "text-classification"
+
+
 def test_a_folder_names_no_path_and_has_the_labels(tmp_path: Path) -> None:
     named().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-bert"

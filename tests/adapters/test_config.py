@@ -17,7 +17,7 @@ from peft import LoraConfig
 import monteclora
 from monteclora import MonteCLoRAConfig
 from monteclora.errors import ConfigError
-from tests.models import TARGETS, batch_for, config_for, llama, posterior_of, wrapped
+from tests.models import TARGETS, batch_for, config_for, llama, perceptron, posterior_of, wrapped
 
 WRONG: list[tuple[str, Any, str]] = [
     ("num_components", 0, "at least 1"),
@@ -217,3 +217,11 @@ def test_other_methods_are_refused() -> None:
     with pytest.raises(ConfigError, match="LoraConfig") as caught:
         monteclora.get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     assert "peft.get_peft_model" in caught.value.hint
+
+
+def test_injection_by_peft_alone_is_refused_before_the_model_is_changed() -> None:
+    model = perceptron()
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError, match=r"can only make a plain LoRA.*monteclora\.get_peft_model"):
+        peft.inject_adapter_in_model(MonteCLoRAConfig(target_modules=["first"]), model)
+    assert dict(model.named_modules()) == before

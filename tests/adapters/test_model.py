@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import monteclora
 from monteclora import MonteCLoRAConfig, posterior_sampling, variational_loss
-from monteclora.adapters.active import active_posteriors
+from monteclora.adapters.active import active_posteriors, one_draw
 from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.errors import ConfigError
 from tests.models import (
@@ -436,6 +436,8 @@ def test_low_cpu_mem_usage_keeps_the_learned_posterior(tmp_path: Path, trainable
     assert posterior_of(loaded).rho.requires_grad is trainable_adapter
     batch = batch_for(llama)
     loaded.train()
+    if not trainable_adapter:
+        model.eval()
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     beside = wrapped(llama)
     beside.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
@@ -469,11 +471,58 @@ def test_freezing_follows_the_adapter() -> None:
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_a_frozen_adapter_still_draws_in_training_mode() -> None:
-    model = wrapped(llama)
+def test_an_adapter_that_is_not_trained_is_at_its_mean_in_training_mode() -> None:
+    model, batch = wrapped(llama), batch_for(llama)
+    mean = model.eval()(**batch).logits
+    model.train()
+    assert not torch.equal(model(**batch).logits, mean)
     model.requires_grad_(False)
-    batch = batch_for(llama)
-    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    assert torch.equal(model(**batch).logits, mean)  # nor under the draw of the last forward pass
+    for part in ("lora_B", "posteriors"):  # whatever of it is trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part in name)
+        assert not torch.equal(model(**batch).logits, mean)
+
+
+def test_the_reference_copy_of_a_policy_is_at_its_mean() -> None:
+    """As trl makes and calls it: added, copied by name, switched on, trainable, where there are no gradients."""
+    model, batch = wrapped(llama), batch_for(llama)
+    stir(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    mean = model.eval()(**batch).logits
+    model.train()
+    with torch.no_grad():
+        model.set_adapter("ref")
+        assert torch.equal(model(**batch).logits, mean)
+        model.set_adapter("default")
+        assert not torch.equal(model(**batch).logits, mean)  # a policy that is scored
+    model.set_adapter("ref")
+    assert not torch.equal(model(**batch).logits, mean)  # trained from now on
+    with torch.no_grad():
+        assert not torch.equal(model(**batch).logits, mean)
+
+
+def test_a_generation_in_training_mode_has_one_draw() -> None:
+    model, other = wrapped(llama), wrapped(llama)
+    for one in (model, other):
+        stir(one)
+    ids = batch_for(llama)["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        tokens = model.generate(input_ids=ids, **options)
+        assert posterior_of(model).draws == 1
+        # without a cache, a token at a time, under that draw
+        with one_draw(other, 0):
+            grown = ids
+            for _ in range(6):
+                grown = torch.cat([grown, other(input_ids=grown).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(tokens, grown)
+        mean = model.eval().generate(input_ids=ids, **options)
+    assert not torch.equal(mean, tokens)
+    assert not hasattr(wrapped(bert).base_model, "generate")
 
 
 def test_counting_parameters_includes_the_posterior() -> None:

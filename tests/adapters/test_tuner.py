@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import monteclora
@@ -198,3 +199,17 @@ def test_means_that_are_elsewhere_until_their_layer_runs_are_added_there(kind: s
     assert not any(part.has_mean for part in posterior_of(model).current.layers)
     assert all(part.has_mean for part in posterior_of(expected).current.layers)
     assert relative_difference(gradients(expected), gradients(model)) < 1e-6
+
+
+def test_a_layer_that_peft_was_told_to_adapt_in_its_own_way_is_refused() -> None:
+    class Own(nn.Module, LoraLayer):
+        def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+            super().__init__()
+            LoraLayer.__init__(self, base_layer, **kwargs)
+
+    config = MonteCLoRAConfig(target_modules=["lstm"])
+    config._register_custom_module({nn.LSTM: Own})
+    model = nn.ModuleDict({"lstm": nn.LSTM(4, 4)})
+    with pytest.warns(UserWarning, match="Unsupported layer"), pytest.raises(ConfigError, match="has no LoRA layer"):
+        monteclora.get_peft_model(model, config)
+    assert type(model["lstm"]) is nn.LSTM

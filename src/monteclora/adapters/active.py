@@ -81,13 +81,9 @@ def one_draw(model: nn.Module, index: int | None = None) -> Iterator[int]:
     Raises:
         ConfigError: the model has no MonteCLoRA adapter.
     """
-    scope, posteriors = _tuner(model).scope, active_posteriors(model)
-    held = max((posterior.draws for posterior in posteriors), default=0) if index is None else index
-    before, scope.held = scope.held, held
-    try:
+    tuner = _tuner(model)
+    with tuner.scope.holding(tuner.active_posteriors(), index, shared=True) as held:
         yield held
-    finally:
-        scope.held = before
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def write_card(
     if base is not None:
         card.data["base_model"] = base
     if not card.data.get("pipeline_tag") and config.task_type in _PIPELINES:
-        card.data["pipeline_tag"] = _PIPELINES[str(config.task_type)]
+        card.data["pipeline_tag"] = _PIPELINES[config.task_type]  # a TaskType is a string too
     card.save(path)
 
 

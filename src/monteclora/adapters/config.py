@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftType
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from monteclora.errors import ConfigError
 from monteclora.posterior.settings import PosteriorSettings, is_whole
@@ -127,13 +128,20 @@ def _hint(name: str) -> str:
     return f"Leave it out for the default{f', {default}' if plain else ''}."
 
 
-def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
-    """Take the place of a tuner where peft is given a configuration that only this package can use."""
-    raise ConfigError(
-        "peft was given a MonteCLoRAConfig, of which it can only make a plain LoRA",
-        "Wrap the model with monteclora.get_peft_model, and give trainers the wrapped model.",
-    )
+class _Refusal:
+    """Takes the place of a tuner where peft is given a configuration that only this package can use."""
+
+    uses_shared_state = False  # peft asks before it makes one
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(
+            "peft was given a MonteCLoRAConfig, of which it can only make a plain LoRA",
+            "Wrap the model with monteclora.get_peft_model, and give trainers the wrapped model.",
+        )
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[cast(PeftType, OWN_TYPE)] = MonteCLoRAConfig
-PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, OWN_TYPE)] = _refuse
+PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, OWN_TYPE)] = _Refusal
+# hotswap_adapter writes another mean into an adapter, past every check of a model: configurations that differ in one of
+# these fields are all that it refuses, and what a folder gives it is a plain LoRA's, without the method's fields
+CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("num_components")

@@ -53,7 +53,18 @@ class MonteCLoRAModel(PeftModel):
         """Add an adapter, MonteCLoRA or plain LoRA; takes what ``PeftModel.add_adapter`` takes."""
         if isinstance(peft_config, MonteCLoRAConfig):
             peft_config = peft_config.of_type(PeftType.LORA)
-        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        with self._others_as_frozen():
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    @contextmanager
+    def _others_as_frozen(self) -> Iterator[None]:
+        """Leave the posteriors that are there as frozen as they are, as peft leaves the weights of their adapters."""
+        parameters = [(p, p.requires_grad) for posterior in self.posteriors.values() for p in posterior.parameters()]
+        try:
+            yield
+        finally:
+            for parameter, required in parameters:
+                parameter.requires_grad_(required)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As in torch; a posterior follows its adapter to other ranks before an optimiser sees its parameters."""
@@ -215,9 +226,10 @@ class MonteCLoRAModel(PeftModel):
         known = adapter_name in self.peft_config
         self._loading = stored is not None
         try:
-            result = super().load_adapter(
-                model_id, adapter_name, is_trainable, *args, key_mapping=key_mapping, **kwargs
-            )
+            with self._others_as_frozen():
+                result = super().load_adapter(
+                    model_id, adapter_name, is_trainable, *args, key_mapping=key_mapping, **kwargs
+                )
         finally:
             self._loading = False
         if stored is None:

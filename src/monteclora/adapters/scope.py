@@ -38,6 +38,10 @@ class DrawSource(Protocol):
         """Posteriors of the adapters that are active, enabled and not merged."""
         ...
 
+    def is_trained(self, posterior: AdapterPosterior) -> bool:
+        """Whether training forward passes draw from it."""
+        ...
+
     def means(self, posterior: AdapterPosterior) -> Sequence[Tensor] | None:
         """Means of a posterior's layers, to be drawn with the noise; None where layers add their own."""
         ...
@@ -170,6 +174,7 @@ class DrawScope:
     def __init__(self, source: DrawSource) -> None:
         self.source = source
         self.held: int | None = None  # number of the draw that every training forward pass makes again
+        self.shared = False  # whether every active adapter makes it, also one that is not trained
         self._hooked: list[nn.Module] = []
         self._within: tuple[frozenset[int], ...] = ()  # the numbers of the hooked modules inside each
         self._handles: list[RemovableHandle] = []
@@ -290,10 +295,13 @@ class DrawScope:
         return any(layer.training for layer in self.source.adapted_layers(posterior).values())
 
     def _draw_for_training(self, posterior: AdapterPosterior, batch_size: int | None) -> None:
-        if self.held is not None:
-            posterior.draws = self.held
-        with _outside_checkpoints():
-            posterior.draw(process_index(), batch_size, self.source.means(posterior))
+        if self.shared or self.source.is_trained(posterior):
+            if self.held is not None:
+                posterior.draws = self.held
+            with _outside_checkpoints():
+                posterior.draw(process_index(), batch_size, self.source.means(posterior))
+        else:
+            posterior.current = None
         posterior.drawn = True
 
     def _draw_for_prediction(
@@ -390,6 +398,28 @@ class DrawScope:
             function = getattr(block, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, BoundCheckpoint):
                 block.__dict__["_gradient_checkpointing_func"] = BoundCheckpoint(function, self.source)
+
+    @contextmanager
+    def holding(
+        self, posteriors: Sequence[AdapterPosterior], index: int | None = None, *, shared: bool = False
+    ) -> Iterator[int]:
+        """Let every training forward pass inside the block make the same draw.
+
+        Args:
+            posteriors: of the active adapters.
+            index: number of the draw; None is the next one.
+            shared: whether adapters that are not trained make it too, rather than stay at their mean.
+
+        Yields:
+            The number of the draw.
+        """
+        before = self.held, self.shared
+        held = max((posterior.draws for posterior in posteriors), default=0) if index is None else index
+        self.held, self.shared = held, shared
+        try:
+            yield held
+        finally:
+            self.held, self.shared = before
 
     @contextmanager
     def sampling(self, posteriors: Sequence[AdapterPosterior], sampler: PosteriorSampler) -> Iterator[None]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from operator import attrgetter
 from typing import Any, cast
 
@@ -120,6 +121,21 @@ class MonteCLoRATuner(LoraModel):
         layers = self.adapted_layers(posterior).values()
         return any(not layer.disable_adapters and not layer.merged for layer in layers)
 
+    def is_trained(self, posterior: AdapterPosterior) -> bool:
+        """Whether training forward passes draw from a posterior, rather than see its mean.
+
+        They do if anything of the adapter is trainable and it has been trained: it was active when it was made, or has
+        been in a forward pass with gradients since. The copy of a policy that serves as its reference is made inactive,
+        and switched on, trainable, where there are none.
+        """
+        trainable = posterior.rho.requires_grad or posterior.eta.requires_grad
+        if not trainable:
+            name = next(name for name, known in self.posteriors.items() if known is posterior)
+            parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in self.adapted_layers(posterior).values())
+            trainable = any(part.weight.requires_grad for pair in parts for part in pair)
+        posterior.trained = posterior.trained or (trainable and torch.is_grad_enabled())
+        return trainable and posterior.trained
+
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
 
@@ -141,6 +157,11 @@ class MonteCLoRATuner(LoraModel):
         """
         layers = self._layers_of(adapter_name)
         config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
+        if not layers:
+            raise ConfigError(
+                f"adapter '{adapter_name}' has no LoRA layer to draw",
+                "Name layers in target_modules; layers registered with peft by hand are not supported.",
+            )
         if posterior is None:
             posterior = AdapterPosterior(
                 _shapes(layers, adapter_name),
@@ -153,7 +174,8 @@ class MonteCLoRATuner(LoraModel):
             layer.lora_variant[adapter_name] = DrawnLayer(posterior, index, self.scope)
             if type(layer) is Linear:
                 layer.__class__ = DrawnLinear
-        posterior.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        posterior.trained = adapter_name in self.active_adapters and not config.inference_mode
+        posterior.requires_grad_(posterior.trained)
         self.posteriors[adapter_name] = posterior
         self.mean_modules[adapter_name] = [layer.lora_A for _, layer in layers]
         self.hooked_layers[adapter_name] = dict(layers)
@@ -282,6 +304,20 @@ class MonteCLoRATuner(LoraModel):
         if mode:
             keep_differentiable(self.model)
         return self
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """That of the base model; in training mode the whole generation, which keeps a cache, has one draw."""
+        generate: Callable[..., Any] = self.model.generate
+
+        @wraps(generate)
+        def under_one_draw(*args: Any, **kwargs: Any) -> Any:
+            if not self.training or self.scope.held is not None:
+                return generate(*args, **kwargs)
+            with self.scope.holding(self.active_posteriors()):
+                return generate(*args, **kwargs)
+
+        return under_one_draw
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; the posteriors become trainable and frozen with their adapters."""

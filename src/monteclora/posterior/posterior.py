@@ -81,6 +81,7 @@ class AdapterPosterior(nn.Module):
         self.seed = seed
         self.draws = 0
         self.enabled = True
+        self.trained = True  # whether training forward passes draw; adapters for reference stay at their mean
         self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed after training
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False

@@ -26,6 +26,7 @@ from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.errors import ConfigError, DivergenceError
 from monteclora.posterior import Regulariser
 from monteclora.system.randomness import preserved_generators
+from monteclora.training.groups import separate_posterior
 from monteclora.training.heads import ignores_count, is_library_head
 
 __all__ = ["MonteCLoRATrainer", "MonteCLoRATrainerMixin"]
@@ -196,7 +197,7 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
         optimizer = super().create_optimizer(*args, **kwargs)
         # a scheduler that exists already knows only the groups that it was made for
         if self.lr_scheduler is None and isinstance(optimizer, torch.optim.Optimizer):
-            _separate(optimizer, [p for posterior in active_posteriors(self.model) for p in posterior.parameters()])
+            separate_posterior(self.model, optimizer)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -254,19 +255,3 @@ def _carry_posterior(model: Any) -> None:
     if all(torch.equal(p, model.get_parameter(name.replace(".default.", ".ref."))) for name, p in weights):
         reference.load_state_dict(policy.state_dict())
         reference.seed = policy.seed
-
-
-def _separate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Move ``parameters`` out of groups that have others too: to one at the optimiser's own rate, without decay.
-
-    Rules such as LoRA+'s, whose helper in peft gives every vector the rate of lora_B, are not made for rho and eta.
-    """
-    own = {id(parameter) for parameter in parameters}
-    moved: list[nn.Parameter] = []
-    for group in optimizer.param_groups:
-        others = [p for p in group["params"] if id(p) not in own]
-        if others:
-            moved += [p for p in group["params"] if id(p) in own]
-            group["params"] = others
-    if moved:
-        optimizer.add_param_group({"params": moved, "lr": optimizer.defaults["lr"], "weight_decay": 0.0})
