@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from monteclora.adapters.functional import drawn_lora, grouped_lora
 from monteclora.adapters.scope import DrawScope
 from monteclora.posterior import AdapterPosterior
+from monteclora.posterior.torch_private import in_backward
 
 __all__ = ["DrawnLayer", "DrawnLinear", "supported_types"]
 
@@ -104,8 +105,8 @@ class DrawnLayer(LoraVariant):
             assert mu is not None
             output = grouped_lora(x, result, mu, lora_b.weight, layer, scaling)
         else:
-            # -1 outside a backward pass; a compiled graph repeats itself with the draw that is its input
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            # a compiled graph repeats itself with the draw that is its input
+            if not torch.compiler.is_compiling() and in_backward():
                 posterior.note_repetition(layer)
             output = drawn_lora(x, result, mu, lora_b.weight, layer, scaling)
         return output + lora_b.bias * scaling if module.lora_bias[active_adapter] else output

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from monteclora.adapters.rows import batch_tensor, layer_out_of_order
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
+from monteclora.posterior.torch_private import in_backward
 from monteclora.system.devices import process_index
 
 __all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "check_here", "holding"]
@@ -259,7 +260,7 @@ class DrawScope:
 
     @torch.compiler.disable
     def _draw(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1 or _probing.get():
+        if in_backward() or _probing.get():
             return
         try:
             self._draw_all(number, args, kwargs)
@@ -370,7 +371,7 @@ class DrawScope:
         layer is reached without any of the hooked modules around it: then it has a draw of its own, and from the next
         call on every module around an adapted layer is hooked.
         """
-        if torch._C._current_graph_task_id() != -1 or _probing.get() or not posterior.enabled:
+        if in_backward() or _probing.get() or not posterior.enabled:
             return
         running = self._running is not None
         if posterior.settings.noise == "per_example":

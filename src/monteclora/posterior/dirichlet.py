@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monteclora.posterior.settings import Approximation
+from monteclora.posterior.torch_private import standard_gamma, standard_gamma_slope
 
 __all__ = [
     "Moments",
@@ -64,9 +65,9 @@ def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Ge
         normal = torch.randn(eta.shape, dtype=eta.dtype, device=eta.device, generator=generator)
         return Raw(normal, None, None)
     shape = eta.exp() + 1.0
-    gamma = torch._standard_gamma(shape, generator=generator)
+    gamma = standard_gamma(shape, generator)
     exponential = torch.empty_like(shape).exponential_(generator=generator)
-    return Raw(gamma, torch._standard_gamma_grad(shape, gamma), exponential)
+    return Raw(gamma, standard_gamma_slope(shape, gamma), exponential)
 
 
 def _laplace_variance(inverse: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
 from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
+from monteclora.posterior.torch_private import add_to_each
 
 __all__ = ["AdapterPosterior"]
 
@@ -353,7 +354,7 @@ class AdapterPosterior(nn.Module):
                         block.copy_((factors[i] @ block.t()).t())
             rows.mul_(scale[matrix.rows])
             if means is not None:
-                torch._foreach_add_(blocks, [means[i].t() for i in matrix.layers])
+                add_to_each(blocks, [means[i].t() for i in matrix.layers])
             found += blocks
         return cells, found
 

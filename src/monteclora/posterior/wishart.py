@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from monteclora.posterior.settings import Covariance
+from monteclora.posterior.torch_private import standard_gamma
 
 __all__ = [
     "Moments",
@@ -49,7 +50,7 @@ def raw_chi_square(nu: Tensor, generator: torch.Generator | None = None) -> Tens
         Shape (...), the dtype of ``nu``, strictly positive. The diagonal of Wishart(I, nu) has this law
         (docs/method.md section 2).
     """
-    draw = 2.0 * torch._standard_gamma(nu / 2.0, generator=generator)
+    draw = 2.0 * standard_gamma(nu / 2.0, generator)
     return draw.clamp_min(torch.finfo(nu.dtype).tiny)
 
 

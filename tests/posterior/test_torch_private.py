@@ -1,0 +1,48 @@
+"""What torch's private names are taken for: a release that changes one fails here, by name."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from monteclora.posterior.torch_private import add_to_each, in_backward, standard_gamma, standard_gamma_slope
+
+
+def test_gamma_draws_follow_their_generator_and_have_their_moments() -> None:
+    shape = torch.full((200_000,), 2.5, dtype=torch.float64)
+    draws = [standard_gamma(shape, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    # mean and variance are the shape; five standard errors
+    assert abs(draws[0].mean() - 2.5) < 5 * (2.5 / 200_000) ** 0.5
+    assert abs(draws[0].var() - 2.5) < 5 * ((6 * 2.5 + 2 * 2.5**2) / 200_000) ** 0.5
+
+
+def test_the_slope_is_that_of_the_inverse_distribution_function() -> None:
+    shape = torch.tensor([0.7, 1.0, 3.0], dtype=torch.float64)
+    draw = torch.tensor([0.4, 1.5, 2.0], dtype=torch.float64)
+    step = 1e-6
+    above, below = (torch.special.gammainc(shape + sign * step, draw) for sign in (1, -1))
+    density = torch.distributions.Gamma(shape, 1.0).log_prob(draw).exp()
+    # F(x(a), a) is constant, so dx/da = -(dF/da) / f(x); torch approximates it to some 1e-4
+    expected = -(above - below) / (2 * step) / density
+    torch.testing.assert_close(standard_gamma_slope(shape, draw), expected, rtol=1e-3, atol=0)
+
+
+def test_each_tensor_gets_its_own_summand() -> None:
+    tensors = [torch.ones(2), torch.zeros(3, 1)]
+    add_to_each(tensors, [torch.tensor([1.0, 2.0]), torch.full((3, 1), 5.0)])
+    assert [tensor.flatten().tolist() for tensor in tensors] == [[2.0, 3.0], [5.0] * 3]
+
+
+def test_recomputation_knows_that_it_is_inside_a_backward_pass() -> None:
+    seen: list[bool] = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        seen.append(in_backward())
+        return x.square()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+    assert not in_backward()
