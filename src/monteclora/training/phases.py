@@ -180,19 +180,24 @@ def train_phase(
     loop = _loop(recipe, phase, plan, run, data, model, method, accelerator, saver, reporting)
     if resume is not None:
         restore(loop, resume.path)
-    try:
-        with stop_on_signals("" if console.quiet else _STOPPING) as loop.interruption, _named_memory(loop.batches):
-            loop.run()
-    finally:
-        reporting.close()
-        for tracker in accelerator.trackers:  # end_training() would also part the processes, whose run goes on
-            tracker.finish()
+    _run(loop, console)
     if loop.interrupted:
         total = first_step + loop.state.step
         raise TrainingInterrupted(f"{run.path} is saved at step {total}: the same command resumes it")
     state = loop.state
     kept = state.step if state.best_step is None else state.best_step
     return Outcome(first_step + state.step, first_step + kept, state.tokens, state.seconds, state.skipped)
+
+
+def _run(loop: Loop, console: Console) -> None:
+    """Train to the end, to a signal or to an error, and close what tells of it."""
+    try:
+        with stop_on_signals("" if console.quiet else _STOPPING) as loop.interruption, _named_memory(loop.batches):
+            loop.run()
+    finally:
+        loop.reporting.close()
+        for tracker in loop.accelerator.trackers:  # end_training() would also part the processes, whose run goes on
+            tracker.finish()
 
 
 def _loop(
@@ -223,7 +228,6 @@ def _loop(
     if phase.validates and data.validation is not None:
         place = process_index(), process_count()
         validation = Validation(data.validation, data.collate, columns, data.measures, spec.eval_batch_size, *place)
-    best = spec.best_metric if validation is not None else None
     return Loop(
         accelerator=accelerator,
         method=method,
@@ -242,14 +246,7 @@ def _loop(
         validation=validation,
         steps=phase.steps,
         max_grad_norm=math.inf if spec.max_grad_norm is None else spec.max_grad_norm,
-        intervals=Intervals(
-            log=spec.logging_every,
-            evaluate=spec.eval_every or shuffled.steps_per_epoch,
-            save=spec.save_every or shuffled.steps_per_epoch,
-            best_metric=best,
-            greater_is_better=best is not None and METRICS[best].greater_is_better,
-            patience=spec.early_stopping_patience if best else None,
-        ),
+        intervals=_intervals(spec, shuffled.steps_per_epoch, validates=validation is not None),
         saver=saver,
         non_finite=NonFiniteSteps(
             run, data, phase.name, saver.first_step, spec.max_skipped if spec.non_finite == "skip" else 0
@@ -257,6 +254,19 @@ def _loop(
         reporting=reporting,
         interruption=Interruption(),
         kept_whole=kept_whole,
+    )
+
+
+def _intervals(spec: TrainingSpec, epoch: int, *, validates: bool) -> Intervals:
+    """When a phase logs, validates and saves; ``epoch`` is the steps of one."""
+    best = spec.best_metric if validates else None
+    return Intervals(
+        log=spec.logging_every,
+        evaluate=spec.eval_every or epoch,
+        save=spec.save_every or epoch,
+        best_metric=best,
+        greater_is_better=best is not None and METRICS[best].greater_is_better,
+        patience=spec.early_stopping_patience if best else None,
     )
 
 
