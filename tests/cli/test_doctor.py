@@ -37,7 +37,8 @@ def test_everything_asked_for_is_listed_with_its_version(facts):
     versions = {package["name"]: package["version"] for package in found["packages"]}
     assert versions["torch"] == metadata.version("torch")
     assert {"transformers", "peft", "safetensors", "pyyaml"} <= set(versions)
-    assert {package["extra"] for package in found["extras"]} == {"excel", "gguf", "trl", "quantization", "tracking"}
+    named = {"excel", "gguf", "trl", "quantization", "ivon", "tracking", "harness"}
+    assert {package["extra"] for package in found["extras"]} == named
     assert found["devices"]
 
 

@@ -27,19 +27,19 @@ __all__ = ["Ivon", "IvonOptions"]
 
 @dataclass(frozen=True)
 class IvonOptions(LoRAFields):
-    """LoRA's options, and those of the optimiser. ``training.learning_rate`` is its own: 0.03 to 0.3 is usual.
+    """LoRA's options, and those of the optimiser. ``training.learning_rate`` is its own: 0.1 to 1 with this curvature.
 
     Args:
-        effective_sample_size: the larger, the narrower the Gaussian; published are 1e6 to 1e8 for LoRA.
-        hess_init: initial curvature; the variance of a weight is 1 / (effective_sample_size * (curvature +
-            training.weight_decay)).
+        effective_sample_size: the larger, the narrower the Gaussian.
+        hess_init: initial curvature. A step divides the gradient by it: a small one wants a ``clip_radius`` and many
+            steps. The variance of a weight is 1 / (effective_sample_size * (curvature + training.weight_decay)).
         beta1, beta2: averages of gradient and curvature.
         clip_radius: no weight moves by more than this times the learning rate; null for no limit.
     """
 
     name: Literal["ivon"] = "ivon"
     effective_sample_size: float = 1e6
-    hess_init: float = 1e-3
+    hess_init: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99999
     clip_radius: float | None = None
