@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from monteclora.studies.plan import Plan, Trial
 from monteclora.studies.summary import compare, summarise
 
 # accuracy of (arm, learning rate, seed)
-TABLE = {
+TABLE: dict[tuple[str, int, int], float | None] = {
     ("a", 1, 0): 0.9, ("a", 2, 0): 0.8, ("a", 3, 0): 0.5,
     ("a", 1, 1): 0.8, ("a", 2, 1): 0.7, ("a", 3, 1): 0.6,
     ("b", 1, 0): 0.7, ("b", 2, 0): 0.7, ("b", 3, 0): None,
@@ -20,9 +21,9 @@ TABLE = {
 }  # fmt: skip
 
 
-def made() -> tuple[Plan, dict[str, Outcome]]:
+def made(table: dict[tuple[str, int, int], float | None] = TABLE) -> tuple[Plan, dict[str, Outcome]]:
     trials, outcomes = [], {}
-    for (arm, rate, seed), accuracy in TABLE.items():
+    for (arm, rate, seed), accuracy in table.items():
         name = f"{arm}{rate}{seed}"
         trials.append(Trial(name, arm, {}, {"training.learning_rate": rate}, seed, cast(Any, None)))
         skill = {"no_skill": {"accuracy": 0.5}, "rows": 100}
@@ -36,11 +37,11 @@ def made() -> tuple[Plan, dict[str, Outcome]]:
 
 def test_statistics_of_a_toy_study() -> None:
     a, b = summarise(*made())
-    # seed 0: 0.9, 0.8, 0.5; seed 1: 0.8, 0.7, 0.6; the best of all is 0.9
+    # seed 0: 0.9, 0.8, 0.5, the best of all is 0.9; seed 1: 0.8, 0.7, 0.6, the best of all is 0.8
     expected = {
         "best": 0.85, "median": 0.75, "mean": (2.2 / 3 + 0.7) / 2, "spread": 0.3, "iqr": (0.2 + 0.1) / 2,
         "std": ((0.13 / 3) ** 0.5 + 0.1) / 2, "worst_decile": (0.56 + 0.62) / 2,
-        "regret": (0.9 - 2.2 / 3 + 0.2) / 2,
+        "regret": (0.9 - 2.2 / 3 + 0.1) / 2,
     }  # fmt: skip
     assert {name: e.value for name, e in a.statistics.items()} == pytest.approx(expected)
     # four resamples of two seeds: means 0.4, 0.3, 0.3, 0.2; percentiles between them
@@ -50,7 +51,8 @@ def test_statistics_of_a_toy_study() -> None:
     assert b.statistics["spread"].value == pytest.approx(0.2)
     assert (a.trials, a.diverged, a.collapsed) == (6, 0, 1)  # 0.5 is within 0.05 of 0.5
     assert (b.trials, b.diverged, b.failed) == (6, 1, 0)
-    assert b.shares[0] == pytest.approx(1 / 6)
+    # seed 0: 0.7, 0.7, 0.5 under 0.9; seed 1: 0.6, 0.7, 0.8 under 0.8
+    assert b.statistics["regret"].value == pytest.approx((0.9 - 1.9 / 3 + 0.1) / 2)
 
 
 def test_paired_comparison_of_a_toy_study() -> None:
@@ -66,3 +68,34 @@ def test_a_single_seed_has_no_interval() -> None:
     kept = tuple(trial for trial in plan.trials if trial.seed == 0)
     a, _ = summarise(Plan(plan.study, kept), {t.id: outcomes[t.id] for t in kept})
     assert (a.statistics["spread"].value, a.statistics["spread"].low) == (pytest.approx(0.4), None)
+
+
+def test_seeds_with_fewer_settings_do_not_narrow_a_spread() -> None:
+    """A study that was cut, or is not done: the statistics are those of the whole seeds."""
+    whole = summarise(*made())
+    partial = {("a", 1, 2): 0.1, ("b", 1, 2): 0.2, ("b", 2, 2): 0.9}
+    cut = summarise(*made({**TABLE, **partial}))
+    for before, after in zip(whole, cut, strict=True):
+        assert after.statistics == before.statistics
+        assert after.seeds == (0, 1)
+    assert [after.trials for after in cut] == [7, 8]
+    before, after = compare(*made()), compare(*made({**TABLE, **partial}))
+    assert after == before
+
+
+def test_an_arm_without_an_option_is_compared_with_each_of_its_values() -> None:
+    plan, outcomes = made()
+    trials = []
+    for trial in plan.trials:
+        if trial.arm == "a":
+            trials.append(trial)
+            continue
+        for width in (8, 32):
+            name = f"{trial.id}-{width}"
+            trials.append(replace(trial, id=name, settings={**trial.settings, "method.width": width}))
+            outcomes[name] = replace(outcomes[trial.id], trial=name)
+    (found,) = compare(Plan(plan.study, tuple(trials)), outcomes)
+    (once,) = compare(plan, outcomes)
+    assert (found.cells, found.better, found.worse) == (2 * once.cells, 2 * once.better, 2 * once.worse)
+    assert found.difference.value == pytest.approx(once.difference.value)
+    assert found.spread_difference == once.spread_difference

@@ -1,6 +1,8 @@
 """How robust each arm of a study is: statistics over its settings, with intervals over seeds.
 
 Every statistic is taken over the settings of one seed, and averaged over the seeds: more seeds do not widen a spread.
+Fewer settings narrow one, so only the seeds with the most results of an arm count: a seed that a limit, a failure or an
+unfinished study left with fewer is not used.
 A diverged run counts with what a prediction that does not look at the row is worth, or, where that is unknown, with the
 worst value in the study under its condition; it has no calibration error. Failed trials have no value and are counted.
 Intervals (95 %) are percentiles of the bootstrap that resamples seeds; all resamples are taken where there are at most
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,31 +64,33 @@ class Summary:
     Attributes:
         arm, condition: which.
         metric: by name.
-        statistics: by the names in :data:`STATISTICS`, and ``regret``: the mean shortfall from the best setting of all
-            arms under the condition, at least 0.
-        trials, diverged, failed, collapsed: how many; collapsed runs finished, and are no more than one standard error
-            more accurate than the majority class.
+        statistics: by the names in :data:`STATISTICS`, and ``regret``: the mean shortfall from the best run of all
+            arms with the same seed under the condition, at least 0.
+        seeds: those that the statistics are taken over, see above.
+        trials, diverged, failed, collapsed: how many, of all seeds; collapsed runs finished, and are no more than one
+            standard error more accurate than the majority class.
+        notes: what was done differently from the recipes, each with the number of trials that it holds for.
     """
 
     arm: str
     condition: Mapping[str, Any]
     metric: str
     statistics: Mapping[str, Estimate]
+    seeds: tuple[int, ...]
     trials: int
     diverged: int
     failed: int
     collapsed: int
-
-    @property
-    def shares(self) -> tuple[float, float]:
-        """Of diverged and of collapsed runs among those with a result."""
-        count = max(self.trials - self.failed, 1)
-        return self.diverged / count, self.collapsed / count
+    notes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms on the cells (setting and seed) that both have under a condition: first minus second."""
+    """Two arms on the cells (setting and seed) that both have under a condition: first minus second.
+
+    Settings are the same where they agree in every key that both arms have: an arm without an option is compared with
+    each value that the other has of it.
+    """
 
     first: str
     second: str
@@ -112,7 +117,7 @@ def summarise(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Summary, ...
     for group in _conditions(plan, outcomes):
         for metric in _metrics(plan, outcomes):
             values = _values(group, outcomes, metric)
-            best = _best(values, metric)
+            best = _best(group, values, metric)
             for arm in dict.fromkeys(trial.arm for trial in group):
                 found.append(_summary(arm, [t for t in group if t.arm == arm], outcomes, metric, values, best))
     return tuple(summary for summary in found if summary is not None)
@@ -122,18 +127,39 @@ def compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Comparison, ..
     """Every pair of arms on the cells that both have."""
     found = []
     for group in _conditions(plan, outcomes):
+        by_arm: dict[str, list[Trial]] = {}
+        for trial in group:
+            if outcomes[trial.id].status != "failed":
+                by_arm.setdefault(trial.arm, []).append(trial)
+        pairs = {names: _pairs(by_arm[names[0]], by_arm[names[1]]) for names in itertools.combinations(by_arm, 2)}
         for metric in _metrics(plan, outcomes):
             values = _values(group, outcomes, metric)
-            by_arm: dict[str, dict[tuple[int, str], float]] = {}
-            for trial in group:
-                if trial.id in values:
-                    by_arm.setdefault(trial.arm, {})[trial.seed, _text(trial.settings)] = values[trial.id]
-            for first, second in itertools.combinations(by_arm, 2):
-                common = sorted(by_arm[first].keys() & by_arm[second].keys())
-                if common:
-                    pairs = [(seed, by_arm[first][seed, s], by_arm[second][seed, s]) for seed, s in common]
-                    found.append(_comparison(first, second, group[0].conditions, metric, pairs))
+            for names, cells in pairs.items():
+                measured = [(a.seed, values[a.id], values[b.id]) for a, b in cells if {a.id, b.id} <= values.keys()]
+                if measured:
+                    found.append(_comparison(*names, group[0].conditions, metric, measured))
     return tuple(found)
+
+
+def _pairs(first: Sequence[Trial], second: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
+    """The trials of two arms with one seed and the same settings, of the seeds with the most of them."""
+    one, other = ({key for trial in trials for key in trial.settings} for trials in (first, second))
+
+    def cell(trial: Trial) -> tuple[int, str]:
+        return trial.seed, _text({key: value for key, value in trial.settings.items() if key in one & other})
+
+    partners: dict[tuple[int, str], list[Trial]] = {}
+    for trial in second:
+        partners.setdefault(cell(trial), []).append(trial)
+    found = [(trial, partner) for trial in first for partner in partners.get(cell(trial), ())]
+    whole = _whole_seeds(trial for trial, _ in found)
+    return [pair for pair in found if pair[0].seed in whole]
+
+
+def _whole_seeds(trials: Iterable[Trial]) -> set[int]:
+    """The seeds of which there are the most trials."""
+    counts = Counter(trial.seed for trial in trials)
+    return {seed for seed, count in counts.items() if count == max(counts.values())}
 
 
 def _comparison(
@@ -189,9 +215,19 @@ def _values(group: Sequence[Trial], outcomes: Mapping[str, Outcome], metric: Met
     return values | {o.trial: known[0] if known else worst for o in found if o.status == "diverged"}
 
 
-def _best(values: Mapping[str, float], metric: Metric) -> float:
-    found = list(values.values()) or [0.0]
-    return max(found) if metric.greater_is_better else min(found)
+def _best(trials: Sequence[Trial], values: Mapping[str, float], metric: Metric) -> dict[int, float]:
+    """The best run of each seed."""
+    choose = max if metric.greater_is_better else min
+    by_seed = _by_seed(trials, values)
+    return {seed: choose(found) for seed, found in by_seed.items()}
+
+
+def _by_seed(trials: Sequence[Trial], values: Mapping[str, float]) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.seed):
+        if trial.id in values:
+            found.setdefault(trial.seed, []).append(values[trial.id])
+    return found
 
 
 def _summary(
@@ -200,28 +236,28 @@ def _summary(
     outcomes: Mapping[str, Outcome],
     metric: Metric,
     values: Mapping[str, float],
-    best: float,
+    best: Mapping[int, float],
 ) -> Summary | None:
     better = 1 if metric.greater_is_better else -1
-    by_seed: dict[int, list[float]] = {}
-    for trial in trials:
-        if trial.id in values:
-            by_seed.setdefault(trial.seed, []).append(values[trial.id])
-    seeds = [np.array(by_seed[seed]) for seed in sorted(by_seed)]
-    if not seeds:
-        return None
-    statistics = {name: _estimate([function(v, better) for v in seeds]) for name, function in STATISTICS.items()}
-    statistics["regret"] = _estimate([float((better * (best - v)).mean()) for v in seeds])
     found = [outcomes[trial.id] for trial in trials]
+    whole = _whole_seeds(trial for trial in trials if outcomes[trial.id].status != "failed")
+    by_seed = _by_seed([trial for trial in trials if trial.seed in whole], values)
+    if not by_seed:
+        return None
+    seeds = {seed: np.array(of_seed) for seed, of_seed in by_seed.items()}
+    statistics = {n: _estimate([function(v, better) for v in seeds.values()]) for n, function in STATISTICS.items()}
+    statistics["regret"] = _estimate([float((better * (best[seed] - v)).mean()) for seed, v in seeds.items()])
     return Summary(
         arm=arm,
         condition=trials[0].conditions,
         metric=metric.name,
         statistics=statistics,
+        seeds=tuple(seeds),
         trials=len(trials),
         diverged=sum(o.status == "diverged" for o in found),
         failed=sum(o.status == "failed" for o in found),
         collapsed=sum(_collapsed(o) for o in found),
+        notes=Counter(note for o in found for note in dict.fromkeys(o.notes)),
     )
 
 

@@ -51,7 +51,9 @@ def write_tables(folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summ
     _parquet(folder / "paired.parquet", paired)
     header = ["Condition", "Arm", "Metric", *_HEADERS.values(), "Diverged", "Collapsed", "Failed", "Trials"]
     rows = [_texts(summary) for summary in summaries]
-    write_file(folder / "summary.md", _markdown(header, rows).encode())
+    notes = _notes(plan, summaries)
+    table = _markdown(header, rows) + ("\n" + "".join(f"- {note}\n" for note in notes) if notes else "")
+    write_file(folder / "summary.md", table.encode())
     write_file(folder / "summary.tex", _latex(header, rows).encode())
 
 
@@ -70,7 +72,9 @@ def _trial_rows(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[dict[str, A
                     "reason": o.reason,
                     **o.metrics,
                     **{f"mean_{name}": value for name, value in o.point.items()},
+                    **{f"validation_{name}": value for name, value in o.validation.items()},
                     "seconds": o.seconds,
+                    "tokens": o.tokens,
                     "peak_memory_bytes": o.peak_memory_bytes,
                     "trained_parameters": o.trained_parameters,
                 }
@@ -90,6 +94,7 @@ def _flat(summary: Summary) -> dict[str, Any]:
         "condition": json.dumps(summary.condition),
         "arm": summary.arm,
         "metric": summary.metric,
+        "seeds": len(summary.seeds),
         "trials": summary.trials,
         "diverged": summary.diverged,
         "collapsed": summary.collapsed,
@@ -104,11 +109,29 @@ def _ends(name: str, estimate: Estimate) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
+def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
+    """What a reader of the summary must know: seeds that do not count, and what trials did differently."""
+    found: dict[str, None] = {}
+    for summary in summaries:
+        place = f"{summary.arm} ({_condition(summary)})"
+        seeds = {t.seed for t in plan.trials if t.arm == summary.arm and t.conditions == summary.condition}
+        if unused := sorted(seeds - set(summary.seeds)):
+            metric = METRICS[summary.metric].label
+            text = ", ".join(map(str, unused))
+            found[f"{place}, {metric}: left out, with fewer results than other seeds: seed {text}"] = None
+        for note, trials in summary.notes.items():
+            found[f"{place}, {trials} of {summary.trials} trials: {note}"] = None
+    return list(found)
+
+
+def _condition(summary: Summary) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary.condition.items()) or "all"
+
+
 def _texts(summary: Summary) -> list[str]:
-    condition = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary.condition.items())
     numbers = [_text(summary.statistics[name]) for name in _HEADERS]
     counts = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
-    return [condition or "all", summary.arm, METRICS[summary.metric].label, *numbers, *map(str, counts)]
+    return [_condition(summary), summary.arm, METRICS[summary.metric].label, *numbers, *map(str, counts)]
 
 
 def _text(estimate: Estimate) -> str:
