@@ -38,6 +38,11 @@ def problem(tmp_path):
         f"First:\n```python\nprint('hello')\n```\nthen:\n```python\n{WHOLE}\n```",
         f"```python\n{PROMPT}{BODY}```",
         f"  ```py\n{BODY}  ```",
+        f"```python3\n{WHOLE}\n```",
+        f'```Python title="area.py"\n{WHOLE}\n```',
+        f"```bash\npip install numpy\n```\nthen:\n```python\n{WHOLE}\n```",
+        f"```bash\npip install numpy\n```\nand in the function:\n```python\n{BODY}\n```",
+        f"```\n```\n```python\n{WHOLE}\n```\nwhich prints\n```text\n3.14\n```",
         f"```python\n{WHOLE.replace('3.14159265359', 'math.pi')}\n```",  # takes the prompt's import for granted
     ],
 )

@@ -23,7 +23,10 @@ HUMANEVAL_PROMPT = (
     "Complete this Python function. Write the whole function in one block of code.\n\n```python\n{code}\n```"
 )
 
-_BLOCK = re.compile(r"```[^\S\n]*(?:python|py)?[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL | re.IGNORECASE)
+# a block in any language, with the first word behind its opening: one that is not recognised would have its closing
+# taken for an opening
+_BLOCK = re.compile(r"```[^\S\n]*([^\s`]*)[^`\n]*\n(.*?)(?:(?:\n|(?<=\n))[^\S\n]*```|\Z)", re.DOTALL)
+_PYTHON = re.compile(r"(python|py)?[\d.]*", re.IGNORECASE)
 # where a completion of the bare prompt ends: at the next thing that is not part of the function
 _AFTER = re.compile(r"\n(?=\S)(?![)\]}#@])(?!def |import |from )")
 
@@ -33,13 +36,15 @@ def extract_program(prompt: str, answer: str, entry_point: str) -> str:
 
     Args:
         prompt: the beginning of the function: imports, signature and docstring.
-        answer: a block of code (the first that defines the function, else the first), or the function's continuation.
+        answer: a block of code (the first that defines the function, else the first in Python or in no language that is
+            named, else the first), or the function's continuation.
         entry_point: the function's name.
 
     Returns:
         A program that defines the function if the answer does.
     """
-    blocks = [textwrap.dedent(block) for block in _BLOCK.findall(answer)]
+    found = [(language, textwrap.dedent(block)) for language, block in _BLOCK.findall(answer)]
+    blocks = [block for _, block in sorted(found, key=lambda each: _PYTHON.fullmatch(each[0]) is None)]
     defines = re.compile(rf"^(async )?def {re.escape(entry_point)}\b", re.MULTILINE)
     code = next((block for block in blocks if defines.search(block)), blocks[0] if blocks else answer)
     if defines.search(code):
