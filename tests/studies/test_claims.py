@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from monteclora.errors import CheckpointError
 from monteclora.studies import claims as module
 from monteclora.studies.claims import Claims
 
@@ -46,7 +48,7 @@ def test_a_claim_of_another_machine_lives_by_its_heartbeat(tmp_path: Path, monke
     token = take(claims)
     assert token is not None
     monkeypatch.setattr(module.socket, "gethostname", lambda: "elsewhere")
-    with claims.heartbeat("t"):
+    with claims.heartbeat("t", token):
         time.sleep(0.8)
         assert take(claims) is None
     file = tmp_path / "t.json"
@@ -56,3 +58,67 @@ def test_a_claim_of_another_machine_lives_by_its_heartbeat(tmp_path: Path, monke
     assert json.loads(file.read_text())["step"] == 3
     with claims.held("t", token) as mine:
         assert not mine
+
+
+def test_a_lost_claim_is_not_kept_alive(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, lease=0.2)
+    token = take(claims)
+    assert token is not None
+    state = claims.state("t")
+    with claims.heartbeat("t", token):
+        assert claims.release("t", token, state)
+        assert take(claims) is not None
+        file = tmp_path / "t.json"
+        os.utime(file, (1, 1))
+        time.sleep(0.3)
+        assert file.stat().st_mtime == 1
+
+
+@pytest.mark.parametrize("boot", ["another boot", None])
+def test_the_same_host_name_is_not_the_same_machine(tmp_path: Path, boot: str | None) -> None:
+    """Of a container or a copy of a machine: its processes cannot be seen, and its heartbeat is all there is."""
+    claims = Claims(tmp_path)
+    state = claims.state("t")
+    machine = f"{socket.gethostname()} {boot}" if boot else socket.gethostname()
+    state.holder = {"token": "x", "machine": machine, "pid": 2**22 + 1, "start": 1.0}
+    assert not module.Path("/proc/4194305").exists()
+    claims._write("t", state)
+    if module._machine() != machine:
+        assert take(claims) is None
+    state.holder["machine"] = module._machine()
+    claims._write("t", state)
+    assert take(claims) is not None
+
+
+def test_a_claim_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = Claims(tmp_path)
+    assert take(claims) is not None
+
+    def stale(self: Path, **options: object) -> str:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        with pytest.raises(CheckpointError, match="Stale file handle"):
+            claims.state("t")
+        assert not claims.running("t")
+    (tmp_path / "t.json").write_text('{"holder"')
+    with pytest.raises(CheckpointError, match="is damaged"):
+        take(claims)
+
+
+def test_failures_are_forgotten_unless_the_trial_is_worked_on(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    result = tmp_path / "t.json"
+    result.write_text("failed")
+    token = take(claims)
+    assert token is not None
+    state = claims.state("t")
+    state.failures, state.deaths, state.micro_batch_size = ["no such disk"], 3, 4
+    claims.forget("t", result)
+    assert result.exists()
+    claims.release("t", token, state)
+    claims.forget("t", result)
+    assert not result.exists()
+    found = claims.state("t")
+    assert (found.failures, found.deaths, found.micro_batch_size) == ([], 0, 4)

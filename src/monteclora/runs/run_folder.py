@@ -18,10 +18,14 @@ from monteclora.runs.metrics_log import MetricsLog
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.system.atomic import write_file
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "RunInUseError"]
 
 _MARKS = frozenset((".lock", "environment.json", "metrics.jsonl", "checkpoints", "adapter"))
 """What training puts beside a recipe: a recipe alone in a folder may be somebody's only copy."""
+
+
+class RunInUseError(CheckpointError):
+    """Another process is training the run."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ class RunFolder:
         """Keep other processes from training this run at the same time.
 
         Raises:
-            CheckpointError: another one does, the folder holds other files and is no run, or it cannot be made.
+            RunInUseError: another one does.
+            CheckpointError: the folder holds other files and is no run, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -136,7 +141,7 @@ class RunFolder:
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout:
-            raise CheckpointError(
+            raise RunInUseError(
                 f"another process is training {self.path}", "Wait for it, or choose another name or output."
             ) from None
         except (FileExistsError, NotADirectoryError, PermissionError) as error:

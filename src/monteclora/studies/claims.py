@@ -1,7 +1,8 @@
 """Who works on which trial: claims with a lease, in files that processes on several machines share.
 
-A claim lives as long as its file is touched. On the machine of its holder it ends at once when the holder's process
-does. All decisions are made under one lock of the folder, which the operating system frees when its holder dies, so
+A claim lives as long as its file is touched. Where the holder's process can be seen it ends at once when that does: on
+the same machine, since it was started, and among the same processes, which those of another container are not. All
+decisions are made under one lock of the folder, which the operating system frees when its holder dies, so
 that no two processes take one trial.
 """
 
@@ -14,12 +15,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from monteclora.errors import CheckpointError
 from monteclora.system.atomic import write_file
 
 __all__ = ["Claims", "TrialState"]
@@ -32,12 +34,13 @@ class TrialState:
     """What is known of a trial that has no result yet.
 
     Attributes:
-        holder: token, host and process of who works on it; None for nobody.
+        holder: token, machine and process of who works on it; None for nobody.
         failures: why it failed so far, a reason each.
         deaths: how often in a row its holder died without coming further.
         step: of its newest checkpoint when it was last taken.
-        micro_batch_size: rows of a pass that fitted into memory; None for the recipe's.
-        eval_batch_size: likewise, of evaluation.
+        micro_batch_size: rows of a pass of training that are to fit into memory; None for the recipe's.
+        eval_batch_size: likewise, of the evaluations during training.
+        score_batch_size: likewise, of the evaluation of the trained run; None for what it was trained with.
     """
 
     holder: dict[str, Any] | None = None
@@ -46,6 +49,7 @@ class TrialState:
     step: int = 0
     micro_batch_size: int | None = None
     eval_batch_size: int | None = None
+    score_batch_size: int | None = None
 
 
 class Claims:
@@ -83,12 +87,20 @@ class Claims:
             token = secrets.token_hex(8)
             state.holder = {
                 "token": token,
-                "host": socket.gethostname(),
+                "machine": _machine(),
                 "pid": os.getpid(),
                 "start": _start(os.getpid()),
             }
             self._write(trial, state)
             return token, state
+
+    def forget(self, trial: str, result: Path) -> None:
+        """Remove a result and the failures that led to it, so that the trial is tried anew, unless it is worked on."""
+        with self._lock:
+            state = self.state(trial)
+            if state.holder is None or not self._is_alive(trial, state.holder):
+                self._write(trial, replace(state, holder=None, failures=[], deaths=0))
+                result.unlink(missing_ok=True)
 
     def release(self, trial: str, token: str, state: TrialState) -> bool:
         """Give a claim back with what is known now; False where it was lost meanwhile."""
@@ -106,15 +118,18 @@ class Claims:
             yield holder is not None and holder["token"] == token
 
     @contextmanager
-    def heartbeat(self, trial: str) -> Iterator[None]:
-        """Keeps the claim alive inside the block, from a thread."""
+    def heartbeat(self, trial: str, token: str) -> Iterator[None]:
+        """Keeps the claim alive inside the block, from a thread, for as long as it is one's own."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(self._lease / 4):
                 try:
-                    os.utime(self._file(trial))
-                except OSError:
+                    with self.held(trial, token) as mine:
+                        if not mine:
+                            return
+                        os.utime(self._file(trial))
+                except (OSError, CheckpointError):
                     continue  # a shared folder that is out of reach for a moment
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -126,25 +141,38 @@ class Claims:
             thread.join()
 
     def state(self, trial: str) -> TrialState:
-        """What is known of a trial."""
+        """What is known of a trial.
+
+        Raises:
+            CheckpointError: the file cannot be read, so that nobody knows whether somebody works on it.
+        """
+        path = self._file(trial)
         try:
-            return TrialState(**json.loads(self._file(trial).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return TrialState(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
             return TrialState()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}", "Make the study folder readable.") from error
+        except (ValueError, TypeError) as error:
+            hint = "Remove it once nothing works on the study: the trial goes on from its checkpoint."
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__})", hint) from None
 
     def running(self, trial: str) -> bool:
-        """Whether somebody works on it."""
-        holder = self.state(trial).holder
-        return holder is not None and self._is_alive(trial, holder)
+        """Whether somebody works on it, as far as is known; for people."""
+        try:
+            holder = self.state(trial).holder
+            return holder is not None and self._is_alive(trial, holder)
+        except (OSError, CheckpointError):
+            return False
 
     def _is_alive(self, trial: str, holder: dict[str, Any]) -> bool:
-        if holder["host"] == socket.gethostname():
+        if holder.get("machine") == _machine():
             return _start(holder["pid"]) == holder["start"] is not None
         return self._now() - self._file(trial).stat().st_mtime < self._lease
 
     def _now(self) -> float:
         """The time of whoever serves the folder, which heartbeats are written in."""
-        probe = self._folder / f".now-{os.getpid()}"
+        probe = self._folder / f".now-{secrets.token_hex(8)}"
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink(missing_ok=True)
@@ -155,6 +183,18 @@ class Claims:
 
     def _write(self, trial: str, state: TrialState) -> None:
         write_file(self._file(trial), json.dumps(asdict(state)).encode())
+
+
+def _machine() -> str:
+    """This machine since it was started, and the processes that this one sees of it.
+
+    Host names alone are shared by machines that were copied and by containers, and outlive a restart.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _start(pid: int) -> float | None:

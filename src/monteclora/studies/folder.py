@@ -110,6 +110,13 @@ class StudyFolder:
         found = {trial.id: self.outcome(trial.id) for trial in trials}
         return {identity: outcome for identity, outcome in found.items() if outcome is not None}
 
+    def retry_failed(self, trials: Sequence[Trial]) -> None:
+        """Have trials that failed tried anew, as if they never had been."""
+        for trial in trials:
+            outcome = self.outcome(trial.id)
+            if outcome is not None and outcome.status == "failed":
+                self.claims.forget(trial.id, self.outcome_file(trial.id))
+
     def write_outcome(self, outcome: Outcome) -> None:
         """Put down what a trial came to."""
         text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n"

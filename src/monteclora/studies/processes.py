@@ -20,6 +20,7 @@ __all__ = ["default_workers", "run_workers"]
 
 _POLL = 0.25  # seconds
 _MOST_FAILURES = 5  # of workers in a row without a new result
+_MOST_KILLED = 30  # likewise, a worker: more than a trial that kills its workers takes to count as failed
 _PATIENCE = 120.0  # seconds for interrupted workers to save
 
 
@@ -53,12 +54,13 @@ def run_workers(
         KeyboardInterrupt: asked for; the workers have saved.
     """
     workers = [_start(folder, number, per_device, deadline) for number in range(count)]
-    failures, done = 0, tick()
+    failures, killed, done = 0, 0, tick()
     try:
         while workers:
             time.sleep(_POLL)
             now = tick()
-            failures, done = (0 if now > done else failures), now
+            if now > done:
+                failures, killed, done = 0, 0, now
             for number, worker in enumerate(list(workers)):
                 status = worker.process.poll()
                 if status is None:
@@ -66,9 +68,11 @@ def run_workers(
                 if status == 0:
                     workers.remove(worker)
                     continue
-                failures += status > 0  # a signal has nothing to do with what it worked on
-                if failures >= _MOST_FAILURES:
-                    raise ConfigError(f"workers of {folder.path} fail: {_last_line(worker.log)}", f"See {worker.log}.")
+                failures += status > 0
+                killed += status < 0  # by a signal, which may have nothing to do with what it worked on
+                if failures >= _MOST_FAILURES or killed >= _MOST_KILLED * count:
+                    how = "fail" if status > 0 else f"are ended by signal {-status}"
+                    raise ConfigError(f"workers of {folder.path} {how}: {_last_line(worker.log)}", f"See {worker.log}.")
                 workers[workers.index(worker)] = _start(folder, number, per_device, deadline)
     finally:
         _stop(workers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from monteclora.studies.execution import tidy
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.live import Live
 from monteclora.studies.plan import Plan, make_plan
@@ -52,8 +53,8 @@ def study(
 ) -> StudyResult:
     """Run every trial of a study that is not done yet, and summarise them.
 
-    The same call again runs what is left: finished trials never, interrupted ones from their checkpoint. Several calls,
-    on several machines that share the folder, divide the trials among them.
+    The same call again runs what is left: finished trials never, interrupted ones from their checkpoint, failed ones
+    with all their retries. Several calls, on several machines that share the folder, divide the trials among them.
 
     Args:
         recipe: the path of a YAML file, a bundled study's name, a mapping, or a study recipe.
@@ -70,6 +71,7 @@ def study(
     plan = make_plan(load_study(recipe, output))
     folder = StudyFolder(plan.study.folder)
     folder.write_recipe(plan.study)
+    folder.retry_failed(plan.trials)
     hours = plan.study.max_hours
     deadline = None if hours is None else time.time() + 3600 * hours
     count = default_workers(workers_per_device) if workers is None else workers
@@ -79,6 +81,9 @@ def study(
         elif any(not folder.outcome_file(trial.id).is_file() for trial in plan.trials):
             run_workers(folder, min(count, len(plan.trials)), workers_per_device, deadline, live.tick)
         live.tick()
+    for trial in plan.trials:  # a worker that was killed behind its result left what is not kept
+        if (outcome := folder.outcome(trial.id)) is not None:
+            tidy(plan.study, trial, outcome)
     return _result(folder, plan)
 
 
