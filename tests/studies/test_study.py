@@ -64,10 +64,12 @@ def test_killed_workers_and_drivers_leave_one_result_a_cell_equal_to_the_serial_
     generator = random.Random(0)
     kills = 0
     driver = drive(recipe, tmp_path)
+    end = time.monotonic() + 300  # not an expectation: a study that never ends is to fail
     try:
         while driver.poll() is None or driver.returncode != 0:
             if driver.poll() is not None:
                 driver = drive(recipe, tmp_path)
+            assert time.monotonic() < end
             time.sleep(generator.uniform(0.2, 0.6))
             working = holders(folder)
             if kills < 6 and working:
@@ -97,8 +99,9 @@ def test_finished_trials_are_not_run_again_and_a_wider_grid_runs_what_is_new(
     assert len(trained) == 8
     assert results(again) == results(first)
     wider = make_study(grid={**recipe["grid"], "seed": [0, 1, 2]})
-    study(wider, workers=0, progress=False)
+    found = study(wider, workers=0, progress=False)
     assert len(trained) == 12
+    check_tables(found)
 
 
 def test_two_drivers_on_one_folder_do_no_cell_twice(make_study: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_out_of_memory_is_retried_with_smaller_passes_and_the_same_result(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
     options = {"set": {"method.lora_dropout": 0.0, "model.name": str(model)}}
-    grid = {"method.name": ["lora"], "training.learning_rate": [1e-3, 3e-3, 1e-2], "seed": [0]}
+    grid = {"method.name": ["lora"], "seed": [0]}
     right = study(make_study("right", grid, **options), workers=0, progress=False)
     original = execution.train
 
@@ -131,10 +134,11 @@ def test_out_of_memory_is_retried_with_smaller_passes_and_the_same_result(
 
     monkeypatch.setattr(execution, "train", full)
     found = study(make_study("planted", grid, **options), workers=0, progress=False)
-    for trial in found.plan.trials:
-        outcome = found.outcomes[trial.id]
-        assert "passes of 4 rows" in outcome.notes[0]
-        assert outcome.metrics["nll"] == pytest.approx(right.outcomes[trial.id].metrics["nll"], abs=1e-5)
+    (outcome,), (expected,) = found.outcomes.values(), right.outcomes.values()
+    assert "passes of 4 rows" in outcome.notes[0]
+    assert outcome.metrics["nll"] == pytest.approx(expected.metrics["nll"], abs=1e-5)
+    table = (found.folder / "summary.md").read_text()
+    assert "- lora (all), 1 of 1 trials: out of memory: passes of 4 rows, gradients accumulated\n" in table
 
 
 def test_failed_trials_are_retried_and_diverged_ones_are_results(
@@ -154,13 +158,14 @@ def test_failed_trials_are_retried_and_diverged_ones_are_results(
     assert sorted(tries) == [0, 0, 1]
 
 
-def test_tables_have_every_trial(make_study: Callable[..., dict[str, Any]]) -> None:
-    found = study(make_study(), workers=0, progress=False)
+def check_tables(found: StudyResult) -> None:
+    """They have every trial and every statistic."""
     table = pq.read_table(found.folder / "results.parquet").to_pylist()
     assert {row["trial"]: row["nll"] for row in table} == {
         identity: outcome.metrics["nll"] for identity, outcome in found.outcomes.items()
     }
-    assert (found.folder / "summary.md").read_text().count("\n") == 2 + len(found.summaries)
+    assert all(row["tokens"] > 0 and row["validation_nll"] > 0 for row in table)
+    assert (found.folder / "summary.md").read_text().count("\n| ") == 1 + len(found.summaries)
     assert (found.folder / "summary.tex").read_text().count(r"\\") == 1 + len(found.summaries)
 
 

@@ -19,7 +19,18 @@ import yaml
 
 from monteclora.errors import ConfigError
 
-__all__ = ["Document", "Dumper", "Node", "brief", "from_python", "load_yaml", "nearest", "override", "parse_yaml"]
+__all__ = [
+    "Document",
+    "Dumper",
+    "Node",
+    "brief",
+    "from_python",
+    "load_yaml",
+    "nearest",
+    "override",
+    "parse_yaml",
+    "to_python",
+]
 
 _LARGEST_FILE = 2**20  # bytes
 _DEEPEST = 100  # levels of brackets or indentation
@@ -234,6 +245,15 @@ def from_python(value: Any, where: str) -> Node:
         return convert(value)
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply", "Give a flatter mapping.") from None
+
+
+def to_python(node: Node) -> Any:
+    """Plain mappings, lists and scalars: what :func:`from_python` makes such a node of."""
+    if isinstance(node.value, dict):
+        return {key: to_python(item) for key, item in node.value.items()}
+    if isinstance(node.value, list):
+        return [to_python(item) for item in node.value]
+    return node.value
 
 
 def override(root: Node, path: list[str], text: str, problems: list[str]) -> Node:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from monteclora.config import Document, Node, brief, build, load_yaml, nearest
-from monteclora.config.document import from_python
+from monteclora.config.document import from_python, override, to_python
 from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
 from monteclora.metrics.registry import METRICS
@@ -31,6 +31,7 @@ __all__ = [
     "changed_values",
     "differences",
     "load_recipe",
+    "recipe_content",
     "recipe_sha256",
 ]
 
@@ -251,6 +252,20 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     found = build(_schema_for(options), document, overrides)
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(Recipe)}
     return Recipe(**values)
+
+
+def recipe_content(source: str | Path) -> dict[str, Any]:
+    """What the file of a recipe, or a bundled one, says: a mapping that :func:`load_recipe` takes in its place.
+
+    Raises:
+        ConfigError: no such file or name, or it is not YAML.
+    """
+    path, implied = _find(source)
+    root = _named(load_yaml(path), Path(source).stem).root
+    for key, text in implied:
+        root = override(root, key.split("."), text, [])
+    content: dict[str, Any] = to_python(root)
+    return content
 
 
 def _is_file_name(name: str) -> bool:

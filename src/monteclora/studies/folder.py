@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from monteclora.config import dump
 from monteclora.errors import CheckpointError
+from monteclora.runs.recipe import recipe_content
 from monteclora.studies.claims import Claims
 from monteclora.studies.plan import Trial
 from monteclora.studies.recipe import StudyRecipe, load_study
@@ -77,8 +78,9 @@ class StudyFolder:
         return load_study(self.recipe_file, str(self.path))
 
     def write_recipe(self, study: StudyRecipe) -> None:
-        """Put down what is studied."""
-        write_file(self.recipe_file, dump(study).encode())
+        """Put down what is studied, with the content of the base recipe: its file may change, or be elsewhere."""
+        base = study.base if isinstance(study.base, dict) else recipe_content(study.base)
+        write_file(self.recipe_file, dump(replace(study, base=base)).encode())
 
     @cached_property
     def claims(self) -> Claims:

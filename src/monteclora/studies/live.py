@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live as Display
 from rich.table import Table
 
+from monteclora.metrics.registry import METRICS
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.plan import Plan
 from monteclora.studies.summary import primary_metric
@@ -67,8 +68,10 @@ class Live:
     def _told(self, outcome: Outcome) -> str:
         if outcome.status != "finished":
             return f"{outcome.status}: {outcome.reason}"
-        metric = primary_metric(self._plan, self._outcomes)
-        return f"{metric.label} {outcome.metrics[metric.name]:.4f} ({outcome.seconds:.1f} s)"
+        name = primary_metric(self._plan, self._outcomes).name
+        if name not in outcome.metrics:  # of a study of tasks that have no metric in common
+            name = next(iter(outcome.metrics))
+        return f"{METRICS[name].label} {outcome.metrics[name]:.4f} ({outcome.seconds:.1f} s)"
 
     def _table(self) -> Table:
         left = [trial for trial in self._plan.trials if trial.id not in self._outcomes]
@@ -87,10 +90,11 @@ class Live:
         return table
 
     def _best(self) -> str:
-        finished = [trial for trial in self._plan.trials if getattr(self._outcomes.get(trial.id), "metrics", None)]
+        metric = primary_metric(self._plan, self._outcomes)
+        measured = {identity for identity, outcome in self._outcomes.items() if metric.name in outcome.metrics}
+        finished = [trial for trial in self._plan.trials if trial.id in measured]
         if not finished:
             return "none yet"
-        metric = primary_metric(self._plan, self._outcomes)
         sign = 1 if metric.greater_is_better else -1
         best = max(finished, key=lambda trial: sign * self._outcomes[trial.id].metrics[metric.name])
         return f"{best.label}: {metric.label} {self._outcomes[best.id].metrics[metric.name]:.4f}"

@@ -15,9 +15,8 @@ from typing import Any
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.runs.recipe import Recipe, load_recipe, recipe_sha256
+from monteclora.studies.content import Contents
 from monteclora.studies.recipe import StudyRecipe
-from monteclora.system.quiet import quiet_libraries
-from monteclora.tasks import DataSpec, load
 
 __all__ = ["Plan", "Trial", "make_plan"]
 
@@ -29,7 +28,8 @@ class Trial:
     """A cell of the grid.
 
     Attributes:
-        id: the checksum of what determines its result: recipe, content of the data, and how it is evaluated.
+        id: the checksum of what determines its result: recipe, content of the data and of local models and chat
+            templates, and how it is evaluated.
         arm: what of the compared things it is.
         conditions, settings: its values of the grid's keys, see :class:`~monteclora.studies.recipe.StudyRecipe`.
         seed: of the run.
@@ -66,31 +66,31 @@ def make_plan(study: StudyRecipe) -> Plan:
     and settings in an order that does not follow the grid: a study that is cut short is a fair sample of the whole.
 
     Raises:
-        ConfigError: a key or value of the grid is wrong, with the trial that it makes.
-        DataError: the data are wrong.
+        ConfigError: a key or value of the grid is wrong, with the trial that it makes; two arms have the same trial; or
+            the task does not have the study's metric.
+        DataError: the data are wrong, or do not have the split that the study evaluates.
     """
     base = study.base
     if isinstance(base, dict):
         base = {"name": study.name, **base}
-    data: dict[str, str] = {}
+    contents = Contents(study)
     trials: dict[str, Trial] = {}
-    order: dict[str, tuple[Any, ...]] = {}
     notes: dict[str, None] = {}
     arms = _arms(study)
-    for place, (arm, (fixed, grid)) in enumerate(arms.items()):
+    for arm, (fixed, grid) in arms.items():
         for values in _product(grid):
             with _collected(notes):
-                recipe = _recipe(base, study, {**fixed, **values}, arms)
-            content = json.dumps(dataclasses.asdict(recipe.data), sort_keys=True)
-            if content not in data:
-                data[content] = _checksum(recipe.data)
-            trial = _trial(study, arm, values, recipe, data[content])
-            trials.setdefault(trial.id, trial)
-            partners = {key: value for key, value in values.items() if key not in (*fixed, _METHOD)}
-            block = hashlib.sha256(json.dumps(partners, sort_keys=True).encode()).hexdigest()
-            order.setdefault(trial.id, (trial.seed, block, place))
+                recipe, foreign = _recipe(base, study, {**fixed, **values}, arms)
+            own = {key: value for key, value in values.items() if key not in foreign}
+            trial = _trial(study, arm, own, recipe, contents.of(recipe))
+            if (other := trials.setdefault(trial.id, trial).arm) != arm:
+                raise ConfigError(
+                    f"the arms {other} and {arm} have the same trial: {trial.label}",
+                    "Give them different values, or remove it from one of them.",
+                )
+    order = _order(list(trials.values()), list(arms))
     ordered = sorted(trials.values(), key=lambda trial: order[trial.id])
-    kept = _cut(ordered, study.max_trials, order)
+    kept = _cut(ordered, study.max_trials, order, len(arms))
     if len(kept) < len(ordered):
         notes[f"{len(ordered) - len(kept)} of {len(ordered)} trials are left out (max_trials {study.max_trials})"] = (
             None
@@ -98,12 +98,48 @@ def make_plan(study: StudyRecipe) -> Plan:
     return Plan(study, tuple(kept), tuple(notes))
 
 
-def _cut(trials: list[Trial], most: int | None, order: Mapping[str, tuple[Any, ...]]) -> list[Trial]:
-    """At most so many, without the last comparison if it is not whole; one arm's trials where none is whole."""
+def _order(trials: Sequence[Trial], arms: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """What trials are sorted by, by id; the first three entries say which comparison a trial belongs to.
+
+    Cells that every arm has, in the keys that every arm has, are compared with each other. Of others, as of arms with
+    grids of their own, each arm's first ones are started together, then each arm's second ones, and so on. In a
+    comparison each arm has a first trial before any has a second one.
+    """
+    values = {trial.id: {**trial.conditions, **trial.settings} for trial in trials}
+    by_arm = {arm: [trial for trial in trials if trial.arm == arm] for arm in arms}
+    keys = [{key for trial in found for key in values[trial.id]} for found in by_arm.values()]
+    shared = set.intersection(*keys)
+
+    def cell(trial: Trial) -> str:
+        return _hash([trial.seed, {key: value for key, value in values[trial.id].items() if key in shared}])
+
+    everywhere = set.intersection(*({cell(trial) for trial in found} for found in by_arm.values()))
+    order: dict[str, tuple[Any, ...]] = {}
+    for place, found in enumerate(by_arm.values()):
+        seeds = sorted({trial.seed for trial in found})
+        for number, seed in enumerate(seeds):
+            blocks: dict[str, list[Trial]] = {}
+            for trial in sorted((t for t in found if t.seed == seed), key=lambda t: _hash(values[t.id])):
+                blocks.setdefault(cell(trial), []).append(trial)
+            others = sorted(blocks.keys() - everywhere)
+            for name, block in blocks.items():
+                which = (number, 0, name) if name in everywhere else (number, 1, others.index(name))
+                order |= {trial.id: (*which, index, place) for index, trial in enumerate(block)}
+    return order
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _cut(trials: list[Trial], most: int | None, order: Mapping[str, tuple[Any, ...]], arms: int) -> list[Trial]:
+    """At most so many, without the last comparison if it is not whole; part of the first one where that is not."""
     if most is None or most >= len(trials):
         return trials
-    last = order[trials[most].id][:2]
-    whole = [trial for trial in trials[:most] if order[trial.id][:2] != last]
+    if most < arms:
+        raise ConfigError(f"max_trials is {most}, and the study compares {arms} arms", f"Give at least {arms}.")
+    last = order[trials[most].id][:3]
+    whole = [trial for trial in trials[:most] if order[trial.id][:3] != last]
     return whole or trials[:most]
 
 
@@ -127,10 +163,13 @@ def _product(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(grid, values, strict=True))
 
 
-def _recipe(base: Any, study: StudyRecipe, values: Mapping[str, Any], arms: Mapping[str, Any]) -> Recipe:
-    """The recipe of a trial; options of other arms' methods that its own does not have are left out."""
+def _recipe(
+    base: Any, study: StudyRecipe, values: Mapping[str, Any], arms: Mapping[str, Any]
+) -> tuple[Recipe, set[str]]:
+    """The recipe of a trial, and the keys left out of it: options of other arms' methods that its own does not have."""
     changes = {**study.set, **values}
     own = changes.get(_METHOD)
+    foreign: set[str] = set()
     if own is not None:
         has = {f.name for f in dataclasses.fields(get_method(str(own)).options)} | {
             *get_method(str(own)).options.renamed
@@ -140,7 +179,7 @@ def _recipe(base: Any, study: StudyRecipe, values: Mapping[str, Any], arms: Mapp
         foreign = {f"method.{name}" for name in had - has}
         changes = {key: value for key, value in changes.items() if key not in foreign}
     try:
-        return load_recipe(base, [(key, _yaml(value)) for key, value in changes.items()])
+        return load_recipe(base, [(key, _yaml(value)) for key, value in changes.items()]), foreign
     except ConfigError as error:
         shown = ", ".join(f"{key} {value}" for key, value in changes.items())
         raise ConfigError(f"the trial {shown}: {error.message}", error.hint) from None
@@ -150,18 +189,13 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _checksum(spec: DataSpec) -> str:
-    """Of the content of every split."""
-    with quiet_libraries():
-        sources = load(spec).sources
-    return json.dumps({split: source.sha256 for split, source in sources.items()}, sort_keys=True)
-
-
-def _trial(study: StudyRecipe, arm: str, values: Mapping[str, Any], recipe: Recipe, data: str) -> Trial:
+def _trial(
+    study: StudyRecipe, arm: str, values: Mapping[str, Any], recipe: Recipe, content: Mapping[str, str]
+) -> Trial:
     facts = {
         "format": 1,
         "recipe": recipe_sha256(recipe),
-        "data": data,
+        **content,
         "split": study.split,
         "sampler": study.sampler,
         "calibrator": study.calibrator,

@@ -38,7 +38,8 @@ class StudyRecipe:
 
     Args:
         name: of the study; by default the file's name.
-        base: the recipe that every trial starts from: a bundled one's name, a YAML file, or its content.
+        base: the recipe that every trial starts from: a bundled one's name, a YAML file (by its path from the study
+            recipe's folder, or from the working directory), or its content. The study folder keeps the content.
         set: dotted recipe keys that every trial changes.
         arms: what is compared, by a name for people; by default the values of ``method.name`` in the grid.
         grid: dotted recipe keys with lists of values. Keys under ``data`` and ``model`` are conditions, which are
@@ -121,6 +122,10 @@ def load_study(source: str | Path | Mapping[str, Any] | StudyRecipe, output: str
     document = load_yaml(path)
     if "name" not in document.root.value:
         root = Node({"name": Node(path.stem, document.source), **document.root.value}, document.root.where)
+        document = dataclasses.replace(document, root=root)
+    base = document.root.value.get("base")
+    if base is not None and isinstance(base.value, str) and os.path.isfile(beside := path.parent / base.value):
+        root = Node({**document.root.value, "base": Node(str(beside), base.where)}, document.root.where)
         document = dataclasses.replace(document, root=root)
     if "base" in document.root.value and "grid" not in document.root.value:
         raise ConfigError(f"{path} has no grid", "Give the recipe keys to try, each with a list of values.")

@@ -134,6 +134,10 @@ class TaskKind(Protocol):
         """Whether these are the labels, or their absence, that a run of the kind has on disk."""
         ...
 
+    def scorings(self, rows: Dataset) -> tuple[Scoring, ...]:
+        """What :meth:`score` measures of such rows."""
+        ...
+
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Predict and measure labelled rows. Raises DataError for a row that cannot be scored."""
         ...

@@ -13,7 +13,7 @@ from monteclora.data.encoding import IGNORED, encode, encode_options
 from monteclora.data.kinds import Kind
 from monteclora.data.truncation import Truncation
 from monteclora.errors import DataError
-from monteclora.metrics.registry import measure
+from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.completions import score_completions
 from monteclora.prediction.forward import batches
@@ -47,10 +47,20 @@ class CausalLM:
         """None."""
         return not label_names
 
+    def scorings(self, rows: Dataset) -> tuple[Scoring, ...]:
+        """Of answer options where rows have them, also per byte where they are texts; else of tokens."""
+        if not {"options", "answer"} <= set(rows.column_names):
+            return ("tokens",)
+        # options that are not the whole completion are words for them, such as answer1, whose lengths say nothing
+        texts = rows["completion"][:] == rows["answer"][:]
+        return ("options", "options_per_byte") if texts else ("options",)
+
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Answer options against the answer where rows have them, else the tokens of completions."""
-        options = {"options", "answer"} <= set(rows.column_names)
-        return (_score_options if options else _score_completions)(predictor, rows)
+        found = self.scorings(rows)
+        if found == ("tokens",):
+            return _score_completions(predictor, rows)
+        return _score_options(predictor, rows, per_byte="options_per_byte" in found)
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The greedy completion at the mean; the most probable next token with its probability and uncertainty."""
@@ -77,7 +87,7 @@ class CausalLM:
         return Predicted(columns, notes)
 
 
-def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
+def _score_options(predictor: Predictor, rows: Dataset, *, per_byte: bool) -> Scored:
     encoded, labels, lengths, cut = [], [], [], 0
     for number, row in enumerate(rows):
         options = _options(number, row)
@@ -114,11 +124,11 @@ def _score_options(predictor: Predictor, rows: Dataset) -> Scored:
     }
     notes = truncated(cut, len(rows), predictor.max_length)
     result = scored(predictor, "options", found, np.asarray(labels), columns, notes)
-    if rows["completion"][:] != rows["answer"][:]:
-        return result  # the options are words for them, such as answer1, whose lengths say nothing
-    per_byte = [measure("options_per_byte", each.predictions(lengths).probs, np.asarray(labels)) for each in scores]
-    posterior = None if result.posterior is None else {**result.posterior, **per_byte[-1]}
-    return replace(result, point={**result.point, **per_byte[0]}, posterior=posterior)
+    if not per_byte:
+        return result
+    weighed = [measure("options_per_byte", each.predictions(lengths).probs, np.asarray(labels)) for each in scores]
+    posterior = None if result.posterior is None else {**result.posterior, **weighed[-1]}
+    return replace(result, point={**result.point, **weighed[0]}, posterior=posterior)
 
 
 def _option_row(sequences: list[dict[str, list[int]]]) -> OptionRow:

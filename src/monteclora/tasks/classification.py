@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from monteclora.data.encoding import encode
 from monteclora.data.kinds import Kind
+from monteclora.metrics.registry import Scoring
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import Sampler
@@ -38,6 +39,10 @@ class Classification:
     def accepts(self, label_names: Any) -> bool:
         """Two different names or more."""
         return len(set(label_names)) == len(label_names) >= 2 and all(isinstance(name, str) for name in label_names)
+
+    def scorings(self, rows: Dataset) -> tuple[Scoring, ...]:
+        """Of classes."""
+        return ("classes",)
 
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Class probabilities against labels."""
