@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from datasets import Dataset
 
 from monteclora.data.label_noise import with_label_noise
-from monteclora.errors import ConfigError
+from monteclora.errors import ConfigError, DataError
 from monteclora.tasks import DataSpec, load
 
 
@@ -40,6 +42,18 @@ def test_a_wrong_answer_is_another_option() -> None:
     (found,) = with_label_noise(Dataset.from_list([row]), 1.0, 0, None)[0]
     assert found["answer"] in ("a", "c")
     assert found["completion"] == f"the answer is {found['answer']}."
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completion": "B is right", "options": ["a", "b"]}, "does not contain it"),
+        ({"completion": "it is b", "options": ["b", "b"]}, "there is no other option"),
+    ],
+)
+def test_an_answer_that_cannot_be_replaced_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"row 0 cannot have a wrong answer in place of 'b': .*{message}"):
+        with_label_noise(Dataset.from_list([{"prompt": "p", "answer": "b", **row}]), 1.0, 0, None)
 
 
 def test_texts_without_labels_are_refused() -> None:

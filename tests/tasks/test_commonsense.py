@@ -7,8 +7,9 @@ import datasets
 import pytest
 
 from monteclora.errors import DataError
-from monteclora.tasks import DataSpec, load
+from monteclora.tasks import DataSpec, get_task, load
 from monteclora.tasks.commonsense import QUESTIONS, option_completions, options_of
+from tests.tasks.rows import write_split
 
 ARC = {
     "question": "Which one?",
@@ -94,6 +95,23 @@ def test_the_published_templates(task, row, prompt, answer):
     assert answer in made["options"]
 
 
+@pytest.mark.parametrize(
+    ("label", "answer"),
+    [(1, "true"), (0, "false"), (True, "true"), (False, "false"), ("yes", "true"), ("no", "false"), ("0", "false")],
+)
+def test_labels_of_boolq_are_read_as_the_task_boolq_reads_them(label, answer):
+    row = {"question": "is ice cold", "passage": "Ice.", "label": label}
+    assert QUESTIONS["boolq_instruct"].instruction_row(row)["answer"] == answer
+
+
+@pytest.mark.parametrize("label", [-1, 2, "maybe", "-1", 0.5, None, ""])
+def test_a_label_that_boolq_does_not_have_is_no_answer(tmp_path, label):
+    rows = [{"question": "is ice cold", "passage": "Ice.", "label": each} for each in (1, label)]
+    write_split(tmp_path, "boolq", "train", rows)
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz, line 2: "):
+        load(DataSpec(task="boolq_instruct", folder=str(tmp_path)), splits=["train"])
+
+
 def test_from_the_hub_the_questions_become_instructions(monkeypatch, tmp_path):
     monkeypatch.setenv("MONTECLORA_DATA", str(tmp_path))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([ARC] * 3))
@@ -137,6 +155,9 @@ def test_the_published_file_is_read_as_it_is(monkeypatch, tmp_path, place):
     data = load(DataSpec(task="commonsense_15k", validation_fraction=0))
     assert len(data.split("train")) == 4
     assert data.split("train")[0]["options"] == ["ending1", "ending2"]
+    task = get_task("commonsense_15k")
+    with pytest.raises(DataError, match="commonsense_15k is not at hand"):
+        task.loader("validation", None)  # the file is that of the train split
     with pytest.raises(DataError, match=r"commonsense_170k is not at hand.*Put commonsense_170k\.json"):
         load(DataSpec(task="commonsense_170k"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from monteclora.data.splitting import content_ranks
-from monteclora.errors import ConfigError
+from monteclora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +27,7 @@ def with_label_noise(rows: Dataset, share: float, seed: int, classes: int | None
 
     Raises:
         ConfigError: the rows have neither labels nor answer options.
+        DataError: a completion does not contain the answer, or no option is another answer.
     """
     if classes is None and not {"options", "answer"} <= set(rows.column_names):
         raise ConfigError(
@@ -43,8 +44,14 @@ def with_label_noise(rows: Dataset, share: float, seed: int, classes: int | None
         if classes is not None:
             return {**row, "label": (row["label"] + 1 + draws[index] % (classes - 1)) % classes}
         others = [option for option in row["options"] if option != row["answer"]]
+        before, found, after = row["completion"].rpartition(row["answer"])
+        if not others or not found:
+            what = f"the completion {row['completion']!r} does not contain it" if others else "there is no other option"
+            raise DataError(
+                f"row {index} cannot have a wrong answer in place of {row['answer']!r}: {what}",
+                "Correct the columns completion, options and answer, or leave data.label_noise out.",
+            )
         wrong = others[draws[index] % len(others)]
-        before, _, after = row["completion"].rpartition(row["answer"])
         return {**row, "answer": wrong, "completion": before + wrong + after}
 
     kept = rows.to_list()

@@ -46,8 +46,8 @@ class Contents:
     def of(self, recipe: Recipe) -> dict[str, str]:
         """What identifies the content of a recipe's files, by what it is of.
 
-        The data always; a model where it is a folder or file of its own, by all it is loaded from; a chat template where
-        it is a file.
+        The data always; a model where it is a folder or file of its own, by all that it is loaded from; a chat template
+        where it is a file.
 
         Raises:
             ConfigError: the study's metric is not one of the task, or a file cannot be read.

@@ -20,7 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from monteclora.config import brief
 from monteclora.data.files import Row, Table, open_table
+from monteclora.data.labels import label_key
 from monteclora.data.sources import DATA_FOLDER_VARIABLE, HubData, convert, local_splits, open_split
 from monteclora.errors import DataError
 from monteclora.tasks.multiple_choice import CHOICES, WINOGRANDE_SIZES, open_questions
@@ -62,6 +64,9 @@ def _standard_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "completion": row["output"], "options": list(options), "answer": row["answer"]}
 
 
+# a label of BoolQ, as the task boolq takes it or as JSON has it, to the answer word
+_BOOLEANS = {"0": "false", "1": "true", "no": "false", "yes": "true", "false": "false", "true": "true"}
+
 # The published templates: the original row to instruction and answer word
 
 
@@ -75,7 +80,10 @@ def _format(word: str, count: int) -> str:
 
 def _boolq(row: dict[str, Any]) -> tuple[str, str]:
     question = f"Please answer the following question with true or false, question: {row['question']}?"
-    return f"{question}\n\nAnswer format: true/false", "true" if row["label"] else "false"
+    key = label_key(row["label"])
+    if key not in _BOOLEANS:
+        raise ValueError(f"the label is {brief(key)}, expected one of {', '.join(_BOOLEANS)}")
+    return f"{question}\n\nAnswer format: true/false", _BOOLEANS[key]
 
 
 def _arc(row: dict[str, Any]) -> tuple[str, str]:
@@ -177,9 +185,9 @@ def _load_mixture(split: str, folder: Path | None) -> Table:
 
 
 def _load_published(name: str, split: str, folder: Path | None) -> Table:
-    """The file as it was published, ``<name>.json`` in the data folder or the task's own; else the usual place."""
+    """The train split as published, ``<name>.json`` in the data folder or the task's own; else the usual place."""
     root = folder or os.environ.get(DATA_FOLDER_VARIABLE)
-    for place in (Path(root), Path(root) / name) if root else ():
+    for place in (Path(root), Path(root) / name) if root and split == "train" else ():
         if (path := place / f"{name}.json").is_file():
             return convert(open_table(path), _COLUMNS, _standard_row)
     if split not in local_splits(name, folder):
