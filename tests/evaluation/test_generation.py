@@ -1,6 +1,8 @@
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +15,8 @@ from monteclora.evaluation.generation import generate
 from monteclora.metrics.pass_at_k import pass_at_k
 from monteclora.prediction.generation import Decoding, Drawn, complete
 from monteclora.runs.loading import load_run
+from monteclora.tasks import get_task
+from monteclora.tasks.generation import Verdict
 from tests.tasks.rows import GSM8K, HUMANEVAL, write_split
 
 
@@ -129,6 +133,31 @@ def test_programs_are_run_only_where_that_is_allowed(run, monkeypatch):
     result = quietly(run, "humaneval", allow_code_execution=True, temperature=1.0, samples=2, batch_size=1)
     assert result.scores["pass@1"].mean == 0.5
     assert [row["passed"] for row in pq.read_table(result.answers).to_pylist()] == [True, True, False, False]
+
+
+def test_notes_say_how_answers_were_judged_and_no_more_are_judged_at_once_than_there_is_time_for(run, monkeypatch):
+    answers = iter(["late", "late", "right", "wrong"])
+    pools = []
+
+    def judged(problem, answer):
+        return Verdict(
+            {"passed": answer == "right"}, answer, notes=("no Landlock", *["no verdict"] * (answer == "late"))
+        )
+
+    def pool(workers):
+        pools.append(workers)
+        return ThreadPoolExecutor(workers)
+
+    task = get_task("humaneval")
+    monkeypatch.setattr(module, "complete", lambda *arguments: [next(answers) for _ in arguments[2]])
+    monkeypatch.setattr(module, "usable_cores", lambda: 64)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(
+        module, "get_task", lambda name: replace(task, generation=replace(task.generation, judge=judged))
+    )
+    result = quietly(run, "humaneval", allow_code_execution=True, temperature=1.0, samples=2)
+    assert result.notes[-2:] == ("4 of 4 answers: no Landlock", "2 of 4 answers: no verdict")
+    assert pools == [8]
 
 
 def test_what_does_not_fit_is_refused(run, trained):

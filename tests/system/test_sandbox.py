@@ -5,6 +5,7 @@ A hostile program answers rightly only where its attack succeeded, so that passi
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from monteclora.errors import UnsafeCodeError
 from monteclora.system import sandbox
-from monteclora.system.confinement import MACHINES, _steps
+from monteclora.system.confinement import MACHINES, NO_FILES, OWN_USER, PROTECTIONS, _steps
 from monteclora.system.sandbox import Limits, run_check
 from monteclora.system.sandbox_child import decode, encode
 
@@ -103,6 +104,7 @@ def test_nothing_but_plain_values_is_sent():
 
 # hostile programs
 
+READERS = ("list-a-folder", "read-a-file", "read-users-and-processes")  # which Landlock alone keeps from it
 HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.txt"))  # not .py: nothing must import them
 
 
@@ -129,14 +131,59 @@ def test_a_hostile_program_neither_passes_nor_harms(path, tmp_path):
         outcome = run(program, limits=SHORT)
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert not outcome.passed, outcome
-    assert outcome.reason
+    if path.stem in READERS and NO_FILES not in (outcome.in_force or ()):
+        assert outcome.missing
+    else:
+        assert not outcome.passed, outcome
+        assert outcome.reason
     assert [path.name for path in folder.iterdir()] == ["canary"]
     assert canary.read_text() == "unharmed"
     after = canary.stat()
     assert (after.st_mtime_ns, after.st_mode) == (before.st_mtime_ns, before.st_mode)
     assert not _children()
-    assert run(PROGRAM).passed  # and the next one is judged as ever
+
+
+@linux
+def test_a_program_after_hostile_ones_is_judged_as_ever():
+    assert run(PROGRAM).passed
+    assert not run("def solve(x):\n    return x + x\n").passed
+
+
+@linux
+def test_limits_hold_where_root_cannot_become_another_user(monkeypatch):
+    monkeypatch.setattr(sandbox, "_can_change_user", lambda: False)
+    for name in ("limits-of-its-own", "limits-of-the-parent"):
+        program = next(path for path in HOSTILE if path.stem == name).read_text()
+        outcome = run(program.replace("PARENT", str(os.getpid())))
+        assert not outcome.passed
+        assert "not permitted" in outcome.reason or "not allowed" in outcome.reason
+    passed = run(PROGRAM)
+    assert passed.passed
+    assert PROTECTIONS[OWN_USER] in passed.missing
+
+
+@linux
+def test_no_capability_is_left():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from confinement import confine\n"
+        "status = open('/proc/self/status')\n"
+        "confine([sys.prefix, sys.base_prefix, '/lib', '/usr/lib'], 2**30, 60, None)\n"
+        "print(*(line.split()[1] for line in status if line[:6] in ('CapInh', 'CapPrm', 'CapEff')), flush=True)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-Ic", code, str(Path(sandbox.__file__).parent)], capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout.split() == ["0" * 16] * 3, found.stderr
+
+
+@linux
+def test_a_check_says_what_it_had_to_do_without_and_that_time_was_short():
+    outcome = run(PROGRAM)
+    assert set(outcome.in_force) <= set(PROTECTIONS)
+    assert len(outcome.in_force) + len(outcome.missing) == len(PROTECTIONS)
+    late = run("def solve(x):\n    while True: pass\n", limits=Limits(seconds=1))
+    assert (late.timed_out, late.missing) == (True, ())
+    assert not outcome.timed_out
 
 
 def _children():

@@ -62,6 +62,13 @@ def test_a_wrong_answer_does_not_pass(problem, answer):
     assert verdict.reason
 
 
+@linux
+def test_programs_that_take_too_long_are_told_from_wrong_ones(problem):
+    late = judge(problem, "while True: pass", Limits(1))
+    assert late.notes == ("no verdict within 1 seconds",)
+    assert judge(problem, "return 0", Limits(60)).notes == judge(problem, BODY, Limits(60)).notes  # the machine's
+
+
 def test_a_program_keeps_the_imports_of_the_prompt():
     assert extract_program(PROMPT, f"```python\n{WHOLE}\n```", NAME).startswith("import math\n")
     assert extract_program(PROMPT, BODY, NAME) == PROMPT.rstrip() + "\n" + BODY

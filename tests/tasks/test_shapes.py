@@ -303,11 +303,3 @@ def test_many_classes_of_few_rows_can_be_validated(tmp_path: Path) -> None:
     assert len(set(data.split("train")["label"])) == 1000
     absent = 1000 - len(set(data.split("validation")["label"]))
     assert any(note.startswith(f"validation: labels without a row ({absent:,}): ") for note in data.notes)
-
-
-def test_there_are_more_than_eighty_shapes() -> None:
-    from tests.data import test_files_as_they_come as containers
-    from tests.data import test_hostile_files as hostile
-
-    shapes = (READ, REFUSED, containers.SAME_ROWS, hostile.LOADED, hostile.REFUSED)
-    assert sum(map(len, shapes)) > 80

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +28,7 @@ from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.result import RunResult
 from monteclora.system.atomic import replacing, write_file
+from monteclora.system.devices import usable_cores
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.sandbox import require_sandbox
@@ -40,6 +41,7 @@ GENERATION_FILE = "generation.json"
 ANSWERS_FOLDER = "answers"
 _FORMAT = 1
 _KS = (1, 10, 100)
+_MOST_JUDGES = 8  # at once
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def generate(
         scores=_scores(len(problems), verdicts),
         answers=table,
         seconds=time.perf_counter() - started,
-        notes=notes,
+        notes=(*notes, *_counted(verdicts)),
     )
     _keep(result, {**about, "samples": samples})
     return result
@@ -268,7 +270,8 @@ def _judge(
     assert generation is not None
     with (
         progress_bar(f"{task.name}: judged", len(slots), progress) as advance,
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        # judging may take two processes and has a limit of wall-clock time
+        ThreadPoolExecutor(min(usable_cores(), _MOST_JUDGES)) as pool,
     ):
 
         def verdict(slot: Slot) -> Verdict:
@@ -277,6 +280,12 @@ def _judge(
             return found
 
         return dict(zip(slots, pool.map(verdict, slots), strict=True))
+
+
+def _counted(verdicts: Mapping[Slot, Verdict]) -> list[str]:
+    """What verdicts say of how they came about, each with the number of answers."""
+    counts = Counter(note for verdict in verdicts.values() for note in verdict.notes)
+    return [f"{count} of {len(verdicts)} answers: {note}" for note, count in counts.items()]
 
 
 def _scores(problems: int, verdicts: Mapping[Slot, Verdict]) -> dict[str, Score]:

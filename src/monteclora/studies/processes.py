@@ -15,6 +15,7 @@ import torch
 
 from monteclora.errors import ConfigError
 from monteclora.studies.folder import StudyFolder
+from monteclora.system.devices import usable_cores
 
 __all__ = ["default_workers", "run_workers"]
 
@@ -34,7 +35,7 @@ def default_workers(per_device: int) -> int:
     """One for each core, or ``per_device`` for each GPU."""
     if torch.cuda.is_available():
         return per_device * torch.cuda.device_count()
-    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
+    return usable_cores()
 
 
 def run_workers(

@@ -14,10 +14,18 @@ import signal
 import struct
 from collections.abc import Sequence
 
-__all__ = ["MACHINES", "confine"]
+__all__ = ["MACHINES", "NO_FILES", "OWN_USER", "PROTECTIONS", "confine"]
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """AUDIT_ARCH of the machines whose system calls are listed here."""
+
+OWN_USER = "a user of its own"
+NO_FILES = "no file but Python's own can be read"
+PROTECTIONS = {
+    OWN_USER: "the program ran as the user of this process",
+    NO_FILES: "the program could read files, and so may have seen the tests (the kernel has no Landlock)",
+}
+"""What is in force where it can be, beyond the filter and the limits, and what its lack means."""
 
 # name: (x86-64, AArch64); None where a machine does not have it
 _ALLOWED = {
@@ -63,10 +71,10 @@ def confine(readable: Sequence[str], memory: int, seconds: int, user: int | None
         user: id of the user to become; None to stay.
 
     Returns:
-        What is in force beyond the system call filter and the resource limits, in words.
+        Which of :data:`PROTECTIONS` are in force.
 
     Raises:
-        OSError: the kernel refuses the system call filter.
+        OSError: the kernel refuses the system call filter, or only root can read Python's library.
     """
     found = []
     libc = ctypes.CDLL(None, use_errno=True)
@@ -75,13 +83,14 @@ def confine(readable: Sequence[str], memory: int, seconds: int, user: int | None
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-        found.append("a user of its own")
+        found.append(OWN_USER)
     prctl = libc.prctl
     _check(prctl(1, signal.SIGKILL, 0, 0, 0))  # PR_SET_PDEATHSIG: end with the parent
     _check(prctl(4, 0, 0, 0, 0))  # PR_SET_DUMPABLE: processes of the same user cannot look into this one
     _check(prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
     if _restrict_files(libc, readable):
-        found.append("no file but Python's own can be read")
+        found.append(NO_FILES)
+    _drop_capabilities(libc)
     _filter_system_calls(libc)
     return found
 
@@ -98,6 +107,16 @@ def _limit(memory: int, seconds: int) -> None:
         _, hard = resource.getrlimit(limit)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Root without them cannot raise its limits again, trace processes, or read what it does not own."""
+    header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    _check(libc.capset(header, bytes(24)))  # effective, permitted and inheritable, twice 32 of them
+    try:
+        os.listdir(os.path.dirname(os.__file__))
+    except PermissionError:
+        raise OSError(errno.EACCES, "Python's library belongs to a user who lets nobody but root read it") from None
 
 
 def _check(result: int) -> int:

@@ -7,7 +7,15 @@ import platform
 
 import torch
 
-__all__ = ["PeakMemory", "device_name", "is_main_process", "process_count", "process_index", "training_device"]
+__all__ = [
+    "PeakMemory",
+    "device_name",
+    "is_main_process",
+    "process_count",
+    "process_index",
+    "training_device",
+    "usable_cores",
+]
 
 
 def process_index() -> int:
@@ -36,6 +44,11 @@ def training_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may run on, which a container or a scheduler can make fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

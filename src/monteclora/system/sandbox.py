@@ -2,21 +2,23 @@
 
 A check takes two child processes. One runs the program, the other the tests; the parent runs neither. The tests call
 the program's function over a pipe, and only values of plain types (numbers, text, lists, tuples, dicts, sets) come
-back, so that the program can neither see nor change the tests, nor say that it passed: the verdict comes from the
-process of the tests, over a pipe that the program's process does not have, with a secret that only the parent and the
-tests know.
+back, so that the program can neither change the tests nor say that it passed: the verdict comes from the process of the
+tests, over a pipe that the program's process does not have, with a secret that only the parent and the tests know. The
+program is not given the tests; with Landlock it cannot read them from the data's file either.
 
 Both children run under
     a system call filter (seccomp): no network, no process beside their own, no signal to others, no file made, opened
     for writing, renamed or removed; what is not known to be needed fails;
     limits of memory, processor time, open files and size of written files, and a time after which both are killed;
+    no capabilities, also where they are root's;
     a user of their own, where the parent is root and Python can be read by others;
     Landlock, where the kernel has it: no file can be read but Python's own and the system's libraries.
 Without the filter nothing is run.
 
 What this does not protect against: a defect of the kernel; a slower machine for as long as a program is allowed to run;
 measurements of other processes through the processor's caches; and, without Landlock, a program that reads what its
-user may read (it has no way to send it anywhere). The code of the data set, the tests, is trusted to judge fairly; it
+user may read, the tests among it (it has no way to send it anywhere). :attr:`Outcome.missing` says which protections a
+check had to do without. The code of the data set, the tests, is trusted to judge fairly; it
 runs under the same confinement. For programs that somebody wrote to break out, use a virtual machine as well.
 """
 
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from monteclora.errors import UnsafeCodeError
-from monteclora.system.confinement import MACHINES
+from monteclora.system.confinement import MACHINES, PROTECTIONS
 
 __all__ = ["Limits", "Outcome", "require_sandbox", "run_check"]
 
@@ -73,12 +75,21 @@ class Outcome:
     Attributes:
         passed: whether every test passed.
         reason: why not.
-        in_force: protections beyond the filter and the limits, in words.
+        in_force: which of :data:`~monteclora.system.confinement.PROTECTIONS`; None where there was no verdict.
+        timed_out: whether there was none in time.
     """
 
     passed: bool
     reason: str = ""
-    in_force: tuple[str, ...] = ()
+    in_force: tuple[str, ...] | None = None
+    timed_out: bool = False
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What it means that protections were not in force, in words."""
+        if self.in_force is None:
+            return ()
+        return tuple(lack for protection, lack in PROTECTIONS.items() if protection not in self.in_force)
 
 
 def require_sandbox() -> None:
@@ -117,7 +128,7 @@ def run_check(program: str, trusted: str, test: str, entry_point: str, limits: L
         try:
             output, _ = children[1].communicate(json.dumps(task).encode(), timeout=limits.seconds)
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"no verdict within {limits.seconds:g} seconds")
+            return Outcome(False, f"no verdict within {limits.seconds:g} seconds", timed_out=True)
     finally:
         for child in children:
             child.kill()
@@ -159,7 +170,7 @@ def _outcome(output: bytes, token: str) -> Outcome:
         refusal = verdict.get("refusal") or verdict.get("reason") or "the program's process did not start"
         raise UnsafeCodeError(
             f"the program was not run, its process cannot be confined: {refusal}",
-            "Use a machine or container that allows seccomp filters.",
+            "Use a machine or container that allows seccomp filters, and a Python that others can read.",
         )
     return Outcome(verdict["passed"] is True, str(verdict["reason"]), tuple(in_force))
 

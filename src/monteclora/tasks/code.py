@@ -72,7 +72,8 @@ def judge(problem: Problem, answer: str, limits: Limits | None = None) -> Verdic
     program = extract_program(facts["prompt"], answer, facts["entry_point"])
     trusted = facts["prompt"] + problem.reference
     outcome = run_check(program, trusted, facts["test"], facts["entry_point"], limits or Limits())
-    return Verdict({"passed": outcome.passed}, program, outcome.reason)
+    late = (outcome.reason,) if outcome.timed_out else ()
+    return Verdict({"passed": outcome.passed}, program, outcome.reason, (*outcome.missing, *late))
 
 
 def _humaneval_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,13 @@ class Verdict:
         correct: whether it is right, by criterion.
         extracted: what was taken for the answer.
         reason: why it is wrong, where there is more to say.
+        notes: what a reader of the scores must know of how it was judged, in words that are the same for many answers.
     """
 
     correct: Mapping[str, bool]
     extracted: str
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
