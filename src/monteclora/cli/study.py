@@ -20,7 +20,7 @@ def study(
 ) -> None:
     """Run a grid of trials, and measure how robust each method is against its settings.
 
-    The same command again runs what is left; finished trials are never run again. Several commands, on machines that
+    The same command again runs what is left; finished trials are never run again, failed ones are. Several commands, on machines that
     share the study's folder, divide its trials.
 
     Args:
