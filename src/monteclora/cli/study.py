@@ -20,8 +20,8 @@ def study(
 ) -> None:
     """Run a grid of trials, and measure how robust each method is against its settings.
 
-    The same command again runs what is left; finished trials are never run again, failed ones are. Several commands, on machines that
-    share the study's folder, divide its trials.
+    The same command again runs what is left; finished trials are never run again, failed ones are. Several commands,
+    on machines that share the study's folder, divide its trials.
 
     Args:
         recipe: a study recipe, or the name of a bundled one.
