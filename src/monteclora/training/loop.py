@@ -172,8 +172,7 @@ class Loop:
         device = self.accelerator.device
         items, tokens = self._count(batches)
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
-        own_context = type(self.method).gradient_context is not Method.gradient_context
-        with self.method.gradient_context(self.optimizer) if own_context else nullcontext():
+        with self.method.gradient_context(self.optimizer):
             passes = self._passes(inputs, items)
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.optimizer)
