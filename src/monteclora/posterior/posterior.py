@@ -86,7 +86,8 @@ class AdapterPosterior(nn.Module):
         self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed after training
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
-        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on
+        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on, or is repeated
+        self.awaits_draw = False  # whether prediction draws are asked for, and the pass that goes on has none yet
         self._repetitions = Repetitions()
         self._reminder = Reminder()
         if settings.kl_weight == settings.coop_weight == 0.0:
@@ -148,7 +149,7 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "_current": None, "drawn": False}
+        return {**self.__dict__, "_current": None, "drawn": False, "awaits_draw": False}
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` holds beside the tensors: the number of draws made, and whether noise is on."""
