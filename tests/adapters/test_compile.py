@@ -171,7 +171,7 @@ def test_a_compiled_block_called_alone_does_not_pass_the_mean_off_as_a_draw(full
             drawn = [model(**batch_for(llama), use_cache=False).logits for _ in range(2)]
             assert not torch.equal(*drawn)
             refusal = torch._dynamo.exc.Unsupported if fullgraph else ConfigError
-            with pytest.raises(refusal, match="a compiled block .*outside"):
+            with pytest.raises(refusal, match=r"a compiled block .*outside"):
                 block(hidden, position_embeddings=positions)
         with posterior_sampling(model, seed=1, resample=False):
             once = [block(hidden, position_embeddings=positions)[0] for _ in range(2)]

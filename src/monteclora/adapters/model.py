@@ -240,7 +240,7 @@ class MonteCLoRAModel(PeftModel):
                 if not known:
                     self.delete_adapter(adapter_name)
                 raise
-            self.base_model.set_trainable({parameter: is_trainable for parameter in existing.parameters()})
+            self.base_model.set_trainable(dict.fromkeys(existing.parameters(), is_trainable))
         stored.copy_into(existing)
         return result
 

@@ -169,7 +169,7 @@ class MonteCLoRATuner(LoraModel):
             if type(layer) is Linear:
                 layer.__class__ = DrawnLinear
         posterior.trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.set_trainable({parameter: posterior.trained for parameter in posterior.parameters()})
+        self.set_trainable(dict.fromkeys(posterior.parameters(), posterior.trained))
         self.posteriors[adapter_name] = posterior
         self.mean_modules[adapter_name] = [layer.lora_A for _, layer in layers]
         self.hooked_layers[adapter_name] = dict(layers)
@@ -321,7 +321,7 @@ class MonteCLoRATuner(LoraModel):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for name, posterior in self.posteriors.items():
             active = name in self.active_adapters and not inference_mode
-            self.set_trainable({parameter: active for parameter in posterior.parameters()})
+            self.set_trainable(dict.fromkeys(posterior.parameters(), active))
 
     @property
     def disabled(self) -> bool:
@@ -360,7 +360,7 @@ class MonteCLoRATuner(LoraModel):
         for name in names:
             posterior = self.posterior(name)
             if posterior is not None:
-                self.set_trainable({parameter: requires_grad for parameter in posterior.parameters()})
+                self.set_trainable(dict.fromkeys(posterior.parameters(), requires_grad))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft, posterior included; that of the adapter which takes over becomes trainable with it."""
