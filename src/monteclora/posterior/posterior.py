@@ -33,7 +33,7 @@ from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
 from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
-from monteclora.posterior.torch_private import add_to_each
+from monteclora.posterior.torch_private import add_to_each, versions
 
 __all__ = ["AdapterPosterior"]
 
@@ -273,7 +273,7 @@ class AdapterPosterior(nn.Module):
             cells=raw.cells,
             log_norm_grad=raw.log_norm_grad,
             means=means,
-            versions=[mean._version for mean in means or ()],
+            versions=versions(means or ()),
             index=self.draws,
             repetitions=self._repetitions,
             reminder=self._reminder,
