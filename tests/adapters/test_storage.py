@@ -517,5 +517,5 @@ def test_a_posterior_at_its_bound_is_told_of(tmp_path: Path, caplog: pytest.LogC
         posterior_of(model).rho[3] = -21.0
     model.save_pretrained(tmp_path)
     assert [record.getMessage() for record in caplog.records] == [
-        "rho of the posterior has reached its bound of 20 and is used at it: lower the learning rate"
+        "rho of the posterior has reached its bound of 20 and is held at it: lower the learning rate"
     ]

@@ -94,11 +94,8 @@ def save_posterior(
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in values.items()}
     for name in ("rho", "eta"):
         if at_bound(tensors[name]):
-            logger.warning(
-                "%s of the posterior has reached its bound of %g and is used at it: lower the learning rate",
-                name,
-                BOUND,
-            )
+            what = "%s of the posterior has reached its bound of %g and is held at it: lower the learning rate"
+            logger.warning(what, name, BOUND)
     fields = {
         "format": _FORMAT,
         "layers": [(_plain_name(layer.name), *layer[1:]) for layer in posterior.layers],
