@@ -1,4 +1,4 @@
-"""Thirty architectures, tiny: several draws at once are the draws one by one, and a forward pass has one draw."""
+"""Some thirty architectures, tiny: several draws at once are the draws one by one, and a forward pass has one draw."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from monteclora import posterior_sampling, variational_loss
+from monteclora.errors import ConfigError
 from tests.models import (
     TARGETS,
     batch_for,
@@ -143,6 +144,39 @@ def test_a_compiled_layer_in_evaluation_and_under_posterior_draws() -> None:
                 for _ in range(2):
                     torch.testing.assert_close(compiled(x), eager(x))
                 assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_compiled_blocks_of_a_posterior_that_is_switched_off() -> None:
+    """The first phase of post-hoc training: no draw is asked for, which would break every block's graph."""
+    eager, compiled = wrapped(llama), wrapped(llama)
+    for model in (eager, compiled):
+        posterior_of(model).enabled = False
+        posterior_of(model).requires_grad_(False)
+    compile_blocks(compiled)
+    assert agree(steps(eager, eager, count=2), steps(compiled, compiled, count=2))
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_block_called_alone_does_not_pass_the_mean_off_as_a_draw(fullgraph: bool) -> None:
+    model = wrapped(llama).eval()
+    backbone = model.get_base_model().model
+    hidden = torch.randn(2, 5, 32)
+    positions = backbone.rotary_emb(hidden, torch.arange(5).unsqueeze(0))
+    block = backbone.layers[0]
+    block.compile(backend=BACKEND, fullgraph=fullgraph)
+    with torch.no_grad():
+        block(hidden, position_embeddings=positions)
+        with posterior_sampling(model, seed=1):
+            drawn = [model(**batch_for(llama), use_cache=False).logits for _ in range(2)]
+            assert not torch.equal(*drawn)
+            refusal = torch._dynamo.exc.Unsupported if fullgraph else ConfigError
+            with pytest.raises(refusal, match=r"a compiled block .*outside"):
+                block(hidden, position_embeddings=positions)
+        with posterior_sampling(model, seed=1, resample=False):
+            once = [block(hidden, position_embeddings=positions)[0] for _ in range(2)]
+        assert torch.equal(*once)
+        assert not torch.equal(once[0], block(hidden, position_embeddings=positions)[0])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import monteclora
 from monteclora import MonteCLoRAConfig
+from monteclora.adapters.rows import row_order
 from monteclora.errors import ConfigError
 from tests.models import (
     Perceptron,
@@ -158,3 +159,12 @@ def test_the_batch_size_comes_from_whatever_the_model_is_called_with() -> None:
     ):
         call()
         assert posterior_of(model).current.layers[0].sign_in.shape == (2, 32)
+
+
+def test_rows_of_one_vector_each_are_told_apart_whatever_they_are() -> None:
+    """In a single random direction a marked row happens to stay where it is, in one of a hundred batches."""
+    model = wrapped(perceptron)
+    generator = torch.Generator().manual_seed(0)
+    layers = model.base_model.hooked_layers["default"]
+    for _ in range(200):
+        assert row_order(model, (torch.randn(2, 12, generator=generator),), {}, layers, 2).disorder is None

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import monteclora
 from monteclora import MonteCLoRAConfig, posterior_sampling, variational_loss
-from monteclora.adapters.active import train_posterior_only
+from monteclora.adapters.active import one_draw, regularisation, train_posterior_only
 from monteclora.errors import ConfigError
+from monteclora.methods import get_method
 from tests.models import (
     Perceptron,
     batch_for,
@@ -521,3 +522,196 @@ def test_per_sample_gradients_by_torch_func_work_at_the_mean_and_are_refused_und
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.testing.assert_close(found[name].sum(0), parameter.grad)
+
+
+# -- which rows are whose --------------------------------------------------------------------------------------------
+
+
+def test_every_tensor_of_a_batch_must_be_repeated_for_several_draws() -> None:
+    """A mask alone says nothing: each of three different texts would silently get another draw."""
+    model = wrapped(llama).eval()
+    ids, mask = tokens(rows=3, length=8), torch.ones(3, 8, dtype=torch.long)
+    for args, kwargs in (((ids,), {"attention_mask": mask}), ((), {"input_ids": ids[:1].repeat(3, 1), "labels": ids})):
+        with (
+            posterior_sampling(model, num_samples=3),
+            pytest.raises(ConfigError, match="3 draws at once met a batch of 3 rows"),
+        ):
+            model(*args, **kwargs)
+    with posterior_sampling(model, num_samples=3), torch.no_grad():
+        model(ids[:1].repeat(3, 1), attention_mask=mask)
+
+
+def test_positions_of_as_many_tokens_as_rows_are_no_rows() -> None:
+    class Positioned(Perceptron):
+        def forward(self, x: Tensor, cache_position: Tensor) -> Tensor:
+            return super().forward(x + cache_position[:, None])
+
+    model = monteclora.get_peft_model(Positioned(), config_for(perceptron)).eval()
+    x = torch.randn(1, 6, 12).repeat(6, 1, 1)
+    with posterior_sampling(model, num_samples=3):
+        assert model(x, cache_position=torch.arange(6)).shape == (6, 6, 5)
+
+
+class Branching(Perceptron):
+    """Calls its second layer in some passes only, and mixes up the rows for it."""
+
+    def forward(self, x: Tensor, deep: bool) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.second(hidden.roll(1, 0)) if deep else hidden
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_a_layer_that_did_not_run_at_first_is_checked_when_it_does(per_example: bool) -> None:
+    torch.manual_seed(0)
+    noise = "per_example" if per_example else "shared"
+    model = monteclora.get_peft_model(Branching(), config_for(perceptron, noise=noise)).train(per_example)
+    x = torch.randn(2, 12).repeat(3, 1)
+    with posterior_sampling(model, num_samples=3):
+        for _ in range(2):
+            model(x, deep=False)
+        with pytest.raises(ConfigError, match=r"layer 'second' \(its input is not ordered"):
+            model(x, deep=True)
+
+
+def test_rows_are_looked_for_once_where_every_layer_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(llama).eval()
+    calls = []
+    base = model.get_base_model()
+    forward = base.forward
+    monkeypatch.setattr(base, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    with posterior_sampling(model, num_samples=3), torch.no_grad():
+        for _ in range(3):
+            model(input_ids=tokens(rows=1).repeat(3, 1))
+    assert len(calls) == 3 + 3  # as it is, and with the first and the last row marked
+
+
+def test_looking_for_rows_leaves_the_global_generators_alone() -> None:
+    class Noisy(Perceptron):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(3)
+            return super().forward(x)
+
+    model = monteclora.get_peft_model(Noisy(), config_for(perceptron, noise="per_example"))
+    torch.manual_seed(4)
+    model(torch.ones(2, 12))
+    found = torch.rand(1)
+    torch.manual_seed(4)
+    torch.rand(3)
+    assert torch.equal(found, torch.rand(1))
+
+
+def test_an_error_of_the_models_own_is_not_taken_for_a_transform() -> None:
+    class Failing(Perceptron):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("my own vmap failed")
+
+    model = monteclora.get_peft_model(Failing(), config_for(perceptron, noise="per_example"))
+    with pytest.raises(RuntimeError, match="my own vmap failed"):
+        model(torch.ones(2, 12))
+
+
+# -- late draws ------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_hooked_once_for_layers_that_are_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(perceptron)
+    tuner, calls = model.base_model, []
+    hook = tuner.hook_everything
+    monkeypatch.setattr(tuner, "hook_everything", lambda: calls.append(1) or hook())
+    for _ in range(3):
+        model.get_base_model().first(torch.randn(2, 12))
+    assert len(calls) == 1
+    assert posterior_of(model).draws == 3
+    model.add_adapter("other", config_for(perceptron))
+    model.get_base_model().first(torch.randn(2, 12))
+    assert len(calls) == 2
+
+
+def test_recomputation_asks_for_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(llama)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    asked = []
+    monkeypatch.setattr(model.base_model.scope, "draw_late", lambda posterior: asked.append(posterior))
+    model(**batch_for(llama), use_cache=False).loss.backward()
+    assert not asked
+    assert not posterior_of(model).drawn
+    gradients(model)
+
+
+def test_per_example_noise_of_an_adapter_in_some_layers_alone_is_refused_with_the_reason() -> None:
+    model = wrapped(llama)
+    model.add_adapter("other", config_for(llama, noise="per_example"))
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    layer.set_adapter("other")
+    with pytest.raises(ConfigError, match="active in some layers alone") as caught:
+        model(**batch_for(llama))
+    assert "set_adapter" in caught.value.hint
+    with pytest.raises(ConfigError, match="outside a forward pass"):
+        layer(torch.randn(2, 32))
+    # one that is not trained stays at its mean
+    for name, parameter in model.named_parameters():
+        if ".other" in name:
+            parameter.requires_grad_(False)
+    model(**batch_for(llama))
+    assert posterior_of(model, "other").draws == 0
+
+
+def test_a_draw_in_common_counts_as_training_of_what_is_trainable() -> None:
+    model = wrapped(llama)
+    model.add_adapter("other", config_for(llama))
+    model.set_adapter("other")
+    other = posterior_of(model, "other")
+    assert not other.trained
+    with one_draw(model), torch.no_grad():
+        model(**batch_for(llama))
+    assert not other.trained
+    assert not model.base_model.is_trainable(posterior_of(model))
+    assert model.base_model.is_trainable(other)
+    assert not other.trained, "asking changes nothing"
+    with one_draw(model):
+        model(**batch_for(llama))
+    assert other.trained
+
+
+# -- disabled adapters -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_set_while_adapters_are_disabled_holds_when_they_are_enabled() -> None:
+    model = wrapped(llama)
+    model.add_adapter("other", config_for(llama))
+    tuner, first, other = model.base_model, posterior_of(model), posterior_of(model, "other")
+
+    def trainable() -> tuple[bool, bool]:
+        return first.rho.requires_grad, other.rho.requires_grad
+
+    assert trainable() == (True, False)
+    tuner.disable_adapter_layers()
+    tuner.disable_adapter_layers()
+    model.set_adapter("other")
+    assert trainable() == (False, False)
+    tuner.enable_adapter_layers()
+    assert trainable() == (False, True)
+    tuner.disable_adapter_layers()
+    model.set_requires_grad("other", False)
+    model.set_requires_grad("other", True)
+    model.set_requires_grad("default", True)
+    assert trainable() == (False, False)
+    assert float(variational_loss(model)) == 0.0
+    tuner.enable_adapter_layers()
+    assert trainable() == (True, True)
+    tuner.disable_adapter_layers()
+    model.delete_adapter("other")
+    model.add_adapter("third", config_for(llama))
+    tuner.enable_adapter_layers()
+    assert first.rho.requires_grad
+    assert not posterior_of(model, "third").rho.requires_grad
+    assert not tuner.disabled
+
+
+def test_every_trainer_leaves_disabled_adapters_out_of_its_loss() -> None:
+    model = wrapped(llama)
+    method = get_method("monteclora")
+    assert method.added_loss(model).loss.item() == variational_loss(model).item() > 0
+    with model.disable_adapter():
+        assert regularisation(model) is None
+        assert method.added_loss(model) is None

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import monteclora
 from monteclora import variational_loss
 from monteclora.adapters import storage
-from monteclora.adapters.storage import POSTERIOR_FILE
-from monteclora.errors import CheckpointError
+from monteclora.adapters.rescaling import posterior_scale, rescale_posterior, restore_posterior
+from monteclora.adapters.storage import POSTERIOR_FILE, load_posterior
+from monteclora.errors import CheckpointError, ConfigError
 from tests.models import (
     TARGETS,
     TASKS,
@@ -460,3 +461,61 @@ def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
     wrapped(llama).save_pretrained(tmp_path)
     wrapped(llama).save_pretrained(str(tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# -- a calibrated scale, and a posterior that diverged -----------------------------------------------------------------
+
+
+def test_a_calibration_is_forgotten_when_the_posterior_is_trained_on(tmp_path: Path) -> None:
+    """Its scales of training are then those that it was calibrated to."""
+    trained().save_pretrained(tmp_path)
+    rescale_posterior(tmp_path, 0.5, {"criterion": "by hand"})
+    model = monteclora.from_pretrained(llama(), tmp_path, is_trainable=True)
+    model.eval()
+    with torch.no_grad(), monteclora.posterior_sampling(model):
+        model(**batch_for(llama))
+    model.save_pretrained(tmp_path / "predicted")
+    assert posterior_scale(tmp_path / "predicted")["factor"] == 0.5
+    train(model.train(), llama, range(1))
+    model.save_pretrained(tmp_path / "on")
+    assert posterior_scale(tmp_path / "on")["factor"] == 1.0
+    assert not restore_posterior(tmp_path / "on")
+    halved = load_posterior(tmp_path / "on" / "posterior.safetensors").tensors["scale"]
+    assert torch.equal(halved, posterior_of(model).scale)
+    assert restore_posterior(tmp_path)
+    assert torch.equal(0.5 * load_posterior(tmp_path / "posterior.safetensors").tensors["scale"], halved)
+
+
+def test_a_posterior_calibrated_to_nothing_is_not_trained_on(tmp_path: Path) -> None:
+    trained().save_pretrained(tmp_path)
+    rescale_posterior(tmp_path, 0.0, {})
+    model = monteclora.from_pretrained(llama(), tmp_path, is_trainable=True).train()
+    with pytest.raises(ConfigError, match="trained without noise") as caught:
+        model(**batch_for(llama))
+    assert "--undo" in caught.value.hint
+    model.eval()(**batch_for(llama))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"trained_scale": "much"}, {"trained_scale": ["much"] * 6}, {"factor": None}, {"trained_scale": [1.0]}]
+)
+def test_a_damaged_calibration(tmp_path: Path, damage: dict[str, Any]) -> None:
+    trained().save_pretrained(tmp_path)
+    rescale_posterior(tmp_path, 0.5, {})
+    rewrite(tmp_path / "posterior.safetensors", lambda fields, tensors: fields["calibration"].update(damage))
+    for use in (load_posterior, lambda path: restore_posterior(path.parent)):
+        with pytest.raises(CheckpointError, match="calibration does not fit") as caught:
+            use(tmp_path / "posterior.safetensors")
+        assert caught.value.hint
+
+
+def test_a_posterior_at_its_bound_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path)
+    assert not caplog.records
+    with torch.no_grad():
+        posterior_of(model).rho[3] = -21.0
+    model.save_pretrained(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rho of the posterior has reached its bound of 20 and is held at it: lower the learning rate"
+    ]

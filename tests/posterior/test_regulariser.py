@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings, dirichlet, mixture, wishart
+from monteclora.posterior.bounds import bounded
 from tests.posterior.building import posterior_of, random_posterior, row_scales
 from tests.posterior.checks import assert_mean
 from tests.reference import Law
@@ -319,3 +320,48 @@ def test_scale_zero_is_the_mean():
     gradients = torch.autograd.grad(draw.layers[0].matrix.sum(), (posterior.rho, posterior.eta))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
     assert posterior.moments()["noise_std"] == 0
+
+
+@pytest.mark.parametrize("regulariser", ["expected", "sampled"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_beyond_the_bound_values_are_those_at_it_and_the_gradient_pulls_back(regulariser, sign):
+    found = []
+    for value in (20.0, 25.0, 1e30):
+        posterior = random_posterior(regulariser=regulariser, kl_weight=1.0, coop_weight=0.0)
+        with torch.no_grad():
+            posterior.rho[0] = sign * value
+            posterior.eta[0] = sign * value
+            posterior.eta[1, 0] = sign * value
+        posterior.draw()
+        loss = posterior.regulariser().loss
+        loss.backward()
+        found.append([loss.detach(), posterior.rho.grad, posterior.eta.grad, *posterior.moments().values()])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    assert all(tensor.isfinite().all() for tensor in found[0])
+    _, of_rho, of_eta, *_ = found[0]
+    assert sign * of_rho[0] > 0, "a step against the gradient leads back"
+    assert sign * of_eta[1, 0] > 0
+
+
+def test_within_the_bounds_nothing_is_changed_bit_for_bit():
+    rho, eta = torch.randn(5, requires_grad=True), torch.tensor([-20.0, -0.0, 1e-30, 20.0], requires_grad=True)
+    values = bounded(rho, eta)
+    assert torch.equal(values[0], rho)
+    assert torch.equal(values[1], eta)
+    assert torch.equal(values[1].signbit(), eta.signbit())
+    weights = torch.randn(5), torch.randn(4)
+    (values[0] @ weights[0] + values[1] @ weights[1]).backward()
+    assert torch.equal(rho.grad, weights[0])
+    assert torch.equal(eta.grad, weights[1])
+
+
+def test_the_regulariser_compiles_whole():
+    posterior, twin = random_posterior(kl_weight=1.0), random_posterior(kl_weight=1.0)
+    compiled = torch.compile(lambda: posterior.regulariser().loss, backend="aot_eager", fullgraph=True)
+    expected = twin.regulariser().loss
+    torch.testing.assert_close(compiled(), expected)
+    compiled().backward()
+    expected.backward()
+    torch.testing.assert_close(posterior.rho.grad, twin.rho.grad)
+    torch.testing.assert_close(posterior.eta.grad, twin.eta.grad)

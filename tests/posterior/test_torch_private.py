@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from monteclora.posterior.torch_private import add_to_each, in_backward, standard_gamma, standard_gamma_slope
+from monteclora.posterior.torch_private import (
+    add_to_each,
+    in_backward,
+    standard_gamma,
+    standard_gamma_slope,
+    versions,
+)
 
 
 def test_gamma_draws_follow_their_generator_and_have_their_moments() -> None:
@@ -46,3 +52,12 @@ def test_recomputation_knows_that_it_is_inside_a_backward_pass() -> None:
     checkpoint(block, x, use_reentrant=False).sum().backward()
     assert seen == [False, True]
     assert not in_backward()
+
+
+def test_a_tensors_version_counts_what_was_done_to_it_in_place() -> None:
+    one, two = torch.zeros(2), torch.zeros(2)
+    before = versions([one, two])
+    one.add_(1.0)
+    after = versions([one, two])
+    assert after[0] > before[0]
+    assert after[1] == before[1]

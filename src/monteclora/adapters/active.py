@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from monteclora.adapters.scope import PosteriorSampler, check_here
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
-from monteclora.posterior import AdapterPosterior
+from monteclora.posterior import AdapterPosterior, Regulariser
 
 __all__ = [
+    "Regularisation",
     "active_posteriors",
     "one_draw",
     "posterior_sampling",
+    "regularisation",
     "sampled_posteriors",
     "train_posterior_only",
     "variational_loss",
@@ -43,6 +46,31 @@ def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
     return _tuner(model).active_posteriors()
 
 
+class Regularisation(NamedTuple):
+    """What training is told of the regularisers of all active adapters.
+
+    Attributes:
+        loss: their weighted sum, a differentiable scalar.
+        first: that of the first adapter, without gradient, to be logged.
+    """
+
+    loss: Tensor
+    first: Regulariser
+
+
+def regularisation(model: nn.Module) -> Regularisation | None:
+    """The regularisers of the active adapters; None while their posteriors are switched off or the adapters disabled.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    tuner = _tuner(model)
+    if tuner.disabled:
+        return None
+    parts = [posterior.regulariser() for posterior in tuner.active_posteriors() if posterior.enabled]
+    return Regularisation(torch.stack([part.loss for part in parts]).sum(), parts[0].detach()) if parts else None
+
+
 def variational_loss(model: nn.Module) -> Tensor:
     """What to add to the task's loss, once for each optimiser step: the weighted KL terms and cooperative loss.
 
@@ -56,11 +84,10 @@ def variational_loss(model: nn.Module) -> Tensor:
     Raises:
         ConfigError: the model has no MonteCLoRA adapter.
     """
-    tuner = _tuner(model)
-    posteriors = tuner.active_posteriors()
-    losses = [posterior.regulariser().loss for posterior in posteriors if posterior.enabled and not tuner.frozen]
-    if losses:
-        return torch.stack(losses).sum()
+    found = regularisation(model)
+    if found is not None:
+        return found.loss
+    posteriors = active_posteriors(model)
     return torch.zeros((), device=posteriors[0].rho.device if posteriors else None)
 
 

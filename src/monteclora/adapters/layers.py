@@ -84,10 +84,12 @@ class DrawnLayer(LoraVariant):
         if not isinstance(dropout, nn.Identity):
             x = dropout(x)
         if module.training:
-            if not posterior.drawn:
+            if posterior.enabled and not posterior.drawn:
                 self.scope.draw_late(posterior)
             layer = self.slot.current
         elif torch.compiler.is_compiling():
+            if posterior.enabled and posterior.awaits_draw:
+                self.scope.refuse_alone()
             layer = self.slot.predictive
         else:
             draw = self.scope.predictive(posterior)

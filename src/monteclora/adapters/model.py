@@ -59,12 +59,11 @@ class MonteCLoRAModel(PeftModel):
     @contextmanager
     def _others_as_frozen(self) -> Iterator[None]:
         """Leave the posteriors that are there as frozen as they are, as peft leaves the weights of their adapters."""
-        parameters = [(p, p.requires_grad) for posterior in self.posteriors.values() for p in posterior.parameters()]
+        before = self.base_model.trainable(self.base_model.known_posteriors())
         try:
             yield
         finally:
-            for parameter, required in parameters:
-                parameter.requires_grad_(required)
+            self.base_model.set_trainable(before)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As in torch; a posterior follows its adapter to other ranks before an optimiser sees its parameters."""
@@ -241,7 +240,7 @@ class MonteCLoRAModel(PeftModel):
                 if not known:
                     self.delete_adapter(adapter_name)
                 raise
-            existing.requires_grad_(is_trainable)
+            self.base_model.set_trainable(dict.fromkeys(existing.parameters(), is_trainable))
         stored.copy_into(existing)
         return result
 

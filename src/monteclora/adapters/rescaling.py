@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from monteclora.adapters import storage
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.errors import ConfigError
 
 __all__ = ["posterior_scale", "rescale_posterior", "restore_posterior"]
 
@@ -65,9 +65,8 @@ def restore_posterior(folder: Path) -> bool:
 
 
 def _trained(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[float]:
-    found: list[float] = (document.get("calibration") or {}).get("trained_scale", tensors["scale"].tolist())
-    if not isinstance(found, list) or len(found) != len(tensors["scale"]):
-        raise CheckpointError("the calibration of a posterior does not fit its layers", storage.RESTORE)
+    calibration = document.get("calibration")
+    found: list[float] = calibration["trained_scale"] if calibration else tensors["scale"].tolist()
     return found
 
 

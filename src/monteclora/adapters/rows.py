@@ -16,18 +16,23 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from monteclora.system.modes import evaluating
+from monteclora.system.randomness import preserved_generators
 
-__all__ = ["batch_tensor", "layer_out_of_order"]
+__all__ = ["RowOrder", "batch_tensor", "batch_tensors", "row_order"]
 
+# one number for each token, of which there may be as many as rows
+_POSITIONS = ("cache_position",)
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "attention_mask")
 # a marked input changes by about its own size, rounding by a hundredth of that at most
 _CHANGED = 0.02
+# in one random direction, one marked row of a hundred changes by less than that
+_DIRECTIONS = 8
 
 
 def batch_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -39,14 +44,46 @@ def batch_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
     return None
 
 
-def layer_out_of_order(
+def batch_tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a call that have its batch along their first dimension, :func:`batch_tensor` among them.
+
+    A vector of positions is none, however long.
+    """
+    batch = batch_tensor(args, kwargs)
+    if batch is None:
+        return []
+    values = [*args, *(value for name, value in kwargs.items() if name not in _POSITIONS)]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    return [tensor for tensor in tensors if tensor.shape[0] == batch.shape[0]]
+
+
+class RowOrder(NamedTuple):
+    """What is known of the order of rows in the inputs of layers.
+
+    Attributes:
+        disorder: the first layer whose input is not the groups of the batch one after the other, with the reason;
+            None where the layers that ran are in order.
+        ran: names of the layers that ran.
+        settled: whether that is final: a layer is not in order, or each one ran.
+    """
+
+    disorder: str | None = None
+    ran: frozenset[str] = frozenset()
+    settled: bool = False
+
+
+_UNKNOWN = RowOrder()
+
+
+def row_order(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     layers: Mapping[str, nn.Module],
     groups: int,
-) -> str | None:
-    """The first layer whose input is not the groups of the batch one after the other, with the reason.
+    known: RowOrder = _UNKNOWN,
+) -> RowOrder:
+    """Find out whether the input of each layer is the groups of the batch one after the other.
 
     Args:
         module: about to be called; it is called up to three times, in evaluation mode, on copies of its arguments.
@@ -54,13 +91,30 @@ def layer_out_of_order(
         kwargs: keyword arguments of the call.
         layers: adapted layers by name.
         groups: equal parts of the batch along its first dimension: draws, or examples. At least 2.
-
-    Returns:
-        Its name and what is wrong with it, or None where all layers are in order. A layer that is not called is.
+        known: from earlier calls; where this one runs no other layers, ``module`` is called once.
     """
-    plain = _inputs(module, args, kwargs, layers, groups, None)
-    if isinstance(plain, str):
-        return plain
+    with preserved_generators():
+        plain = _inputs(module, args, kwargs, layers, groups, None)
+        if isinstance(plain, str):
+            return RowOrder(plain, known.ran, settled=True)
+        ran = known.ran | plain.keys()
+        disorder = None
+        if ran != known.ran:
+            disorder = _first_disorder(module, args, kwargs, layers, groups, plain)
+    inside = {id(part) for part in module.modules()}
+    missing = any(id(layer) in inside for name, layer in layers.items() if name not in ran)
+    return RowOrder(disorder, ran, settled=disorder is not None or not missing)
+
+
+def _first_disorder(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    layers: Mapping[str, nn.Module],
+    groups: int,
+    plain: Mapping[str, list[Tensor]],
+) -> str | None:
+    """The first layer that is not in order, with the reason, from its inputs and those when rows are marked."""
     for group in (0, groups - 1):
         marked = _inputs(module, args, kwargs, layers, groups, group)
         if isinstance(marked, str):
@@ -77,7 +131,7 @@ def layer_out_of_order(
 
 
 def _disorder(before: Tensor, after: Tensor, group: int) -> str | None:
-    """What is wrong with an input, shape (groups, rows), of which ``group`` alone should have changed."""
+    """What is wrong with an input, shape (groups, numbers), of which ``group`` alone should have changed."""
     size = before.square().mean().sqrt()
     changed = ((after - before).abs().amax(-1) > _CHANGED * size).tolist()
     if not changed[group] and not any(changed):
@@ -94,7 +148,7 @@ def _inputs(
     groups: int,
     marked: int | None,
 ) -> dict[str, list[Tensor]] | str:
-    """Every call's input of each layer, as a random projection of shape (groups, rows); or what is wrong with one."""
+    """Every call's input of each layer, as random projections, (groups, numbers); or what is wrong with one."""
     found: dict[str, list[Tensor]] = {}
     wrong: list[str] = []
     thread = get_ident()
@@ -106,8 +160,8 @@ def _inputs(
         if x.dim() < 2 or x.shape[0] % groups:
             wrong.append(f"'{name}' (its input has the shape {tuple(x.shape)})")
             return
-        direction = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x.device)
-        found.setdefault(name, []).append((x.detach().float() @ direction).reshape(groups, -1))
+        directions = torch.randn(x.shape[-1], _DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(x.device)
+        found.setdefault(name, []).append((x.detach().float() @ directions).reshape(groups, -1))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(module))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from monteclora.adapters.rows import batch_tensor, layer_out_of_order
+from monteclora.adapters.rows import RowOrder, batch_tensor, batch_tensors, row_order
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.posterior.torch_private import in_backward
@@ -39,8 +39,8 @@ class DrawSource(Protocol):
         """Posteriors of the adapters that are active, enabled and not merged."""
         ...
 
-    def is_trained(self, posterior: AdapterPosterior) -> bool:
-        """Whether training forward passes draw from it."""
+    def is_trainable(self, posterior: AdapterPosterior) -> bool:
+        """Whether anything of its adapter is trainable."""
         ...
 
     def means(self, posterior: AdapterPosterior) -> Sequence[Tensor] | None:
@@ -83,20 +83,21 @@ class PosteriorSampler:
 
     def __call__(self, posterior: AdapterPosterior) -> Draw:
         """The draws of the coming forward pass."""
-        return posterior.sample(self.seed, self.number, self.count)
+        with _outside_transforms():
+            return posterior.sample(self.seed, self.number, self.count)
 
 
 @contextmanager
 def holding(posteriors: Sequence[AdapterPosterior], draws: Sequence[Draw | None]) -> Iterator[None]:
     """Repeat a forward pass inside the block: ``draws`` are the current ones."""
-    before = [(posterior.current, posterior.repeating) for posterior in posteriors]
+    before = [(posterior.current, posterior.repeating, posterior.drawn) for posterior in posteriors]
     for posterior, draw in zip(posteriors, draws, strict=True):
-        posterior.current, posterior.repeating = draw, True
+        posterior.current, posterior.repeating, posterior.drawn = draw, True, True
     try:
         yield
     finally:
         for posterior, state in zip(posteriors, before, strict=True):
-            posterior.current, posterior.repeating = state
+            posterior.current, posterior.repeating, posterior.drawn = state
 
 
 class BoundCheckpoint:
@@ -138,15 +139,29 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 def _check_repeated(count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise unless a batch is its first rows ``count`` times over: row i would get draw i without a word."""
-    batch = batch_tensor(args, kwargs)
-    if batch is None:
-        return
-    parts = batch.detach().unflatten(0, (count, -1)) if batch.shape[0] % count == 0 else None
-    if parts is None or not torch.equal(parts, parts[:1].expand_as(parts)):
+    for batch in batch_tensors(args, kwargs):
+        parts = batch.detach().unflatten(0, (count, -1)) if batch.shape[0] % count == 0 else None
+        if parts is None or not torch.equal(parts, parts[:1].expand_as(parts)):
+            raise ConfigError(
+                f"{count} draws at once met a batch of {batch.shape[0]} rows that is not its first rows {count} times "
+                "over",
+                "Repeat the batch along its first dimension, or draw one at a time with num_samples=1.",
+            )
+
+
+@contextmanager
+def _outside_transforms() -> Iterator[None]:
+    """Raise ConfigError for a draw that is made inside a transform of ``torch.func``."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch's own words: whether a transform is going on has no public name
+        if not any(word in str(error) for word in ("transform, ", "torch.func", "vmap")):
+            raise
         raise ConfigError(
-            f"{count} draws at once met a batch of {batch.shape[0]} rows that is not its first rows {count} times over",
-            "Repeat the batch along its first dimension, or draw one at a time with num_samples=1.",
-        )
+            "a draw cannot be made inside a transform of torch.func (grad, vmap, jvp)",
+            "Transform the model in evaluation mode, which uses the mean, or take gradients with backward().",
+        ) from error
 
 
 @contextmanager
@@ -180,14 +195,19 @@ class DrawScope:
         self._within: tuple[frozenset[int], ...] = ()  # the numbers of the hooked modules inside each
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
-        self._order: dict[Any, str | None] = {}  # what rows.layer_out_of_order found, by kind of call
+        self._everywhere = False  # whether every module around a layer that is known is hooked
+        self._order: dict[Any, RowOrder] = {}  # what is known of the layers' rows, by kind of call
 
     def install(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
         """Hook ``modules``, outermost first; ``blocks`` are those that may be checkpointed.
 
         Modules that are hooked already are left as they are.
         """
+        self._blocks, self._everywhere = list(blocks), False
+        self._order.clear()
         known = {id(module) for module in self._hooked}
+        if all(id(module) in known for module in modules):
+            return
         for module in modules:
             if id(module) not in known:
                 known.add(id(module))
@@ -203,8 +223,6 @@ class DrawScope:
             frozenset(numbers[id(part)] for part in module.modules() if part is not module and id(part) in numbers)
             for module in self._hooked
         )
-        self._blocks = list(blocks)
-        self._order.clear()
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -215,6 +233,7 @@ class DrawScope:
             if isinstance(function, BoundCheckpoint):
                 block.__dict__["_gradient_checkpointing_func"] = function.checkpoint
         self._hooked, self._within, self._handles, self._blocks = [], (), [], []
+        self._everywhere = False
 
     @property
     def _running(self) -> int | None:
@@ -245,8 +264,12 @@ class DrawScope:
             return
         if self._running == number:
             self._running = None
+            sampler = _samplers.get().get(self)
+            repeated = in_backward()
             for posterior in self.source.known_posteriors():
-                posterior.drawn = False
+                posterior.drawn = posterior.repeating
+                if not repeated:
+                    posterior.awaits_draw = sampler is not None and sampler.resample
 
     @torch.compiler.disable
     def enter_uncompiled(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -262,19 +285,6 @@ class DrawScope:
     def _draw(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward() or _probing.get():
             return
-        try:
-            self._draw_all(number, args, kwargs)
-        except RuntimeError as error:
-            # torch's own words: whether a transform is going on has no public name
-            words = ("transform, ", "torch.func", "vmap")
-            if isinstance(error, ConfigError) or not any(word in str(error) for word in words):
-                raise
-            raise ConfigError(
-                "a draw cannot be made inside a transform of torch.func (grad, vmap, jvp)",
-                "Transform the model in evaluation mode, which uses the mean, or take gradients with backward().",
-            ) from error
-
-    def _draw_all(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         posteriors = self.source.drawn_posteriors()
         for posterior in posteriors:
             check_here(posterior)
@@ -296,14 +306,26 @@ class DrawScope:
         return any(layer.training for layer in self.source.adapted_layers(posterior).values())
 
     def _draw_for_training(self, posterior: AdapterPosterior, batch_size: int | None) -> None:
-        if self.shared or self.source.is_trained(posterior):
+        if torch.is_grad_enabled() and not posterior.trained:
+            posterior.trained = self.source.is_trainable(posterior)
+        if self._draws_in_training(posterior):
             if self.held is not None:
                 posterior.draws = self.held
-            with _outside_checkpoints():
+            with _outside_transforms(), _outside_checkpoints():
                 posterior.draw(process_index(), batch_size, self.source.means(posterior))
         else:
             posterior.current = None
         posterior.drawn = True
+
+    def _draws_in_training(self, posterior: AdapterPosterior) -> bool:
+        """Whether a training forward pass draws from a posterior, rather than sees its mean.
+
+        It does if anything of the adapter is trainable and it has been trained: it was active when it was made, or has
+        been in a forward pass with gradients since. The copy of a policy that serves as its reference is made inactive,
+        and switched on, trainable, where there are none.
+        """
+        trained = posterior.trained or torch.is_grad_enabled()
+        return self.shared or (trained and self.source.is_trainable(posterior))
 
     def _draw_for_prediction(
         self, sampler: PosteriorSampler, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -324,6 +346,7 @@ class DrawScope:
             for posterior in self.source.known_posteriors():
                 if posterior in posteriors:
                     posterior.predict_with(sampler(posterior))
+                    posterior.awaits_draw = False
                 elif posterior.predictive is not None:
                     posterior.predict_with(None)
 
@@ -348,20 +371,22 @@ class DrawScope:
         groups: int,
         posteriors: Sequence[AdapterPosterior],
     ) -> str | None:
-        """What :func:`~monteclora.adapters.rows.layer_out_of_order` finds, once for each kind of call."""
+        """What :func:`~monteclora.adapters.rows.row_order` finds, for each kind of call until every layer ran once."""
         given = tuple(sorted(name for name, value in kwargs.items() if value is not None))
         kind = (number, len(args), given, tuple(id(posterior) for posterior in posteriors))
-        if kind not in self._order:
+        known = self._order.get(kind, RowOrder())
+        if not known.settled:
             layers = {k: v for posterior in posteriors for k, v in self.source.adapted_layers(posterior).items()}
             token = _probing.set(True)
             try:
                 with in_force.restored():
                     for posterior in self.source.known_posteriors():
                         in_force.put(posterior, None)
-                    self._order[kind] = layer_out_of_order(self._hooked[number], args, kwargs, layers, groups)
+                    known = row_order(self._hooked[number], args, kwargs, layers, groups, known)
             finally:
                 _probing.reset(token)
-        return self._order[kind]
+            self._order[kind] = known
+        return known.disorder
 
     @torch.compiler.disable
     def draw_late(self, posterior: AdapterPosterior) -> None:
@@ -374,15 +399,30 @@ class DrawScope:
         if in_backward() or _probing.get() or not posterior.enabled:
             return
         running = self._running is not None
-        if posterior.settings.noise == "per_example":
+        if posterior.settings.noise == "per_example" and self._draws_in_training(posterior):
+            if running:
+                raise ConfigError(
+                    "noise='per_example' met an adapter that is active in some layers alone",
+                    "Make it active in the model with model.set_adapter(name), or use noise='shared'.",
+                )
             raise ConfigError(
                 "noise='per_example' met an adapted layer outside a forward pass of the model",
                 "Call the model, or one of its blocks, or use noise='shared'.",
             )
         self._draw_for_training(posterior, None)
         posterior.drawn = running
-        if not running:
+        if not running and not self._everywhere:
             self.source.hook_everything()
+            self._everywhere = True
+
+    @torch.compiler.disable(reason="a compiled block was called outside its model under posterior_sampling")
+    def refuse_alone(self) -> None:
+        """Raises ConfigError: a compiled layer predicts, and no module around it was there to draw."""
+        if not _probing.get():
+            raise ConfigError(
+                "posterior_sampling met a compiled block outside a forward pass of its model, where nothing draws",
+                "Call the model, compile the whole of it, or sample with resample=False.",
+            )
 
     def predictive(self, posterior: AdapterPosterior) -> Draw | None:
         """The draw that a layer in evaluation mode sees; made here if its adapter is active in some rows alone."""
@@ -427,16 +467,18 @@ class DrawScope:
         """Let eval-mode forward passes of this context draw with ``sampler`` inside the block."""
         token = _samplers.set({**_samplers.get(), self: sampler})
         everyone = self.source.known_posteriors()
-        before = [posterior.predictive for posterior in everyone]
+        before = [(posterior.predictive, posterior.awaits_draw) for posterior in everyone]
         try:
             with in_force.restored():
                 for posterior in everyone:
                     in_force.put(posterior, None)
+                    posterior.awaits_draw = sampler.resample
                 for posterior in posteriors:
                     # where every forward pass draws, the first one's draw is not made here as well
                     posterior.predict_with(None if sampler.resample else sampler(posterior))
                 yield
         finally:
             _samplers.reset(token)
-            for posterior, draw in zip(everyone, before, strict=True):
+            for posterior, (draw, awaits) in zip(everyone, before, strict=True):
                 posterior.mirror(draw)
+                posterior.awaits_draw = awaits

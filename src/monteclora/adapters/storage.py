@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from torch import Tensor
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings
+from monteclora.posterior.bounds import BOUND, at_bound
 from monteclora.system.atomic import write_file
 
 __all__ = [
@@ -48,6 +50,9 @@ _FORMAT = 2
 _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
 RESTORE = "Take the folder from a backup or an earlier checkpoint."
+
+logger = logging.getLogger(__name__)
+
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token")
 
 
@@ -87,6 +92,10 @@ def save_posterior(
     """
     values = {name: (state or {}).get(name, getattr(posterior, name)) for name in _TENSORS}
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in values.items()}
+    for name in ("rho", "eta"):
+        if at_bound(tensors[name]):
+            what = "%s of the posterior has reached its bound of %g and is held at it: lower the learning rate"
+            logger.warning(what, name, BOUND)
     fields = {
         "format": _FORMAT,
         "layers": [(_plain_name(layer.name), *layer[1:]) for layer in posterior.layers],
@@ -317,7 +326,22 @@ def read_document(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} has format {fields['format']}, this version reads formats 1 to {_FORMAT}", "Upgrade monteclora."
         )
+    if not _is_calibration(fields.get("calibration"), len(tensors["scale"])):
+        raise CheckpointError(f"{path}: its calibration does not fit its layers", RESTORE)
     return fields, tensors
+
+
+def _is_calibration(found: Any, layers: int) -> bool:
+    """Whether it is what is known of a scale that was changed, or None."""
+    if found is None:
+        return True
+    numbers = [found.get("factor"), *_listed(found.get("trained_scale"))] if isinstance(found, dict) else []
+    finite = all(type(number) in (int, float) and 0.0 <= number < float("inf") for number in numbers)
+    return len(numbers) == 1 + layers and finite
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else []
 
 
 def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from operator import attrgetter
 from typing import Any, cast
@@ -65,14 +65,15 @@ class MonteCLoRATuner(LoraModel):
 
     ``posteriors``, by adapter name, is a module of the ``PeftModel`` around this one, to which this one only refers:
     peft counts whatever is registered here, or in the layers, as adapter weights, and would write it into their file.
-    ``mean_modules`` has the ``lora_A`` of their layers, ``hooked_layers`` the layers by
-    name, ``frozen`` which parameters of posteriors are trainable when the adapters are not disabled.
+    ``mean_modules`` has the ``lora_A`` of their layers, ``hooked_layers`` the layers by name. While the adapters are
+    disabled, and all their parameters frozen, ``trainable_later`` has the parameters of posteriors, and whether each is
+    trainable once they are enabled; else it is None.
     """
 
     posteriors: nn.ModuleDict
     mean_modules: dict[str, list[nn.ModuleDict]]
     hooked_layers: dict[str, dict[str, LoraLayer]]
-    frozen: dict[nn.Parameter, bool]
+    trainable_later: dict[nn.Parameter, bool] | None
     scope: DrawScope
     begun: bool
 
@@ -86,7 +87,7 @@ class MonteCLoRATuner(LoraModel):
         self.__dict__["posteriors"] = nn.ModuleDict()
         self.mean_modules = {}
         self.hooked_layers = {}
-        self.frozen = {}
+        self.trainable_later = None
         self.scope = DrawScope(self)
         self.begun = False
 
@@ -121,27 +122,20 @@ class MonteCLoRATuner(LoraModel):
         layers = self.adapted_layers(posterior).values()
         return any(not layer.disable_adapters and not layer.merged for layer in layers)
 
-    def is_trained(self, posterior: AdapterPosterior) -> bool:
-        """Whether training forward passes draw from a posterior, rather than see its mean.
-
-        They do if anything of the adapter is trainable and it has been trained: it was active when it was made, or has
-        been in a forward pass with gradients since. The copy of a policy that serves as its reference is made inactive,
-        and switched on, trainable, where there are none.
-        """
-        trainable = posterior.rho.requires_grad or posterior.eta.requires_grad
-        if not trainable:
-            name = next(name for name, known in self.posteriors.items() if known is posterior)
-            parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in self.adapted_layers(posterior).values())
-            trainable = any(part.weight.requires_grad for pair in parts for part in pair)
-        posterior.trained = posterior.trained or (trainable and torch.is_grad_enabled())
-        return trainable and posterior.trained
+    def is_trainable(self, posterior: AdapterPosterior) -> bool:
+        """Whether rho, eta, A or B of a posterior's adapter is trainable."""
+        if posterior.rho.requires_grad or posterior.eta.requires_grad:
+            return True
+        name = self._name_of(posterior)
+        parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in self.hooked_layers[name].values())
+        return any(part.weight.requires_grad for pair in parts for part in pair)
 
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
 
         None if some are elsewhere until their layer runs, as those of sharded and offloaded models are.
         """
-        name = next(name for name, known in self.posteriors.items() if known is posterior)
+        name = self._name_of(posterior)
         device = posterior.rho.device
         # asked once a step of hundreds of layers, so without a Python frame for each
         weights = [of._modules[name]._parameters.get("weight") for of in self.mean_modules[name]]
@@ -175,7 +169,7 @@ class MonteCLoRATuner(LoraModel):
             if type(layer) is Linear:
                 layer.__class__ = DrawnLinear
         posterior.trained = adapter_name in self.active_adapters and not config.inference_mode
-        posterior.requires_grad_(posterior.trained)
+        self.set_trainable(dict.fromkeys(posterior.parameters(), posterior.trained))
         self.posteriors[adapter_name] = posterior
         self.mean_modules[adapter_name] = [layer.lora_A for _, layer in layers]
         self.hooked_layers[adapter_name] = dict(layers)
@@ -196,10 +190,9 @@ class MonteCLoRATuner(LoraModel):
             layers = self._layers_of(name)
             config = cast(MonteCLoRAConfig, self.peft_config[name])
             if _shapes(layers, name) != posterior.layers:
-                trainable = [parameter.requires_grad for parameter in posterior.parameters()]
+                trainable = self.trainable([cast(AdapterPosterior, posterior)]).values()
                 self.attach(name)
-                for parameter, required in zip(self.posteriors[name].parameters(), trainable, strict=True):
-                    parameter.requires_grad_(required)
+                self.set_trainable(dict(zip(self.posteriors[name].parameters(), trainable, strict=True)))
             elif all(_is_here(layer.lora_A[name].weight) for _, layer in layers):
                 scales = _scales(config, name, [layer for _, layer in layers])
                 scale = cast(Tensor, posterior.scale)
@@ -263,7 +256,11 @@ class MonteCLoRATuner(LoraModel):
 
     def adapted_layers(self, posterior: AdapterPosterior) -> dict[str, LoraLayer]:
         """A posterior's layers by name."""
-        return self.hooked_layers[next(name for name, known in self.posteriors.items() if known is posterior)]
+        return self.hooked_layers[self._name_of(posterior)]
+
+    def _name_of(self, posterior: AdapterPosterior) -> str:
+        """The name of a posterior's adapter."""
+        return next(name for name, known in self.posteriors.items() if known is posterior)
 
     def known_posteriors(self) -> list[AdapterPosterior]:
         """Those of all adapters, active or not."""
@@ -323,22 +320,38 @@ class MonteCLoRATuner(LoraModel):
         """As in peft; the posteriors become trainable and frozen with their adapters."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for name, posterior in self.posteriors.items():
-            posterior.requires_grad_(name in self.active_adapters and not inference_mode)
+            active = name in self.active_adapters and not inference_mode
+            self.set_trainable(dict.fromkeys(posterior.parameters(), active))
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the adapters are disabled."""
+        return self.trainable_later is not None
+
+    def trainable(self, posteriors: Sequence[AdapterPosterior]) -> dict[nn.Parameter, bool]:
+        """The parameters of posteriors, and whether each is trainable while the adapters are enabled."""
+        later = self.trainable_later or {}
+        return {p: later.get(p, p.requires_grad) for posterior in posteriors for p in posterior.parameters()}
+
+    def set_trainable(self, parameters: Mapping[nn.Parameter, bool]) -> None:
+        """Make parameters of posteriors trainable, or not; while the adapters are disabled, once they are enabled."""
+        for parameter, trainable in parameters.items():
+            if self.trainable_later is not None:
+                self.trainable_later[parameter] = trainable
+            parameter.requires_grad_(trainable and self.trainable_later is None)
 
     def disable_adapter_layers(self) -> None:
         """As in peft, which freezes the adapters meanwhile; the posteriors are frozen with them."""
-        if not self.frozen:
-            self.frozen = {p: p.requires_grad for posterior in self.known_posteriors() for p in posterior.parameters()}
         super().disable_adapter_layers()
-        for parameter in self.frozen:
+        self.trainable_later = self.trainable(self.known_posteriors())
+        for parameter in self.trainable_later:
             parameter.requires_grad_(False)
 
     def enable_adapter_layers(self) -> None:
-        """As in peft; the posteriors are trainable again if they were before."""
+        """As in peft; the posteriors are trainable again if they were before, or were made so meanwhile."""
         super().enable_adapter_layers()
-        for parameter, trainable in self.frozen.items():
-            parameter.requires_grad_(trainable)
-        self.frozen = {}
+        later, self.trainable_later = self.trainable_later or {}, None
+        self.set_trainable(later)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As in peft, posteriors included."""
@@ -347,17 +360,19 @@ class MonteCLoRATuner(LoraModel):
         for name in names:
             posterior = self.posterior(name)
             if posterior is not None:
-                posterior.requires_grad_(requires_grad)
+                self.set_trainable(dict.fromkeys(posterior.parameters(), requires_grad))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft, posterior included; that of the adapter which takes over becomes trainable with it."""
         replaced = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        if adapter_name in self.posteriors:
+        deleted = self.posterior(adapter_name)
+        if deleted is not None:
             del self.posteriors[adapter_name], self.mean_modules[adapter_name], self.hooked_layers[adapter_name]
+            for parameter in deleted.parameters():
+                (self.trainable_later or {}).pop(parameter, None)
         if replaced:
-            for posterior in self.active_posteriors():
-                posterior.requires_grad_(True)
+            self.set_trainable({p: True for posterior in self.active_posteriors() for p in posterior.parameters()})
 
     def _check_merge_allowed(self) -> None:
         """Refuse, as peft's method of this name does, what merging would get wrong.

@@ -133,7 +133,12 @@ class AdaLoRA(AdapterMethod):
         model.base_model.orthogonality_weight = plan.options.orthogonality_weight
 
     def added_loss(self, model: Any) -> Added | None:
-        """The mean over all A and B of ``||A A^T - I||_F`` and ``||B^T B - I||_F``, weighted."""
+        """The regulariser that keeps P and Q near orthogonal, weighted.
+
+        The paper (section 3.1) has ``R(P, Q) = ||P^T P - I||_F^2 + ||Q Q^T - I||_F^2``, with P of shape (m, r), peft's
+        ``lora_B``, and Q of shape (r, n), its ``lora_A``. As in peft's ``AdaLoraModel`` the norms are not squared, and
+        it is their mean over the matrices of all layers rather than the sum.
+        """
         import torch
 
         if not model.base_model.orthogonality_weight:

@@ -123,14 +123,27 @@ def _optimizer_class() -> Any:
 
         @contextmanager
         def at_a_draw(self) -> Iterator[None]:
-            """The same draw on every process, in every way to divide the batch, and after every resumption."""
+            """The same draw on every process, in every way to divide the batch, and after every resumption.
+
+            Whatever ends the block, the weights are at their mean again. One without a gradient has one of zero.
+            """
             self._follow()
             self._reset_samples()  # of a step that fp16 passed over
+            weights = [p for group in self.param_groups for p in group["params"]]
+            means = [p.data for p in weights]
             drawn = self.sampled_params(train=True)
             with preserved_generators():
                 torch.manual_seed((self._seed * 1_000_003 + self.current_step) % 2**63)
                 drawn.__enter__()
-            yield
+            try:
+                yield
+            except BaseException:
+                for p, mean in zip(weights, means, strict=True):
+                    p.data = mean
+                raise
+            for p in weights:  # those that no batch reached, whose gradient ivon asks for
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
             drawn.__exit__(None, None, None)
 
         def _follow(self) -> None:

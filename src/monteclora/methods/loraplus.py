@@ -42,7 +42,10 @@ class LoRAPlus(LoRAMethod):
     options = LoRAPlusOptions
 
     def parameter_groups(self, model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-        """The groups of ``peft.optimizers.create_loraplus_optimizer``, with the decay of the other methods."""
+        """The fast and the slow ones of ``peft.optimizers.create_loraplus_optimizer``, with the decay of other methods.
+
+        There, adapted embeddings learn at a fixed rate of 1e-6; here they are slow ones, at the plan's rate.
+        """
         fast = {id(p) for name, p in model.named_parameters() if "lora_B" in name or p.ndim == 1}
         groups = super().parameter_groups(model, plan)
         rates = plan.learning_rate, plan.learning_rate * plan.options.learning_rate_ratio

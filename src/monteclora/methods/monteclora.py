@@ -91,15 +91,10 @@ class MonteCLoRA(AdapterMethod):
 
     def added_loss(self, model: nn.Module) -> Added | None:
         """The regulariser, docs/method.md section 4."""
-        import torch
+        from monteclora.adapters.active import regularisation
 
-        from monteclora.adapters.active import active_posteriors
-
-        parts = [posterior.regulariser() for posterior in active_posteriors(model) if posterior.enabled]
-        if not parts:
-            return None
-        numbers = {"kl": parts[0].kl.detach(), "pi_squared_norm": parts[0].coop.detach()}
-        return Added(torch.stack([part.loss for part in parts]).sum(), numbers)
+        found = regularisation(model)
+        return None if found is None else Added(found.loss, {"kl": found.first.kl, "pi_squared_norm": found.first.coop})
 
     def kept_whole(self, model: nn.Module) -> list[nn.Module]:
         """Rho and eta: the draws of all layers are made of them before the first block runs."""

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from monteclora.posterior import dirichlet
 from monteclora.posterior.layout import Layout
 from monteclora.posterior.reminder import Reminder
+from monteclora.posterior.torch_private import versions
 
 __all__ = ["DifferentiableDraw", "Differentiation", "Draw", "LayerDraw", "LayerSlot", "RawDraw", "Repetitions"]
 
@@ -166,7 +167,7 @@ class Differentiation:
             RuntimeError: layers were repeated under other draws, or means changed since the draw was made.
         """
         self.repetitions.check(self.index)
-        if self.means is not None and self.versions != [mean._version for mean in self.means]:
+        if self.means is not None and self.versions != versions(self.means):
             raise RuntimeError(
                 "lora_A was modified in place between the draw of its noise and the backward pass: run the backward "
                 "pass before the optimiser's step, and layers within a forward pass of the whole model"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from monteclora.errors import ConfigError
 from monteclora.posterior import dirichlet, in_force, mixture, noise, wishart
+from monteclora.posterior.bounds import bounded
 from monteclora.posterior.draws import (
     DifferentiableDraw,
     Differentiation,
@@ -32,12 +33,9 @@ from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
 from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
-from monteclora.posterior.torch_private import add_to_each
+from monteclora.posterior.torch_private import add_to_each, versions
 
 __all__ = ["AdapterPosterior"]
-
-# of the logarithms rho and eta: exp(2 * 20) and its sums stay far below the largest float32
-_BOUND = 20.0
 
 
 class AdapterPosterior(nn.Module):
@@ -83,10 +81,11 @@ class AdapterPosterior(nn.Module):
         self.draws = 0
         self.enabled = True
         self.trained = True  # whether training forward passes draw; adapters for reference stay at their mean
-        self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed after training
+        self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed since it was trained last
         self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
         self.repeating = False
-        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on
+        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on, or is repeated
+        self.awaits_draw = False  # whether prediction draws are asked for, and the pass that goes on has none yet
         self._repetitions = Repetitions()
         self._reminder = Reminder()
         if settings.kl_weight == settings.coop_weight == 0.0:
@@ -148,7 +147,7 @@ class AdapterPosterior(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter
-        return {**self.__dict__, "_current": None, "drawn": False}
+        return {**self.__dict__, "_current": None, "drawn": False, "awaits_draw": False}
 
     def get_extra_state(self) -> Tensor:
         """What ``state_dict`` holds beside the tensors: the number of draws made, and whether noise is on."""
@@ -203,7 +202,8 @@ class AdapterPosterior(nn.Module):
                 noise, and the gradient of mu is that of A. Not used where every example has an A of its own.
 
         Raises:
-            ConfigError: noise is per example and the batch size is unknown.
+            ConfigError: noise is per example and the batch size is unknown, or the posterior is trained on after its
+                scale was calibrated to zero.
         """
         self._reminder.before_draw(self.rho)
         signs = None
@@ -265,19 +265,30 @@ class AdapterPosterior(nn.Module):
         inputs = (self.rho, self.eta, *(means or ()))
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
             return raw.blocks
+        if self.calibration is not None:
+            self._forget_calibration()
         known = Differentiation(
             layout=self._layout,
             ranks=self._ranks,
             cells=raw.cells,
             log_norm_grad=raw.log_norm_grad,
             means=means,
-            versions=[mean._version for mean in means or ()],
+            versions=versions(means or ()),
             index=self.draws,
             repetitions=self._repetitions,
             reminder=self._reminder,
         )
         parts: tuple[Tensor, ...] = DifferentiableDraw.apply(known, raw.blocks, *inputs)
         return parts
+
+    def _forget_calibration(self) -> None:
+        """Training goes on at the scale that was calibrated, which is from now on that of training."""
+        if not self.scale.any():
+            raise ConfigError(
+                "the posterior was calibrated to a scale of zero, and would be trained without noise",
+                "Undo that first, with `monteclora calibrate --undo` or monteclora.adapters.rescaling.",
+            )
+        self.calibration = None
 
     @torch.no_grad()
     def _raw(
@@ -290,7 +301,7 @@ class AdapterPosterior(nn.Module):
         posterior_sample: bool = False,
         differentiable: bool = False,
     ) -> RawDraw:
-        (rho, eta), s = self._bounded(), self.settings
+        (rho, eta), s = bounded(self.rho, self.eta), self.settings
 
         def generator(kind: noise.Kind) -> torch.Generator:
             return noise.generator(seed, process, index, kind, rho.device, posterior_sample=posterior_sample)
@@ -371,10 +382,6 @@ class AdapterPosterior(nn.Module):
         columns, rows = signs.split([sum(into), sum(out)], -1)
         return columns.split(into, -1), rows.split(out, -1)
 
-    def _bounded(self) -> tuple[Tensor, Tensor]:
-        """rho and eta as they are used: a diverging step ends in a large loss, not in numbers that are not finite."""
-        return self.rho.clamp(-_BOUND, _BOUND), self.eta.clamp(-_BOUND, _BOUND)
-
     # -- objective -----------------------------------------------------------------------------------------------
 
     def regulariser(self) -> Regulariser:
@@ -389,7 +396,7 @@ class AdapterPosterior(nn.Module):
         """
         if torch.is_grad_enabled():
             self._reminder.silence()
-        (rho, eta), s, count = self._bounded(), self.settings, len(self.layers)
+        (rho, eta), s, count = bounded(self.rho, self.eta), self.settings, len(self.layers)
         row_squared_norm, row_log_determinant = self._c, self._log_determinant
         if s.regulariser == "sampled":
             if self.current is None:
@@ -417,8 +424,9 @@ class AdapterPosterior(nn.Module):
 
         ``squared_norm`` is E||pi||^2 and ``noise_std`` the root mean square of A - mu.
         """
-        squared_norm = dirichlet.moments(self.eta).squared_norm
-        variance = self._c * (2.0 * self.rho).exp()
+        rho, eta = bounded(self.rho, self.eta)
+        squared_norm = dirichlet.moments(eta).squared_norm
+        variance = self._c * (2.0 * rho).exp()
         mean = torch.segment_reduce(variance, "mean", lengths=self._ranks)
         return {"squared_norm": squared_norm, "noise_std": self.scale * (squared_norm * mean).sqrt()}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from monteclora.errors import CheckpointError
+from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import Checkpoint, newest_complete
 from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_sha256
 from monteclora.runs.resumption import accepted_sha256, check_changes, resumed
@@ -71,11 +72,11 @@ class Run:
             sources: of the splits as they are loaded now.
 
         Raises:
-            CheckpointError: they are others.
+            CheckpointError: they are others, or the run's environment is damaged.
         """
-        before = self.folder.environment["data"]["splits"]
+        before = data_facts(self.folder).sha256
         for split, source in sources.items():
-            if split in before and before[split]["sha256"] != source.sha256:
+            if split in before and before[split] != source.sha256:
                 raise CheckpointError(
                     f"the {split} rows of {source.origin} changed since {self.folder.path} was trained, "
                     "and it is finished",
@@ -94,7 +95,7 @@ class Run:
         environment = self.folder.environment
         accepted = accepted_sha256(environment)
         if not differences(self.folder.recipe, self.recipe):
-            accepted.append(environment["recipe_sha256"])  # an earlier version's checksum of the same recipe
+            accepted.append(environment.get("recipe_sha256", ""))  # an earlier version's checksum of the same recipe
         if found.recipe_sha256 not in accepted:
             raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {self.folder.checkpoints}.")
         return found

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.errors import ConfigError
 from monteclora.prediction.ensemble import ENSEMBLE, Members
+from monteclora.runs.data_facts import data_facts
 from monteclora.runs.loading import LoadedRun, check_finished, load_run
 from monteclora.runs.run_folder import RunFolder
 
@@ -60,20 +61,13 @@ def _check_alike(runs: Sequence[RunFolder]) -> None:
 
 def _shared(run: RunFolder) -> Mapping[str, Any]:
     """What the members of an ensemble must have in common, in words."""
-    recipe = run.recipe
-    try:
-        about = run.environment["data"]
-        rows = {f"the rows of {name}": source["sha256"] for name, source in about["splits"].items()}
-        found = {"the task": about["name"], "the kind of task": about["kind"], "the labels": about["label_names"]}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{run.path / 'environment.json'} is damaged ({type(error).__name__})",
-            "Take the folder from a backup, or remove it and run `monteclora train` again.",
-        ) from None
+    recipe, data = run.recipe, data_facts(run)
     return {
-        **found,
-        "the splits": sorted(about["splits"]),
-        **rows,
+        "the task": data.name,
+        "the kind of task": data.kind,
+        "the labels": data.label_names,
+        "the splits": sorted(data.sha256),
+        **{f"the rows of {split}": checksum for split, checksum in data.sha256.items()},
         "the base model": recipe.model.name,
         "data.max_length": recipe.data.max_length,
         "data.truncation": recipe.data.truncation,
@@ -82,5 +76,5 @@ def _shared(run: RunFolder) -> Mapping[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -20,6 +20,7 @@ from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.forward import Collate
 from monteclora.prediction.registry import get_sampler
 from monteclora.prediction.sampler import MEAN, Checked, Sampler
+from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.prepare import base_model, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedRun", "check_finished", "load_run"]
 
-_FORMAT = 1  # of run folders
 _RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
 
 
@@ -95,10 +95,12 @@ class LoadedRun:
             raise ConfigError(f"num_samples is {num_samples}, expected 0 or more", "Use 0 for the mean alone.")
         what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
         if self.members and (name, num_samples) not in ((ENSEMBLE, None), (ENSEMBLE, len(self.members))):
-            raise ConfigError(
-                f"{len(self.members)} runs were asked for {num_samples} draws of the sampler {name}",
-                "Ask for the sampler ensemble, which draws each of them once.",
-            )
+            count = len(self.members)
+            if name == ENSEMBLE:
+                wrong = f"num_samples is {num_samples}, and an ensemble of {count} draws each run once"
+                raise ConfigError(wrong, "Leave it out.")
+            given = "no sampler was named" if name is None else f"the sampler {name} is for one"
+            raise ConfigError(f"{count} runs were given, and {given}", f"Ask for the sampler {ENSEMBLE}.")
         chosen = get_sampler(name or ("posterior" if self.has_posterior else MEAN.name))
         if num_samples and chosen.name == MEAN.name:
             if name is None:
@@ -175,7 +177,8 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
 def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
     adapter, unfinished = _adapter_of(run, allow_unfinished)
-    kind, labels, columns = _task_of(run)
+    data = data_facts(run)
+    kind, labels = data.kind, data.label_names
     if base and not KINDS[kind].has_pretrained_head:
         raise ConfigError(
             f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
@@ -191,29 +194,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     if recipe.model.quantization == "none":
         model.to(training_device())
     model.requires_grad_(False).eval()
-    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, columns)
-
-
-def _task_of(run: RunFolder) -> tuple[Kind, tuple[str, ...] | None, Columns | None]:
-    """Kind, labels and columns of what the run was trained on, out of its environment."""
-    facts = run.environment
-    try:
-        version, about = int(facts.get("format", 1)), facts["data"]  # the first runs wrote no number
-        name, kind, labels = about["name"], about["kind"], about["label_names"]
-        columns = about.get("columns")
-        if columns is not None:
-            columns = Columns(**{**columns, "text": tuple(columns["text"])})
-        _ = [source["sha256"] for source in about["splits"].values()]
-        if kind not in KINDS or not KINDS[kind].accepts(labels) or not isinstance(name, str):
-            raise ValueError("it names no kind of task with its labels")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{run.path / 'environment.json'} is damaged ({reason})", _RESTORE) from None
-    if version > _FORMAT:
-        raise CheckpointError(
-            f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
-        )
-    return kind, tuple(labels) if labels else None, columns
+    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, data.columns)
 
 
 def check_finished(run: RunFolder) -> None:

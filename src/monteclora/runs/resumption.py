@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from monteclora.errors import CheckpointError
+from monteclora.runs.data_facts import data_facts
 from monteclora.runs.environment import changes
 from monteclora.runs.manifest import Checkpoint
 from monteclora.runs.recipe import Recipe, changed_values
@@ -57,10 +58,11 @@ def resumed(
         override: whether other data are accepted.
 
     Raises:
-        CheckpointError: the data are others than when the run began, and that was not accepted, or their labels are.
+        CheckpointError: the data are others than when the run began, and that was not accepted, or their labels are;
+            or what they were is not to be read.
     """
     before = run.environment
-    data = _changed_data(run, before["data"], facts["data"], override)
+    data = _changed_data(run, facts["data"], override)
     changed = changes(before, facts)
     if changed:
         logger.warning("resuming in another environment, the result may differ: %s", ", ".join(changed))
@@ -72,18 +74,19 @@ def resumed(
     return {**before, "resumed": [*before.get("resumed", []), entry]}
 
 
-def _changed_data(run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], override: bool) -> list[str]:
+def _changed_data(run: RunFolder, now: Mapping[str, Any], override: bool) -> list[str]:
+    before = data_facts(run)
     changed = [
         f"the {split} rows of {source['origin']}"
         for split, source in now["splits"].items()
-        if before["splits"].get(split, {}).get("sha256") != source["sha256"]
+        if before.sha256.get(split) != source["sha256"]
     ]
     if changed and not override:
         raise CheckpointError(
             f"{changed[0]} changed since {run.path} was begun",
             "Restore them, choose another name or output, or give --override to go on with these.",
         )
-    if (before["kind"], before["label_names"] or []) != (now["kind"], list(now["label_names"] or [])):
+    if (before.kind, before.label_names or ()) != (now["kind"], tuple(now["label_names"] or ())):
         raise CheckpointError(f"{now['name']} has other labels than {run.path} was begun with", "Restore the data.")
     return changed
 

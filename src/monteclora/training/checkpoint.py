@@ -115,11 +115,7 @@ def restore(loop: Loop, checkpoint: Path) -> None:
     """
     model = loop.accelerator.unwrap_model(loop.model)
     tree = load_tree(checkpoint / _STATE)
-    # posteriors had numbers in place of their adapters' names; a run has one
-    names = [
-        [re.sub(r"^posteriors\.0\.", "posteriors.default.", name) for name in group] for group in tree["parameters"]
-    ]
-    if names != _optimized_names(model, loop.optimizer):
+    if _current_names(tree["parameters"]) != _optimized_names(model, loop.optimizer):
         raise CheckpointError(
             f"{checkpoint} was trained with other weights than this model trains",
             "Use the versions of peft and transformers that environment.json names.",
@@ -149,7 +145,7 @@ def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def _current_names(groups: list[list[str]]) -> list[list[str]]:
-    """Version 0.1 gave posteriors numbers in place of their adapters' names."""
+    """Version 0.1 gave posteriors numbers in place of their adapters' names; a run has one."""
     return [[re.sub(r"^posteriors\.0\.", "posteriors.default.", name) for name in group] for group in groups]
 
 

@@ -6,8 +6,6 @@ batches, does not divide by the number of batches either: the gradient is multip
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from monteclora.system.modes import evaluating
 from monteclora.system.randomness import preserved_generators
 
 __all__ = ["ignores_count", "is_library_head"]
@@ -39,21 +38,8 @@ def ignores_count(model: nn.Module, inputs: dict[str, Any]) -> bool:
     # labels that all count: a batch may have none that does
     probe = {**inputs, "labels": torch.zeros_like(inputs["labels"])}
     losses: list[Tensor] = []
-    with _evaluating(model):
+    with preserved_generators(), evaluating(model):
         for count in (1, 2):
             outputs = model(**probe, num_items_in_batch=torch.tensor(count, device=probe["labels"].device))
             losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs[0])
     return bool(torch.isclose(losses[0], losses[1], rtol=1e-2).all())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient inside the block; the generators and every module's mode are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    with preserved_generators(), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode

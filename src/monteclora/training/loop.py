@@ -185,6 +185,7 @@ class Loop:
         device = self.accelerator.device
         items, tokens = self._count(batches)
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
+        # as with after_step: a step passes through the base class, and its file, for no method that leaves it as it is
         own_context = type(self.method).gradient_context is not Method.gradient_context
         with self.method.gradient_context(self.optimizer) if own_context else nullcontext():
             passes = self._passes(inputs, items)

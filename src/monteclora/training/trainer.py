@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer
 
-from monteclora.adapters.active import active_posteriors, one_draw
+from monteclora.adapters.active import active_posteriors, one_draw, regularisation
 from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.errors import ConfigError, DivergenceError
 from monteclora.posterior import Regulariser
@@ -87,10 +87,10 @@ class MonteCLoRATrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ign
             return result
         loss, *outputs = result if return_outputs else (result,)
         divides = self._divides(num_items_in_batch)
-        parts = [posterior.regulariser() for posterior in active_posteriors(model) if posterior.enabled]
-        if parts:
-            self._regulariser = parts[0].detach()
-            share = torch.stack([part.loss for part in parts]).sum().to(loss.device)
+        added = regularisation(model)
+        if added is not None:
+            self._regulariser = added.first
+            share = added.loss.to(loss.device)
             loss = loss + (share if divides else share / self._accumulated_batches)
         self._objective = loss.detach() / (self._accumulated_batches if divides else 1)
         return (loss, *outputs) if return_outputs else loss

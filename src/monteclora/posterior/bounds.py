@@ -1,0 +1,40 @@
+"""rho and eta within bounds: a diverging step ends in a large loss, not in numbers that are not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BOUND", "at_bound", "bounded"]
+
+BOUND = 20.0
+"""Of the logarithms rho and eta: exp(2 * 20) and its sums stay far below the largest float32."""
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamps the value and passes the gradient on as it is: that of a clamp is zero beyond it, for good."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.clamp(-BOUND, BOUND) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+def bounded(rho: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """The two as they are used, of the same shapes and dtypes.
+
+    The gradient is that at the bound, also where they are beyond it: the regulariser pulls them back.
+    """
+    found: tuple[Tensor, Tensor] = _Bounded.apply(rho, eta)
+    return found
+
+
+def at_bound(tensor: Tensor) -> bool:
+    """Whether an entry of rho or eta is at the bound or beyond it; waits for the tensor's device."""
+    return bool((tensor.detach().abs() >= BOUND).any())

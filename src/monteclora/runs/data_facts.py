@@ -1,0 +1,63 @@
+"""What a run was trained on, out of its ``environment.json``: the one place that reads it and finds it damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from monteclora.data.columns import Columns
+from monteclora.data.kinds import Kind
+from monteclora.errors import CheckpointError
+from monteclora.runs.run_folder import RunFolder
+from monteclora.tasks.kinds import KINDS
+
+__all__ = ["DataFacts", "data_facts"]
+
+_FORMAT = 1  # of run folders
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data of a run.
+
+    Attributes:
+        name: of the task.
+        kind: of the task.
+        label_names: in the order of the classes; None where the task has none.
+        columns: of the training data, where it was no task with a name; earlier versions did not write them down.
+        sha256: of the rows of each split.
+    """
+
+    name: str
+    kind: Kind
+    label_names: tuple[str, ...] | None
+    columns: Columns | None
+    sha256: Mapping[str, str]
+
+
+def data_facts(run: RunFolder) -> DataFacts:
+    """Read them.
+
+    Raises:
+        CheckpointError: the run has not come that far, or its environment is damaged or of a later format.
+    """
+    environment = run.environment
+    try:
+        version = int(environment.get("format", 1))  # the first runs wrote no number
+        if version > _FORMAT:
+            raise CheckpointError(
+                f"the run {run.path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
+        about = environment["data"]
+        name, kind, labels, columns = about["name"], about["kind"], about["label_names"], about.get("columns")
+        if columns is not None:
+            columns = Columns(**{**columns, "text": tuple(columns["text"])})
+        if kind not in KINDS or not KINDS[kind].accepts(labels) or not isinstance(name, str):
+            raise ValueError("it names no kind of task with its labels")
+        rows = {split: source["sha256"] for split, source in about["splits"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{run.path / 'environment.json'} is damaged ({type(error).__name__}: {error})",
+            "Take the folder from a backup, or remove it and run `monteclora train` again.",
+        ) from None
+    return DataFacts(name, kind, tuple(labels) if labels else None, columns, rows)
