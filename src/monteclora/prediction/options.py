@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from monteclora.errors import DataError
 from monteclora.prediction.classes import collect
-from monteclora.prediction.forward import FloatArray, base_of
+from monteclora.prediction.forward import FloatArray, base_of, with_positions
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
@@ -225,8 +225,7 @@ def _forward(
     parameters = _parameters(model)
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if "position_ids" in parameters:  # padding does not count
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    inputs = with_positions(base_of(model), inputs, past=mask.shape[1] - ids.shape[1])
     name = _cache_name(model)
     if name is not None:
         inputs |= {name: cache, "use_cache": use_cache or cache is not None}
