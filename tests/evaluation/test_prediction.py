@@ -195,14 +195,14 @@ def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
 
 
 def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
-    from monteclora.data.encoding import encode_options
+    from monteclora.data.encoding import Encoder
 
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
     (prompt,), notes = encode_prompts(
         load_inputs(file, loaded.recipe.data, loaded.kind), loaded.tokenizer, loaded.recipe.data.max_length, 4
     )
-    whole = encode_options("w1 w2", ["w9"], loaded.tokenizer, 16)[0][0]
+    whole = Encoder(loaded.tokenizer).options("w1 w2", ["w9"], 16)[0][0]
     learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)
     assert prompt["input_ids"] == whole["input_ids"][:learned]
     assert notes == ()

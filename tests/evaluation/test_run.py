@@ -8,7 +8,7 @@ import torch
 
 import monteclora
 from monteclora import evaluate
-from monteclora.data.encoding import encode_options
+from monteclora.data.encoding import Encoder
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.metrics.calibration import (
     classwise_calibration_error,
@@ -139,7 +139,7 @@ def test_options_are_ranked_by_their_likelihood(copied):
         completions = [f"w80 w81 {option}" for option in row["options"]]
         scores = []
         for completion in completions:
-            ids = encode_options(row["prompt"], [completion], loaded.tokenizer, 48)[0][0]["input_ids"]
+            ids = Encoder(loaded.tokenizer).options(row["prompt"], [completion], 48)[0][0]["input_ids"]
             with torch.no_grad():
                 log_probs = loaded.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             # from the first word of the option to the end token, which is left out

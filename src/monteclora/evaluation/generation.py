@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monteclora.config.checks import check_at_least_one
-from monteclora.data.encoding import encode_prompt
+from monteclora.data.encoding import Encoder
 from monteclora.errors import ConfigError, UnsafeCodeError
 from monteclora.evaluation.answers import Answers, Slot
 from monteclora.metrics.intervals import bootstrap_interval
@@ -229,7 +229,8 @@ def _answer(
         raise ConfigError(
             f"max_new_tokens is {decoding.max_new_tokens}, and the model reads {_room(loaded)} tokens", "Ask for fewer."
         )
-    encoded = [encode_prompt({"prompt": problem.prompt}, loaded.tokenizer, room) for problem in problems]
+    encoder = Encoder(loaded.tokenizer)
+    encoded = [encoder.prompt({"prompt": problem.prompt}, room) for problem in problems]
     total = len(problems) * sampler.num_samples * samples
     with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: answers", total, progress) as advance:
         advance(len([slot for slot in answers.texts if slot[2] < samples]))

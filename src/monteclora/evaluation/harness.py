@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from monteclora.data.encoding import encode_prompt
+from monteclora.data.encoding import Encoder
 from monteclora.errors import ConfigError
 from monteclora.prediction.sampler import MEAN
 from monteclora.runs.loading import LoadedRun, load_run
@@ -170,7 +170,8 @@ def _asking(base: Any) -> Any:
         ) -> tuple[Tensor, Tensor]:
             """Token ids and mask of prompts, shape (B, T)."""
             longest = left_truncate_len or self.max_length
-            ids = [encode_prompt({"prompt": text}, self.tokenizer, longest)[0] for text in strings]
+            encoder = Encoder(self.tokenizer)
+            ids = [encoder.prompt({"prompt": text}, longest)[0] for text in strings]
             batch = self.tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
             return batch["input_ids"], batch["attention_mask"]
 

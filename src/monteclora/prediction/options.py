@@ -161,7 +161,7 @@ def _log_likelihoods(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
     found = []
     for i, plan in enumerate(plans):
         tokens = plan.prefix[plan.start :]
-        log_probs = logits[i, kept - len(tokens) - 1 :].float().log_softmax(-1)  # the last row is of what comes next
+        log_probs = _log_probs(logits[i, kept - len(tokens) - 1 :])  # the last row is of what comes next
         shared = log_probs[range(len(tokens)), tokens].double().sum()
         firsts = [
             log_probs[-1, rest[0]].double() if rest else log_probs.new_zeros((), dtype=torch.double)
@@ -194,7 +194,12 @@ def _read_apart(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
 
 def _sum(logits: Tensor, tokens: list[int]) -> Tensor:
     """Summed log-probability of ``tokens`` under as many rows of logits, float64, on the CPU."""
-    return logits.float().log_softmax(-1)[range(len(tokens)), tokens].double().sum().cpu()
+    return _log_probs(logits)[range(len(tokens)), tokens].double().sum().cpu()
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    """In float32, or in float64 where the logits are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _padded(sequences: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
