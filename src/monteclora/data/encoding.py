@@ -169,9 +169,9 @@ class Encoder:
         while any(learned) and not learned[-1]:
             del ids[-1], learned[-1]
         bos = None if written.templated else self._leading_bos
-        added = int(bos is not None and ids[:1] != [bos])
-        if added:
-            ids, learned = [bos, *ids], [False, *learned]
+        added = 0
+        if bos is not None and ids[:1] != [bos]:
+            ids, learned, added = [bos, *ids], [False, *learned], 1
         if len(ids) <= max_length:
             return Tokens(ids, learned, 0, 0, 0)
         segments = written.segments

@@ -130,23 +130,15 @@ def harness(
             for questions, wrapped, templated in parts:
                 if not questions:
                     continue
-                try:
-                    with predictor.precision(), sampler.draw(loaded.model, draw):
-                        measured = simple_evaluate(
-                            model=wrapped,
-                            tasks=questions,
-                            limit=limit,
-                            task_manager=manager,
-                            apply_chat_template=templated,
-                            bootstrap_iters=0,
-                        )
-                except (KeyError, OSError, ValueError) as error:
-                    reason = str(error).strip().partition("\n")[0]
-                    raise ConfigError(
-                        f"the harness cannot run {', '.join(tasks)}: {reason}",
-                        "Give names that `lm_eval ls tasks` shows, or the paths of YAML files; data of its own tasks "
-                        "come from the hub.",
-                    ) from error
+                with _told(tasks), predictor.precision(), sampler.draw(loaded.model, draw):
+                    measured = simple_evaluate(
+                        model=wrapped,
+                        tasks=questions,
+                        limit=limit,
+                        task_manager=manager,
+                        apply_chat_template=templated,
+                        bootstrap_iters=0,
+                    )
                 for part, gathered in found[-1].items():
                     gathered.update(measured[part])
     return HarnessResult(
@@ -154,6 +146,20 @@ def harness(
         samples=tuple(each["samples"] for each in found),
         num_samples=0 if drawn is None else drawn.num_samples,
     )
+
+
+@contextmanager
+def _told(tasks: Sequence[str]) -> Iterator[None]:
+    """Turns what the harness cannot run into ConfigError."""
+    try:
+        yield
+    except (KeyError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"the harness cannot run {', '.join(tasks)}: {reason}",
+            "Give names that `lm_eval ls tasks` shows, or the paths of YAML files; data of its own tasks come from the "
+            "hub.",
+        ) from error
 
 
 def _asking(base: Any) -> Any:
