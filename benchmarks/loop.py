@@ -4,8 +4,9 @@
 
 Both train the same LoRA on the same rows of one length: a run of ``monteclora train`` with everything it does between
 checkpoints (data order, counting, checks for numbers that are not finite, logging, signals), and a DataLoader, the
-model's own loss, clipping, AdamW and a schedule. Before each of the run's steps the bare loop takes one of its own in
-the same process; a step is all from one batch to the next. Memory is that of processes that do one of the two.
+model's own loss, clipping, AdamW and a schedule. Before each of the run's steps two such loops take one each in the
+same process, in changing order; a step is all from one batch to the next. What the second bare loop takes beside the
+first is what the procedure itself makes of equal loops. Memory is that of processes that train one of the two.
 """
 
 from __future__ import annotations
@@ -103,11 +104,12 @@ def bare_loop(recipe: Recipe, data: PreparedData, steps: int) -> Iterator[None]:
 
 
 def alternating(setting: Size, rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of each step of the run and of the bare loop, which takes one before every step of the run."""
+    """Seconds of each step of the run and of the two bare loops, which take one before every step of the run."""
     steps = rounds + _WARMUP + 1
     recipe = recipe_of(setting, steps, folder)
-    bare = bare_loop(recipe, prepare_data(recipe), steps)
-    times: dict[str, list[float]] = {"bare": [], "run": []}
+    data = prepare_data(recipe)
+    loops = {name: bare_loop(recipe, data, steps) for name in ("bare", "again")}
+    times: dict[str, list[float]] = {"bare": [], "again": [], "run": []}
     left: list[float] = []
     step: Callable[..., None] = Loop.step
 
@@ -116,10 +118,11 @@ def alternating(setting: Size, rounds: int, folder: Path) -> dict[str, list[floa
         if left:
             times["run"].append(entered - left[-1])
         gc.collect()
-        began = time.perf_counter()
-        next(bare)
+        for name in sorted(loops, reverse=len(left) % 2 == 0):
+            began = time.perf_counter()
+            next(loops[name])
+            times[name].append(time.perf_counter() - began)
         left.append(time.perf_counter())
-        times["bare"].append(left[-1] - began)
         step(loop, batches)
 
     gc.disable()
@@ -166,11 +169,14 @@ def main() -> None:
         for name, setting in SETTINGS.items():
             if arguments.only in (None, name):
                 times = alternating(setting, arguments.rounds, Path(folder) / name)
-                row = compare(times, {"run": "bare"})["run"]
+                rows = compare(times, {"run": "bare", "again": "bare"})
+                row, control = rows["run"], rows["again"]
                 memory = {which: min(in_own_process(which, name) for _ in range(2)) for which in ("bare", "run")}
                 print(
                     f"{name}: a step of the run {row['median_ms']:.1f} ms, {row['ratio']:.3f} x the bare loop's "
-                    f"({row['ratio_low']:.3f} to {row['ratio_high']:.3f}, {row['rounds']:.0f} rounds); "
+                    f"({row['ratio_low']:.3f} to {row['ratio_high']:.3f}, {row['rounds']:.0f} rounds; "
+                    f"a second bare loop {control['ratio']:.3f}, {control['ratio_low']:.3f} to "
+                    f"{control['ratio_high']:.3f}); "
                     f"memory {memory['run']:.0f} MB, {memory['run'] / memory['bare']:.3f} x",
                     flush=True,
                 )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -164,6 +165,18 @@ class Loop:
         self.resumed = False
         return found
 
+    # looked up once: a search through the modules in every step takes as long as the optimiser
+    @cached_property
+    def _unwrapped(self) -> nn.Module:
+        """The model as the method made it."""
+        found: nn.Module = self.accelerator.unwrap_model(self.model)
+        return found
+
+    @cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        """What the phase trains."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, batches: list[Batch]) -> None:
@@ -177,21 +190,25 @@ class Loop:
             passes = self._passes(inputs, items)
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.optimizer)
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self._trained, self.max_grad_norm)
         finite = self._is_finite(batches, passes, _plain(norm))
         if not finite:
-            self.model.zero_grad(set_to_none=True)  # without gradients the optimiser passes over every weight
+            self._forget_gradients()  # without them the optimiser passes over every weight
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # else fp16 passed over this step to find its scale
             if finite and type(self.method).after_step is not Method.after_step:
-                self.method.after_step(self.accelerator.unwrap_model(self.model), self.state.step + 1, self.steps)
+                self.method.after_step(self._unwrapped, self.state.step + 1, self.steps)
             self.state.learning_rate = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
-        self.model.zero_grad()
+        self._forget_gradients()
         self.state.step += 1
         self.state.tokens += tokens
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
 
     def _count(self, batches: list[Batch]) -> tuple[Tensor, int]:
         """Items of the loss, an int64 scalar on the device, and tokens of the step, over all processes.
@@ -224,7 +241,7 @@ class Loop:
             loss = self.measures.loss(self.model, batch, items)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         task = loss.detach().float()
-        added = self.method.added_loss(self.accelerator.unwrap_model(self.model))
+        added = self.method.added_loss(self._unwrapped)
         if added is not None:
             loss = loss + added.loss.to(loss.device) / count
         self.scaler.scale(loss).backward()
