@@ -17,7 +17,7 @@ import torch
 from common import load_base
 from timing import alternate, compare
 
-from monteclora.data.encoding import IGNORED, encode_options
+from monteclora.data.encoding import IGNORED, Encoder
 from monteclora.data.models import load_tokenizer, resolve_model
 from monteclora.prediction.options import OptionRow, score_options
 from monteclora.tasks import DataSpec, load
@@ -25,9 +25,9 @@ from monteclora.tasks import DataSpec, load
 
 def questions(count: int, tokenizer) -> list[OptionRow]:
     rows = load(DataSpec(task="arc_easy"), splits=["test"]).split("test").select(range(count))
-    found = []
+    found, encoder = [], Encoder(tokenizer)
     for row in rows:
-        encoded, _ = encode_options(row["prompt"], row["options"], tokenizer, 512)
+        encoded, _ = encoder.options(row["prompt"], row["options"], 512)
         start = next(i for i, label in enumerate(encoded[0]["labels"]) if label != IGNORED)
         found.append(OptionRow(encoded[0]["input_ids"][:start], [each["input_ids"][start:] for each in encoded]))
     return found

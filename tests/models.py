@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -41,6 +43,31 @@ def bert(seed: int = 0, **options: Any) -> BertForSequenceClassification:
             max_position_embeddings=48,
             pad_token_id=PAD,
             **options,
+        )
+    )
+
+
+def deberta(seed: int = 0, **options: Any) -> DebertaV2ForSequenceClassification:
+    """With relative positions, and a layer of its own for the dropout of attention probabilities."""
+    torch.manual_seed(seed)
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 40,
+                "max_position_embeddings": 48,
+                "relative_attention": True,
+                "pos_att_type": ["p2c", "c2p"],
+                "type_vocab_size": 0,
+                "pad_token_id": PAD,
+                "num_labels": 3,
+                "hidden_dropout_prob": 0.2,
+                "attention_probs_dropout_prob": 0.3,
+                **options,
+            }
         )
     )
 
@@ -132,13 +159,21 @@ def perceptron(seed: int = 0, **sizes: int) -> Perceptron:
 # every base model with the names of the layers that are adapted in it
 TARGETS: dict[Callable[..., Any], list[str]] = {
     bert: ["query", "value", "dense"],
+    deberta: ["query_proj", "value_proj", "dense"],
     llama: ["q_proj", "v_proj", "down_proj"],
     llama_classifier: ["q_proj", "v_proj", "down_proj"],
     gpt2: ["c_attn", "c_proj"],
     t5: ["q", "v", "wo"],
     perceptron: ["first", "second"],
 }
-TASKS = {bert: "SEQ_CLS", llama_classifier: "SEQ_CLS", llama: "CAUSAL_LM", gpt2: "CAUSAL_LM", t5: "SEQ_2_SEQ_LM"}
+TASKS = {
+    bert: "SEQ_CLS",
+    deberta: "SEQ_CLS",
+    llama_classifier: "SEQ_CLS",
+    llama: "CAUSAL_LM",
+    gpt2: "CAUSAL_LM",
+    t5: "SEQ_2_SEQ_LM",
+}
 
 
 def config_for(build: Callable[..., nn.Module], **options: Any) -> MonteCLoRAConfig:
@@ -193,7 +228,7 @@ def tokens(rows: int = 3, length: int = 6, seed: int = 1) -> Tensor:
 def batch_for(build: Callable[..., nn.Module], rows: int = 3, length: int = 6, seed: int = 1) -> dict[str, Tensor]:
     """A batch with labels for the models of this file."""
     ids = tokens(rows, length, seed)
-    if build in (bert, llama_classifier):
+    if build in (bert, deberta, llama_classifier):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 3}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": tokens(rows, length, seed + 1)}
 

@@ -267,7 +267,8 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
 
     write_rows(tmp_path / "new.jsonl", [{"text": "w1 w2"}, {"text": "w40"}])
     status, out, err = run_main("predict", run, "new.jsonl", "--seed", 3)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert "every answer is abstained from: 3 validation rows cannot promise" in " ".join(err.split())
     assert out == "written: new-predictions.parquet (2 rows, 3 posterior draws each)\n"
     assert (tmp_path / "new-predictions.parquet").is_file()
 
@@ -278,10 +279,19 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
     assert all(score in out for score in ("entropy", "mutual information", "maximum logit", "novelty"))
 
     status, out, err = run_main("predict", run, "--text", "w1 w2", "--text", "w40", "--seed", 3)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert "every answer is abstained from" in " ".join(err.split())
     rows = pq.read_table(tmp_path / "new-predictions.parquet").to_pylist()
     assert [line.split(",")[0] for line in out.splitlines()] == [row["prediction"] for row in rows]
     assert all(f"confidence {row['confidence']:.3f}" in line for row, line in zip(rows, out.splitlines(), strict=True))
+    for arguments in (["new.jsonl"], ["--text", "w1 w2"]):
+        status, _, err = run_main("predict", run, *arguments, "--risk", "1.5")
+        assert status == 2
+        assert "risk is 1.5; expected a value between 0 and 1" in err
+        status, _, err = run_main("predict", run, *arguments, "--risk", 0.25, "--level", 0.8)
+        assert status == 0
+        assert "cannot promise at most 25 % wrong answers with a probability of 80 %" in " ".join(err.split())
+
     status, out, _ = run_main("predict", run, "--text", "w1 w2", "--text", "w40", "--seed", 3, "--json")
     answers = json.loads(out)["answers"]
     assert [answer["text"] for answer in answers] == ["w1 w2", "w40"]

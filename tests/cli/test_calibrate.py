@@ -51,7 +51,14 @@ def test_undo_is_said_once_and_goes_with_nothing_else(run, capsys):
     assert (run / "adapter" / "posterior.safetensors").read_bytes() == before
     assert main(["calibrate", str(run), "--undo"]) == 0
     assert "there was nothing to undo" in capsys.readouterr().out
-    for option in (["--temperature"], ["--tolerance", "0.1"]):
+    options = (
+        ["--temperature"],
+        ["--tolerance", "0.1"],
+        ["--num-samples", "2"],
+        ["--batch-size", "2"],
+        ["--seed", "1"],
+    )
+    for option in options:
         assert main(["calibrate", str(run), "--undo", *option]) == 2
         assert f"--undo and {option[0]} are both given" in capsys.readouterr().err
 
@@ -59,3 +66,11 @@ def test_undo_is_said_once_and_goes_with_nothing_else(run, capsys):
 def test_a_run_without_a_posterior_ends_in_one_line(trained, capsys):
     assert main(["calibrate", str(trained["lora"])]) == 2
     assert "has no posterior to scale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_a_batch_of_no_rows_is_refused_before_anything_is_stored(run, capsys, size):
+    before = (run / "adapter" / "posterior.safetensors").read_bytes()
+    assert main(["calibrate", str(run), "--batch-size", size]) == 2
+    assert f"batch_size is {size}, expected at least 1" in capsys.readouterr().err
+    assert (run / "adapter" / "posterior.safetensors").read_bytes() == before

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from monteclora.data.chat import use_template
-from monteclora.data.encoding import IGNORED, collator, describe_rows, encode, encode_options, encode_prompt
+from monteclora.data.encoding import IGNORED, Encoder, collator, describe_rows, encode
 from monteclora.errors import ConfigError, DataError
 from tests.data.tiny import CHATML, byte_tokenizer
 
@@ -144,16 +144,16 @@ def test_the_system_prompt_stays_and_a_row_it_fills_alone_is_dropped():
 
 def test_a_long_prompt_to_be_answered_keeps_the_template_and_its_end():
     tokenizer = byte_tokenizer()
-    ids, cut = encode_prompt({"prompt": "x" * 80 + "?"}, tokenizer, 50)
+    ids, cut = Encoder(tokenizer).prompt({"prompt": "x" * 80 + "?"}, 50)
     assert (len(ids), cut) == (50, True)
     text = tokenizer.decode(ids)
     assert text.startswith(HEAD + "x")
     assert text.endswith("x?" + FOOT)
     turns = [{"role": "user", "content": "q"}]
-    whole, cut = encode_prompt({"messages": turns}, tokenizer, 50)
+    whole, cut = Encoder(tokenizer).prompt({"messages": turns}, 50)
     assert (tokenizer.decode(whole), cut) == (HEAD + "q" + FOOT, False)
     answered = [*turns, {"role": "assistant", "content": "left out"}]
-    assert encode_prompt({"messages": answered}, tokenizer, 50)[0] == whole
+    assert Encoder(tokenizer).prompt({"messages": answered}, 50)[0] == whole
 
 
 def test_a_long_conversation_keeps_its_last_turn_whole():
@@ -161,6 +161,32 @@ def test_a_long_conversation_keeps_its_last_turn_whole():
     encoded = encode(conversation("one" * 20, "eins", "two", "zwei"), "causal_lm", tokenizer, 60)
     assert learned_text(encoded.dataset[0], tokenizer).endswith("zwei<|im_end|>")
     assert len(encoded.dataset[0]["input_ids"]) == 60
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_row_that_fits_costs_one_call_of_the_tokenizer_a_segment(template, monkeypatch):
+    tokenizer = byte_tokenizer(template)
+    called, call = [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **options: (called.append(text), call(self, text, **options))[1]
+    )
+    rows = [("question", "answer")] * 5
+    encode(causal(*rows), "causal_lm", tokenizer, 200)
+    segments = 3  # the prompt, the answer, and what ends it
+    assert len(called) == 5 * segments + (template is None and tokenizer.bos_token_id is not None)
+    called.clear()
+    encoder = Encoder(tokenizer)
+    for _ in range(5):
+        encoder.options("question", ["one", "two"], 200)
+    assert len(called) == 10 * segments + (template is None and tokenizer.bos_token_id is not None)
+
+
+def test_options_of_which_one_alone_is_too_long_lose_the_same_part_of_the_prompt():
+    tokenizer = byte_tokenizer()
+    whole, none = Encoder(tokenizer).options("q" * 16, ["a", "b" * 10], 200)
+    length = max(len(row["input_ids"]) for row in whole)  # room for what four of the letters less leave
+    assert Encoder(tokenizer).options("q" * 20, ["a", "b" * 10], length) == (whole, 4)
+    assert none == length - 200
 
 
 def test_rows_without_anything_to_learn():
@@ -231,7 +257,7 @@ def test_more_than_the_model_reads_is_refused():
 def test_one_completion_is_encoded_as_the_training_rows_are():
     tokenizer = byte_tokenizer()
     row = encode(causal(("q" * 50, "a")), "causal_lm", tokenizer, 30).dataset[0]
-    assert encode_options("q" * 50, ["a"], tokenizer, 30)[0] == [row]
+    assert Encoder(tokenizer).options("q" * 50, ["a"], 30)[0] == [row]
 
 
 def test_batches_are_padded_to_their_longest_row():

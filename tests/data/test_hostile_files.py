@@ -228,6 +228,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
         file("x.jsonl", '{"prompt": "p", "completion": "c", "options": ["a", "b"], "answer": ["c"]}\n'),
         "x.jsonl, line 1: the answer ['c'] is not one of the options",
     ),
+    "an option that stands in a row twice": (
+        file("x.jsonl", '{"prompt": "p", "completion": "a", "options": ["a", "b", "a"], "answer": "a"}\n'),
+        "x.jsonl, line 1: the option 'a' stands in the row twice",
+    ),
     "an input that is no text": (
         file("x.jsonl", '{"instruction": "p", "input": ["x"], "output": "c"}\n'),
         "x.jsonl, line 1: expected text in the column 'input', found ['x']",

@@ -162,6 +162,18 @@ def test_scale_then_temperature_in_one_go(run, monkeypatch):
     assert any(f"temperature {result.temperature:.3f}, fitted to {len(fit)} validation" in note for note in used.notes)
 
 
+def test_no_scale_is_predicted_twice_and_the_mean_needs_no_draws(run, monkeypatch):
+    """Forward passes: of the mean at every scale, of draws at every scale but 0; the temperature needs no more."""
+    loaded, passes = load_run(run), []
+    loaded.model.register_forward_pre_hook(lambda *_: passes.append(len(_[1])))
+    monkeypatch.setattr("monteclora.evaluation.calibrate.load_run", lambda *_: loaded)
+    result = calibrate(run, temperature=True, num_samples=3, batch_size=64, progress=False)  # a pass is a half
+    scales = set(result.curve)
+    reported = {0.0, 1.0, result.factor}
+    measured = [*scales, *reported, result.factor]  # the last with the temperature
+    assert len(passes) == sum(1 if scale == 0.0 else 1 + 3 for scale in measured)
+
+
 def test_a_temperature_of_completions_is_refused_before_anything_is_measured(trained, tmp_path):
     pairs = shutil.copytree(trained["pairs"], tmp_path / "pairs")
     before = (pairs / "adapter" / "posterior.safetensors").read_bytes()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from monteclora.adapters.active import posterior_sampling
+from monteclora.adapters.rescaling import rescale_posterior
 from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
 from monteclora.evaluation import generation as module
 from monteclora.evaluation.generation import generate
@@ -97,6 +98,18 @@ def test_other_settings_are_other_answers(run):
     assert len(json.loads((run / "generation.json").read_text())["results"]) == 3
 
 
+def test_answers_of_other_weights_are_not_taken_for_those_of_these(run):
+    """A posterior that is rescaled, as calibrate does, has the same recipe and answers otherwise."""
+    before = quietly(run, num_samples=2)
+    rescale_posterior(run / "adapter", 50.0, {})
+    after = quietly(run, num_samples=2)
+    assert after.answers != before.answers
+    assert texts(after) != texts(before)
+    base = quietly(run, base=True)
+    rescale_posterior(run / "adapter", 1.0, {})
+    assert quietly(run, base=True).answers == base.answers
+
+
 def test_every_draw_answers_under_its_own_weights(run):
     result = quietly(run, num_samples=3, seed=4)
     rows = pq.read_table(result.answers).to_pylist()
@@ -164,6 +177,9 @@ def test_what_does_not_fit_is_refused(run, trained):
     for options, message in (
         ({"samples": 2}, "at temperature 0"),
         ({"rows": 0}, "rows is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"max_new_tokens": 64}, "the model reads 48 tokens"),

@@ -8,7 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers.pre_tokenizers import Sequence, Split
+from tokenizers.processors import TemplateProcessing
 
+from monteclora.data.chat import use_template
+from monteclora.data.encoding import IGNORED, encode
 from monteclora.errors import ConfigError
 from monteclora.evaluation.harness import harness
 from monteclora.runs.loading import load_run
@@ -100,6 +105,40 @@ def test_gsm8k_is_asked_as_in_training_from_local_rows(run):
     assert {"exact_match,strict-match", "exact_match,flexible-extract"} <= set(result.results[0]["gsm8k"])
     (first, *_) = result.samples[0]["gsm8k"]
     assert "Solve the problem step by step" in first["arguments"][0][0]
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+@pytest.mark.parametrize("beginning", [False, True])
+def test_gsm8k_is_asked_in_the_tokens_of_training(run, monkeypatch, template, beginning):
+    """With a chat template and without one, and whether or not the tokenizer puts a token before every text."""
+    loaded = load_run(run)
+    # a line break is a token, as it is to the tokenizers of language models
+    loaded.tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Split(" ", "removed"), Split("\n", "isolated")])
+    if beginning:
+        loaded.tokenizer.bos_token = "[CLS]"
+        loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A", special_tokens=[("[CLS]", 2)]
+        )
+    if template:
+        use_template(loaded.tokenizer, template)
+    monkeypatch.setattr("monteclora.evaluation.harness.load_run", lambda *_, **__: loaded)
+    asked, generate = [], loaded.model.generate
+
+    def generated(**inputs):
+        masks = inputs["attention_mask"].bool()
+        asked.extend(ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True))
+        return generate(**inputs)
+
+    monkeypatch.setattr(loaded.model, "generate", generated)
+    result = harness(run, ["gsm8k"], batch_size=3)
+    docs = {sample["doc"]["prompt"]: sample["doc"] for sample in result.samples[0]["gsm8k"]}
+    learned = encode(Dataset.from_list(list(docs.values())), "causal_lm", loaded.tokenizer, 48, "completion").dataset
+    starts = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in learned]
+    expected = [row["input_ids"][:start] for row, start in zip(learned, starts, strict=True)]
+    assert sorted(asked) == sorted(expected)
+    assert len(expected) == 4
+    assert template or all(ids[-1] == loaded.tokenizer.unk_token_id for ids in asked)  # the line break
+    assert not beginning or template or all(ids[0] == 2 for ids in asked)
 
 
 def test_what_cannot_be_run_is_refused(run, trained, task_files, monkeypatch):

@@ -52,7 +52,9 @@ def unlabelled(tmp_path):
 @pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
 def test_predictions_are_those_of_the_evaluation(copied, unlabelled, tmp_path, ending):
     found = quietly(copied("texts"), unlabelled, tmp_path / f"out{ending}", seed=5)
-    assert (found.rows, found.num_samples, found.notes) == (15, 3, ())
+    assert (found.rows, found.num_samples) == (15, 3)
+    (note,) = found.notes
+    assert note.startswith("every answer is abstained from: 3 validation rows cannot promise at most 10 % wrong")
     expected = evaluate(copied("texts"), seed=5, progress=False).scored.predictions
     rows = read(found.path)
     names = ["index", "text", "prediction", "confidence", "probabilities", "total", "aleatoric", "epistemic"]
@@ -97,7 +99,7 @@ def test_where_the_rows_of_the_run_are_gone_a_note_says_what_is_left_out(copied,
         raise DataError("there is no file texts-train.jsonl", "Check the path.")
 
     run = copied("texts")
-    monkeypatch.setattr("monteclora.evaluation.reference.load", gone)
+    monkeypatch.setattr("monteclora.evaluation.own_rows.load", gone)
     found = quietly(run, unlabelled, tmp_path / "out.jsonl")
     assert found.notes == ("novelty and abstain are left out: there is no file texts-train.jsonl. Check the path.",)
     assert not {"novelty", "abstain"} & set(read(found.path)[0])
@@ -114,7 +116,7 @@ def test_a_run_folder_that_cannot_be_written_to_predicts(copied, unlabelled, tmp
         raise CheckpointError(f"cannot write {path}", "Free some space.")
 
     run = copied("texts")
-    monkeypatch.setattr("monteclora.evaluation.reference.write_file", refuse)
+    monkeypatch.setattr("monteclora.runs.documents.write_file", refuse)
     monkeypatch.setattr("monteclora.prediction.novelty.write_file", refuse)
     assert "novelty" in read(quietly(run, unlabelled, tmp_path / "out.jsonl").path)[0]
     assert "novelty.safetensors is not kept" in caplog.text
@@ -193,14 +195,14 @@ def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
 
 
 def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
-    from monteclora.data.encoding import encode_options
+    from monteclora.data.encoding import Encoder
 
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
     (prompt,), notes = encode_prompts(
         load_inputs(file, loaded.recipe.data, loaded.kind), loaded.tokenizer, loaded.recipe.data.max_length, 4
     )
-    whole = encode_options("w1 w2", ["w9"], loaded.tokenizer, 16)[0][0]
+    whole = Encoder(loaded.tokenizer).options("w1 w2", ["w9"], 16)[0][0]
     learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)
     assert prompt["input_ids"] == whole["input_ids"][:learned]
     assert notes == ()

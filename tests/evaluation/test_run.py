@@ -8,8 +8,13 @@ import torch
 
 import monteclora
 from monteclora import evaluate
-from monteclora.data.encoding import encode_options
+from monteclora.data.encoding import Encoder
 from monteclora.errors import CheckpointError, ConfigError, DataError
+from monteclora.metrics.calibration import (
+    classwise_calibration_error,
+    equal_mass_calibration_error,
+    smooth_calibration_error,
+)
 from monteclora.metrics.registry import measure
 from monteclora.runs.loading import load_run
 from monteclora.training.run import train
@@ -134,7 +139,7 @@ def test_options_are_ranked_by_their_likelihood(copied):
         completions = [f"w80 w81 {option}" for option in row["options"]]
         scores = []
         for completion in completions:
-            ids = encode_options(row["prompt"], [completion], loaded.tokenizer, 48)[0][0]["input_ids"]
+            ids = Encoder(loaded.tokenizer).options(row["prompt"], [completion], 48)[0][0]["input_ids"]
             with torch.no_grad():
                 log_probs = loaded.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             # from the first word of the option to the end token, which is left out
@@ -296,3 +301,36 @@ def test_another_task_is_scored_under_its_name(copied, tmp_path, monkeypatch):
     assert "accuracy_per_byte" not in quietly(run).point  # words for options have no length that means anything
     with pytest.raises(ConfigError, match="mrpc is a task of classification, and the run is one of causal_lm"):
         quietly(run, task="mrpc")
+
+
+def test_notes_on_another_task_are_about_its_rows_and_not_the_runs(copied, assets, tmp_path, monkeypatch):
+    from tests.tasks.rows import PIQA, write_split
+
+    rows = [{**PIQA, "goal": f"w{i % 4}", "sol1": "w5", "sol2": f"w{i + 9}", "label": i % 2} for i in range(20)]
+    write_split(tmp_path, "piqa", "train", rows)
+    monkeypatch.setenv("MONTECLORA_DATA", str(tmp_path))
+    result = quietly(copied("questions"), task="piqa", calibrator="temperature")
+    assert result.split == "piqa:validation"
+    (leak,) = (note for note in result.notes if "rows have the texts or prompt of a training row" in note)
+    assert leak.startswith("piqa:validation: ")
+    assert not any("changed since" in note or "fitted to these rows" in note for note in result.notes)
+
+    recipe = tiny_recipe(assets, tmp_path / "own", "questions")
+    recipe["data"] = {"task": "piqa", "max_length": 16}
+    result = quietly(train(recipe, progress=False).folder, task="piqa", calibrator="temperature")
+    assert result.split == "piqa:validation"
+    assert any("the calibrator temperature was fitted to these rows" in note for note in result.notes)
+
+
+def test_evaluations_say_how_well_probabilities_are_calibrated(copied):
+    """By more measures than the ECE: of the evaluated predictions, of classes and of options."""
+    result = quietly(copied("texts"))
+    found, metrics = result.scored.predictions, result.calibration
+    assert metrics == result.facts()["calibration"]
+    assert metrics["equal_mass"] == equal_mass_calibration_error(found.probs, found.labels)
+    assert metrics["smooth"] == smooth_calibration_error(found.probs, found.labels)
+    assert metrics["classwise"] == classwise_calibration_error(found.probs, found.labels)
+    parts = [metrics[f"brier_{name}"] for name in ("reliability", "resolution", "uncertainty")]
+    assert parts[0] - parts[1] + parts[2] == pytest.approx(result.posterior["brier"])
+    assert set(quietly(copied("questions")).calibration) == {"equal_mass", "smooth"}  # options are no classes
+    assert "calibration" not in quietly(copied("pairs")).facts()

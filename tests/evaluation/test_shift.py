@@ -93,10 +93,21 @@ def test_where_the_rows_of_the_run_are_gone_novelty_is_left_out(copied, outside,
     def gone(*_):
         raise DataError("there is no file texts-train.jsonl", "Check the path.")
 
-    monkeypatch.setattr("monteclora.evaluation.reference.load", gone)
+    monkeypatch.setattr("monteclora.evaluation.own_rows.load", gone)
     result = evaluate(copied("texts"), ood=outside, progress=False)
     assert "novelty" not in result.shift.ood["scores"]
     assert result.notes == ("novelty is left out: there is no file texts-train.jsonl. Check the path.",)
+
+
+def test_novelty_of_rows_that_it_is_made_of_is_left_out_or_noted(copied, outside):
+    run = copied("texts")
+    on_train = evaluate(run, "train", ood=outside, progress=False)
+    assert "novelty" not in on_train.shift.ood["scores"]
+    assert "novelty is left out: it is the distance to the train rows, which are evaluated here" in on_train.notes
+    on_validation = evaluate(run, "validation", ood=outside, progress=False)
+    assert "novelty" in on_validation.shift.ood["scores"]
+    assert any(note.startswith("novelty was fitted to these rows") for note in on_validation.notes)
+    assert not any("novelty" in note for note in evaluate(run, ood=outside, progress=False).notes)
 
 
 def test_an_unfinished_run_stores_no_reference(copied, outside, monkeypatch):

@@ -1,21 +1,30 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import monteclora
+from monteclora.adapters.rescaling import rescale_posterior
 from monteclora.data.columns import Columns
+from monteclora.data.splitting import carve_validation
 from monteclora.errors import CheckpointError, ConfigError, DataError
+from monteclora.evaluation import own_rows, reference
+from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.reference import abstention_of, novelty_of, see
 from monteclora.evaluation.run import evaluate
 from monteclora.metrics.ood import nearest_distance
 from monteclora.metrics.selective import abstention_threshold
 from monteclora.prediction.novelty import Novelty
+from monteclora.runs.loading import load_run
 from monteclora.tasks import load as load_task
-from tests.finished_runs import questions, texts, write_rows
+from monteclora.training.run import train
+from tests.finished_runs import LABELS, questions, texts, tiny_recipe, write_rows
 
 TEXTS = [row["text"] for row in texts(7, seed=4)]
 
@@ -58,26 +67,141 @@ def test_novelty_is_its_definition(run):
 
 
 def test_what_was_stored_is_used_and_damage_is_named(run, monkeypatch):
-    model = monteclora.load(run)
-    first = model.predict(TEXTS)
-    monkeypatch.setattr("monteclora.evaluation.reference.load", lambda *_: pytest.fail("the rows were read again"))
-    assert model.predict(TEXTS) == first
+    first = monteclora.load(run).predict(TEXTS)
+    monkeypatch.setattr("monteclora.evaluation.own_rows.load", lambda *_: pytest.fail("the rows were read again"))
+    assert monteclora.load(run).predict(TEXTS) == first
     assert np.isfinite(Novelty.load(run / "novelty.safetensors").limit)
     stored = json.loads((run / "abstention.json").read_text())
-    del stored["threshold"]
-    (run / "abstention.json").write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match=r"abstention\.json is damaged"):
-        model.predict(TEXTS)
+    for change, message in (
+        (lambda document: document.pop("threshold"), r"abstention\.json is damaged"),
+        (lambda document: document.update(format=1000), r"abstention\.json has format 1000"),
+    ):
+        document = dict(stored)
+        change(document)
+        (run / "abstention.json").write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=message):
+            monteclora.load(run).predict(TEXTS)
     (run / "novelty.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match=r"novelty\.safetensors cannot be read"):
-        model.predict(TEXTS)
+        monteclora.load(run).predict(TEXTS)
+
+
+def test_rows_are_read_and_weights_hashed_at_the_first_call_alone(run, monkeypatch):
+    count = {"load": 0, "weights_sha256": 0}
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            count[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    for module, name in ((own_rows, "load"), (reference, "weights_sha256")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    model = monteclora.load(run)
+    first = model.predict(TEXTS)
+    assert count["load"] == 1
+    before = dict(count)
+    assert model.predict(TEXTS) == first
+    assert count == before
+    assert model.predict(TEXTS, seed=1).confidence != first.confidence  # other draws are judged by their own threshold
+    assert count["weights_sha256"] > before["weights_sha256"]
+
+
+def test_novelty_of_other_weights_is_measured_anew(trained, tmp_path):
+    run = shutil.copytree(trained["lora"], tmp_path / "lora")
+    first = novelty_of(load_run(run))
+    path = run / "adapter" / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({name: 1.5 * tensor for name, tensor in load_file(path).items()}, path, metadata)
+    again = novelty_of(load_run(run))
+    assert again.weights != first.weights
+    assert again.centre[1] != pytest.approx(first.centre[1])  # the mean energy
+    np.testing.assert_array_equal(again.features, first.features)  # of the pretrained model
+
+
+def test_novelty_outlives_a_new_scale_of_the_posterior(run):
+    """It is measured at the mean."""
+    novelty_of(load_run(run))
+    before = (run / "novelty.safetensors").read_bytes()
+    rescale_posterior(run / "adapter", 2.0, {})
+    novelty_of(load_run(run))
+    assert (run / "novelty.safetensors").read_bytes() == before
+
+
+def test_rows_that_changed_are_not_taken_for_the_runs(assets, tmp_path):
+    """Neither for novelty and abstention, which are left out with a note, nor to fit a calibrator or a scale to."""
+    recipe = tiny_recipe(assets, tmp_path / "run")
+    recipe["data"]["validation_file"] = str(write_rows(tmp_path / "validation.jsonl", texts(12, seed=6)))
+    run = train(recipe, progress=False).folder
+    write_rows(tmp_path / "validation.jsonl", texts(12, seed=7))
+    found = monteclora.load(run).predict(TEXTS)
+    changed = r"the validation rows of \S*validation.jsonl changed since"
+    assert found.novelty is None
+    assert re.search(changed, found.notes[0])
+    with pytest.raises(DataError, match=changed):
+        evaluate(run, calibrator="temperature", progress=False)
+    with pytest.raises(DataError, match=changed):
+        calibrate(run, progress=False)
+
+
+@pytest.mark.parametrize("draws", [None, 0])
+def test_after_calibrate_draws_are_judged_by_the_half_that_did_not_choose_the_scale(assets, tmp_path, draws):
+    recipe = tiny_recipe(assets, tmp_path / "run")
+    recipe["data"]["validation_file"] = str(write_rows(tmp_path / "validation.jsonl", texts(20, seed=6)))
+    recipe["training"] |= {"best_metric": "nll", "max_steps": 25}
+    run = train(recipe, progress=False).folder
+    loaded = load_run(run)
+    assert abstention_of(loaded, loaded.sampler(num_samples=draws), 0, 0.9, 0.5).examples == 20
+    result = calibrate(run, progress=False)
+    loaded = load_run(run)
+    found = abstention_of(loaded, loaded.sampler(num_samples=draws), 0, 0.9, 0.5)
+    assert found.examples == (20 if draws == 0 else result.rows[1] < 20 and result.rows[1])
+    how = json.loads((run / "abstention.json").read_text())["rows"]
+    assert how.startswith("validation" if draws == 0 else "the half of the validation rows that did not choose")
+    if draws is None:
+        validation = evaluate(run, "validation", progress=False)
+        _, held_out = carve_validation(validation.rows, 0.5, 0, "rows")
+        place = {text: i for i, text in enumerate(validation.rows["text"])}
+        chosen = [place[text] for text in held_out["text"]]
+        probs, labels = validation.scored.predictions.probs[chosen], validation.scored.predictions.labels[chosen]
+        expected = abstention_threshold(probs.max(1), probs.argmax(1) == labels, 0.9, 0.5)
+        assert (found.threshold, found.errors) == (pytest.approx(expected.threshold), expected.errors)
+    notes = monteclora.load(run).predict(TEXTS, num_samples=draws).notes
+    assert any("chose the training step (best nll)" in note for note in notes)
+
+
+def test_why_nothing_is_answered_is_said(assets, tmp_path):
+    recipe = tiny_recipe(assets, tmp_path / "run")
+    wrong = [{**row, "label": LABELS[(LABELS.index(row["label"]) + 1) % 3]} for row in texts(50, seed=6)]
+    recipe["data"]["validation_file"] = str(write_rows(tmp_path / "validation.jsonl", wrong))
+    recipe["training"]["max_steps"] = 25
+    run = train(recipe, progress=False).folder
+    found = monteclora.load(run, risk=0.1, level=0.9).predict(TEXTS)
+    assert all(found.abstain)
+    assert found.notes == (
+        "every answer is abstained from: the answers to 50 validation rows are wrong too often to promise at most "
+        "10 % wrong answers with a probability of 90 %",
+    )
+    (note,) = monteclora.load(run, risk=0.01).predict(TEXTS).notes
+    assert "50 validation rows cannot promise at most 1 % wrong answers" in note
+    assert "it takes 459" in note  # 0.99^459 is below 0.01, 0.99^458 above
+    assert monteclora.load(run, risk=0.99, level=0.1).predict(TEXTS).notes == ()
+
+
+def test_a_promise_that_cannot_be_given_is_refused(trained):
+    with pytest.raises(ConfigError, match=r"risk is 1\.5; expected a value between 0 and 1"):
+        monteclora.load(trained["texts"], risk=1.5)
+    with pytest.raises(ConfigError, match=r"risk is 0\.2, and .* writes text"):
+        monteclora.load(trained["pairs"], risk=0.2)
 
 
 def test_without_the_rows_of_the_run_texts_are_answered_and_a_note_says_what_is_left_out(run, monkeypatch):
     def gone(*_):
         raise DataError("there is no file texts-train.jsonl", "Check the path.")
 
-    monkeypatch.setattr("monteclora.evaluation.reference.load", gone)
+    monkeypatch.setattr("monteclora.evaluation.own_rows.load", gone)
     found = monteclora.load(run).predict(TEXTS)
     assert (found.novelty, found.abstain, len(found.labels)) == (None, None, 7)
     assert found.notes == ("novelty and abstain are left out: there is no file texts-train.jsonl. Check the path.",)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from monteclora.errors import ConfigError, DataError
-from monteclora.metrics.selective import abstention_threshold, aurc, risk_coverage, upper_bound
+from monteclora.metrics.selective import abstention_threshold, least_examples, risk_coverage, upper_bound
 
 
 def answers(rows: int, seed: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -25,10 +25,6 @@ class TestRiskCoverage:
         assert curve.optimum == pytest.approx((1 / 3 + 1 / 2) / 4)  # two errors, at the end
         assert curve.excess == pytest.approx(1 / 8)
         assert [curve.accuracy_at(c) for c in (0.25, 0.3, 0.5, 1.0)] == [1.0, 0.5, 0.5, 0.5]
-
-    def test_of_class_probabilities(self):
-        probs = [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]]
-        assert aurc(probs, [0, 0, 0, 1]) == pytest.approx(risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0]).aurc)
 
     @given(st.integers(0, 2**32 - 1), st.integers(1, 40))
     @settings(deadline=None)
@@ -92,6 +88,14 @@ class TestAbstention:
         assert (everything.threshold, everything.coverage, everything.errors) == (-np.inf, 1.0, 0)
         assert everything.bound == pytest.approx(1 - 0.01 ** (1 / 100))
         assert not everything.abstains([0.0]).any()
+
+    @pytest.mark.parametrize(("risk", "level"), [(0.1, 0.9), (0.5, 0.5), (0.02, 0.99), (0.9, 0.1)])
+    def test_the_least_examples_are_just_enough(self, risk, level):
+        """So many right answers, all of one confidence, are answered, and one fewer are not."""
+        count = least_examples(risk, level)
+        assert abstention_threshold(np.ones(count), np.ones(count), risk, level).answered == count
+        if count > 1:
+            assert not abstention_threshold(np.ones(count - 1), np.ones(count - 1), risk, level).answered
 
     def test_equal_confidences_are_answered_together_or_not_at_all(self):
         score = np.repeat([0.9, 0.5], [100, 100])

@@ -15,7 +15,7 @@ from monteclora.prediction.ensemble import Ensemble, Members
 from monteclora.prediction.mc_dropout import MCDropout
 from monteclora.prediction.registry import SAMPLERS, check_calibrator, get_sampler
 from monteclora.prediction.sampler import MEAN
-from tests.models import bert, llama_classifier, same_global_generators, wrapped
+from tests.models import bert, deberta, llama_classifier, same_global_generators, wrapped
 from tests.prediction.rows import padding, rows_of
 
 LENGTHS = [3, 9, 5, 7, 4]
@@ -26,7 +26,7 @@ def kind(request):
     return SAMPLERS[request.param]
 
 
-@pytest.fixture(params=[bert, llama_classifier], ids=lambda build: build.__name__)
+@pytest.fixture(params=[bert, deberta, llama_classifier], ids=lambda build: build.__name__)
 def model(request, kind):
     """What the kind of sampler draws from."""
     if kind.name == "ensemble":
@@ -131,6 +131,12 @@ def test_a_mask_is_shared_by_rows_and_positions():
     with MCDropout(1).draw(model, 0):
         y = model(torch.ones(3, 4, 50))
     assert torch.equal(y, y[:1, :1].expand_as(y))
+
+
+def test_dropout_of_attention_probabilities_stays_off():
+    """Also where it has a layer of its own: its last axis is a position of the padded batch and not a feature."""
+    one, other = (found(wrapped(deberta, base={"attention_probs_dropout_prob": p}), MCDropout(2)) for p in (0.0, 0.9))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_a_copied_model_drops_nothing_twice():

@@ -51,8 +51,12 @@ def dots(svg: Svg, series: int) -> list[ElementTree.Element]:
     return list(drawn.iter(f"{NAMESPACE}use")) or list(drawn.findall(f"{NAMESPACE}path"))
 
 
+def numbers(path: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-\d.]+", path)]
+
+
 def width(dot: ElementTree.Element) -> float:
-    x = [float(number) for number in re.findall(r"[-\d.]+", dot.get("d"))][::2]
+    x = numbers(dot.get("d"))[::2]
     return max(x) - min(x)
 
 
@@ -67,6 +71,14 @@ class TestReliabilityDiagram:
         svg = reliability_diagram({"A": curve_of([5, 50], [0.4, 0.6])})
         small, large = (width(dot) for dot in dots(svg, 0))
         assert large > 1.5 * small
+
+    def test_whiskers_are_longer_where_a_bin_holds_few_examples(self):
+        svg = reliability_diagram({"A": curve_of([5, 0, 50], [0.4, 0, 0.6])})
+        paths = group(svg, "intervals-0").iter(f"{NAMESPACE}path")
+        heights = [abs(y[1] - y[0]) for y in (numbers(path.get("d"))[1::2] for path in paths)]
+        curve = curve_of([5, 0, 50], [0.4, 0, 0.6])
+        low, high = (bounds[curve.counts > 0] for bounds in curve.accuracy_interval())
+        assert heights[0] / heights[1] == pytest.approx((high - low)[0] / (high - low)[1], rel=1e-3)
 
     def test_the_legend_names_each_ece(self):
         curve = curve_of([10, 10], [0.2, 0.9])

@@ -44,8 +44,9 @@ def calibrate(
     from monteclora.evaluation.calibrate import undo_calibration
 
     if undo:
-        for name, given in (("tolerance", tolerance is not None), ("temperature", temperature)):
-            if given:
+        given = {"tolerance": tolerance, "num-samples": num_samples, "batch-size": batch_size, "seed": seed or None}
+        for name, value in {**given, "temperature": temperature or None}.items():
+            if value is not None:
                 raise ConfigError(f"--undo and --{name} are both given", "Keep one.")
         undone = undo_calibration(run)
         if as_json:

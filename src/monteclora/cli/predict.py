@@ -31,6 +31,8 @@ def predict(
     seed: int = 0,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
+    risk: float | None = None,
+    level: float | None = None,
     as_json: Json = False,
 ) -> None:
     """Predict every row of a file, or texts given here, and say how uncertain each prediction is.
@@ -51,11 +53,13 @@ def predict(
         seed: of the draws.
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's training.eval_batch_size.
+        risk: the share of wrong answers wanted among those a classifier does not abstain from; by default 0.1.
+        level: the probability with which that is promised; by default 0.9.
     """
     if text:
         only_files = {"out": out, "keep": keep, "sampler": sampler, "calibrator": calibrator, "batch-size": batch_size}
         _check_alone(file, [name for name, value in only_files.items() if value is not None])
-        _print_answers(run, text, num_samples, seed, max_new_tokens, as_json)
+        _print_answers(run, text, num_samples, seed, max_new_tokens, risk, level, as_json)
         return
     if file is None:
         raise ConfigError("there is nothing to predict", 'Give a file, or texts: --text "...".')
@@ -74,6 +78,8 @@ def predict(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         keep=[column.strip() for column in keep.split(",")] if keep else (),
+        risk=risk,
+        level=level,
     )
     if as_json:
         print_json(
@@ -101,11 +107,19 @@ def _check_alone(file: Path | None, options: Sequence[str]) -> None:
 
 
 def _print_answers(
-    run: str, texts: Sequence[str], num_samples: int | None, seed: int, max_new_tokens: int, as_json: bool
+    run: str,
+    texts: Sequence[str],
+    num_samples: int | None,
+    seed: int,
+    max_new_tokens: int,
+    risk: float | None,
+    level: float | None,
+    as_json: bool,
 ) -> None:
     from monteclora.evaluation.text import load
 
-    found = load(run).predict(texts, num_samples=num_samples, seed=seed, max_new_tokens=max_new_tokens)
+    model = load(run, risk=risk, level=level)
+    found = model.predict(texts, num_samples=num_samples, seed=seed, max_new_tokens=max_new_tokens)
     if as_json:
         names = [{"texts": "text", "labels": "label"}.get(name, name) for name in found.to_dict()]
         answers = [dict(zip(names, values, strict=True)) for values in zip(*found.to_dict().values(), strict=True)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "RowView", "collator", "describe_rows", "encode", "encode_options", "encode_prompt"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "RowView", "collator", "describe_rows", "encode"]
 
 IGNORED = -100
 """The label of a token that is not learned; torch's cross-entropy skips it."""
@@ -85,47 +86,105 @@ def encode(
     return _encode_causal(rows, tokenizer, max_length, truncation)
 
 
-def encode_options(
-    prompt: str, completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[dict[str, list[int]]], int]:
-    """A prompt with each of its completions as :func:`encode` does it, and by how many tokens the longest was too long.
+@dataclass(frozen=True)
+class Encoder:
+    """Makes tokens of rows with completions, one by one, as :func:`encode` does; what no row changes is found out once.
 
-    All lose the same part of the prompt's text, so that they differ in the completion alone.
-
-    Raises:
-        DataError: no row is left.
+    Attributes:
+        tokenizer: of the model; it must not be changed meanwhile.
     """
-    writer = Writer(tokenizer)
-    rows = [_tokens(writer.row({"prompt": prompt, "completion": text}), tokenizer) for text in completions]
-    longest = max(rows, key=lambda row: len(row.ids))
-    excess = len(longest.ids) - max_length
-    if excess > 0:
-        cut = prompt_excess(longest, max_length)
-        rows = [row.without(row.start, cut) for row in rows]
-    if not all(any(row.learned[1:max_length]) for row in rows):
-        raise DataError(f"no option has a token left within {max_length} tokens", "Set a larger data.max_length.")
-    return [_row(row.ids[:max_length], row.learned[:max_length]) for row in rows], excess
 
+    tokenizer: PreTrainedTokenizerBase
 
-def encode_prompt(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation = "prompt_start"
-) -> tuple[list[int], bool]:
-    """The token ids that ask for an answer, as training had them before it, and whether the prompt's text was cut.
+    @cached_property
+    def _writer(self) -> Writer:
+        return Writer(self.tokenizer)
 
-    Args:
-        row: with ``prompt``, or ``messages`` that may end with an answer, which is left out.
-        tokenizer: of the model.
-        max_length: most tokens.
-        truncation: ``prompt_end`` cuts the prompt's end, any other its start.
+    @cached_property
+    def _leading_bos(self) -> int | None:
+        """The token that this tokenizer puts before a plain text."""
+        bos: int | None = self.tokenizer.bos_token_id
+        return bos if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else None
 
-    Raises:
-        DataError: the template and the system prompt alone are longer.
-    """
-    found = _tokens(Writer(tokenizer).prompt(row), tokenizer)
-    kept = truncate(found, max_length, truncation if truncation == "prompt_end" else "prompt_start")
-    if not kept.ids:
-        raise DataError(f"a prompt has no room within {max_length} tokens", "Shorten its system prompt.")
-    return kept.ids, kept.prompt_cut
+    def options(
+        self, prompt: str, completions: Sequence[str], max_length: int
+    ) -> tuple[list[dict[str, list[int]]], int]:
+        """A prompt with each of its completions, and by how many tokens the longest was too long.
+
+        All lose the same part of the prompt's text, so that they differ in the completion alone.
+
+        Raises:
+            DataError: no row is left.
+        """
+        written = [self._writer.row({"prompt": prompt, "completion": text}) for text in completions]
+        rows = [self._tokens(each, max_length) for each in written]
+        excess = max(len(row.ids) for row in rows) - max_length
+        if excess > 0:
+            rows = [self._tokens(each) for each in written]  # where each may be cut, the short ones too
+            cut = prompt_excess(max(rows, key=lambda row: len(row.ids)), max_length)
+            rows = [row.without(row.start, cut) for row in rows]
+        if not all(any(row.learned[1:max_length]) for row in rows):
+            raise DataError(f"no option has a token left within {max_length} tokens", "Set a larger data.max_length.")
+        return [_row(row.ids[:max_length], row.learned[:max_length]) for row in rows], excess
+
+    def prompt(
+        self, row: dict[str, Any], max_length: int, truncation: Truncation = "prompt_start"
+    ) -> tuple[list[int], bool]:
+        """The token ids that ask for an answer, as training had them before it, and whether the prompt's text was cut.
+
+        Args:
+            row: with ``prompt``, or ``messages`` that may end with an answer, which is left out.
+            max_length: most tokens.
+            truncation: ``prompt_end`` cuts the prompt's end, any other its start.
+
+        Raises:
+            DataError: the template and the system prompt alone are longer.
+        """
+        found = self._tokens(self._writer.prompt(row), max_length)
+        kept = truncate(found, max_length, truncation if truncation == "prompt_end" else "prompt_start")
+        if not kept.ids:
+            raise DataError(f"a prompt has no room within {max_length} tokens", "Shorten its system prompt.")
+        return kept.ids, kept.prompt_cut
+
+    def row(self, row: dict[str, Any], max_length: int) -> Tokens:
+        """A row with an answer in tokens; where it may be cut is told of rows longer than ``max_length`` alone.
+
+        Raises:
+            ConfigError, jinja2.TemplateError: see :meth:`monteclora.data.chat.Writer.row`.
+        """
+        return self._tokens(self._writer.row(row), max_length)
+
+    def _tokens(self, written: Written, max_length: int = 0) -> Tokens:
+        """The tokens of a row, each segment by itself, up to the last that is learned (all of a prompt)."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        answer = 0
+        for number, (text, is_learned) in enumerate(written.segments):
+            new = self._tokenised(text)
+            ids += new
+            learned += [is_learned] * len(new)
+            if number == written.asking:
+                answer = len(ids)
+        # What follows the last learned token teaches nothing.
+        while any(learned) and not learned[-1]:
+            del ids[-1], learned[-1]
+        bos = None if written.templated else self._leading_bos
+        added = 0
+        if bos is not None and ids[:1] != [bos]:
+            ids, learned, added = [bos, *ids], [False, *learned], 1
+        if len(ids) <= max_length:
+            return Tokens(ids, learned, 0, 0, 0)
+        segments = written.segments
+        start = len(self._tokenised(segments[0][0][: written.start])) if segments else 0
+        end = answer - len(self._tokenised(segments[written.asking][0][written.end :])) if segments else 0
+        start = max(start + added, int(ids[:1] == [self.tokenizer.bos_token_id]))
+        return Tokens(ids, learned, start, max(end + added, start), max(answer + added, start))
+
+    def _tokenised(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
 
 def collator(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
@@ -165,14 +224,14 @@ def _encode_causal(
     import datasets
     import jinja2
 
-    writer = Writer(tokenizer)
+    encoder = Encoder(tokenizer)
     parts: list[Dataset] = []
     encoded: list[dict[str, list[int]]] = []
     kept_rows: list[int] = []
     shortened = prompts_cut = completions_cut = 0
     for number, row in enumerate(rows, start=1):
         try:
-            whole = _tokens(writer.row(row), tokenizer)
+            whole = encoder.row(row, max_length)
         except jinja2.TemplateError as error:
             raise DataError(f"row {number} does not fit the chat template: {error}", "Correct its messages.") from None
         kept: Kept = truncate(whole, max_length, truncation)
@@ -194,42 +253,6 @@ def _encode_causal(
     dropped = len(rows) - len(kept_rows)
     dataset = datasets.concatenate_datasets(parts)
     return Encoded(dataset, shortened, completions_cut, dropped, kept_rows if dropped else None, prompts_cut)
-
-
-def _tokens(written: Written, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The tokens of a row, each segment by itself, up to the last that is learned (all of a prompt)."""
-
-    def tokenised(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-        return ids
-
-    ids: list[int] = []
-    learned: list[bool] = []
-    end = answer = 0
-    for number, (text, is_learned) in enumerate(written.segments):
-        new = tokenised(text)
-        ids += new
-        learned += [is_learned] * len(new)
-        if number == written.asking:
-            answer = len(ids)
-            end = answer - len(tokenised(text[written.end :]))
-    # What follows the last learned token teaches nothing.
-    while any(learned) and not learned[-1]:
-        del ids[-1], learned[-1]
-    start = len(tokenised(written.segments[0][0][: written.start])) if written.segments else 0
-    bos = None if written.templated else _leading_bos(tokenizer)
-    if bos is not None and ids[:1] != [bos]:
-        ids, learned = [bos, *ids], [False, *learned]
-        start, end, answer = start + 1, end + 1, answer + 1
-    start = max(start, int(ids[:1] == [tokenizer.bos_token_id]))
-    return Tokens(ids, learned, start, max(end, start), max(answer, start))
-
-
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that this tokenizer puts before a plain text."""
-    if tokenizer.bos_token_id is None:
-        return None
-    return tokenizer.bos_token_id if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
 
 
 def _row(ids: list[int], learned: list[bool]) -> dict[str, list[int]]:

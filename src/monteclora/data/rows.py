@@ -287,6 +287,11 @@ def _options(row: dict[str, Any], completion: str, place: str) -> dict[str, Any]
     options, answer = row["options"], row.get("answer")
     if len(options) < 2 or not all(isinstance(option, str) and option for option in options):
         raise DataError(f"{place}: options is not a list of two texts or more", "Write the words to choose from.")
+    if twice := sorted({option for option in options if options.count(option) > 1}):
+        raise DataError(
+            f"{place}: the option {brief(twice[0])} stands in the row twice, and nothing tells the two apart",
+            "Write each option once.",
+        )
     if not isinstance(answer, str) or answer not in options or answer not in completion:
         raise DataError(
             f"{place}: the answer {brief(answer)} is not one of the options, or not in the completion",

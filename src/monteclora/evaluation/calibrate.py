@@ -16,9 +16,10 @@ import torch
 
 from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.rescaling import rescale_posterior, restore_posterior
-from monteclora.data.splitting import carve_validation, content_sha256
+from monteclora.data.splitting import content_sha256
 from monteclora.errors import ConfigError, DataError
-from monteclora.evaluation.calibrators import FIT_SPLIT, fit_calibrators
+from monteclora.evaluation.calibrators import fit_calibrators
+from monteclora.evaluation.own_rows import FIT_SPLIT, halves, own_rows
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.sampler import Sampler
 from monteclora.runs.calibration import read_calibration, write_calibration
@@ -27,7 +28,7 @@ from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import Progress, progress_bar
 from monteclora.system.quiet import quiet_libraries
-from monteclora.tasks import load
+from monteclora.tasks.base import Scored
 from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def calibrate(
         CheckpointError: not a run, an unfinished one, or its adapter is damaged.
         ConfigError: the method has no posterior, an argument is out of its range, or a temperature is asked for where
             rows have neither classes nor options.
-        DataError: there are too few validation rows.
+        DataError: there are too few validation rows, or they changed since the run was trained.
     """
     if tolerance is not None and not 0.0 <= tolerance < 1.0:
         raise ConfigError(f"tolerance is {tolerance}, expected at least 0 and below 1", "Give a share, such as 0.005.")
@@ -120,22 +121,23 @@ def calibrate(
     fit, held_out, origin = _halves(loaded, temperature)
     sampler = loaded.sampler("posterior", num_samples, seed)
     assert sampler is not None
-    measure = _measure(loaded, sampler, batch_size)
+    score = _scoring(loaded, sampler, batch_size)
     steps = len(_GRID) + _REFINEMENTS
     with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: posterior scale", steps, progress) as advance:
-        curve = _search(lambda scale: measure(scale, fit), tolerance, advance)
+        curve, best = _search(lambda scale: score(scale, fit), tolerance, advance)
         factor = _best(curve, tolerance)
         stages = {"mean": 0.0, "trained": 1.0, "calibrated": factor}
-        report = {name: measure(scale, held_out) for name, scale in stages.items()}
+        held = {scale: _metrics(score(scale, held_out)) for scale in dict.fromkeys(stages.values())}
+        report = {name: held[scale] for name, scale in stages.items()}
     criterion = "smallest NLL" if tolerance is None else f"accuracy at most {tolerance:g} below the mean's"
     used = {"split": FIT_SPLIT, "rows_sha256": content_sha256(fit)}
     how = {"criterion": criterion, "num_samples": sampler.num_samples, **used}
     rescale_posterior(RunFolder(loaded.folder).adapter, factor, how)
     fitted = None
     if temperature:
-        with quiet_libraries():  # the report has left the model at the chosen scale
-            calibrators = fit_calibrators(loaded, "temperature", sampler, seed, fit, origin, batch_size)
-            report["calibrated + temperature"] = measure(factor, held_out, calibrators)
+        with quiet_libraries():
+            calibrators = fit_calibrators(loaded, "temperature", sampler, seed, best, fit, origin)
+            report["calibrated + temperature"] = _metrics(score(factor, held_out, calibrators))
         fitted = calibrators[sampler.name].state["temperature"]
     rows, curve = (len(fit), len(held_out)), dict(sorted(curve.items()))
     result = CalibrationResult(loaded.folder, factor, criterion, curve, report, rows, sampler.num_samples, fitted)
@@ -165,7 +167,7 @@ def _halves(loaded: LoadedRun, temperature: bool) -> tuple[Dataset, Dataset, str
             f"the method {loaded.recipe.method.name} of {loaded.folder} has no posterior to scale",
             "Evaluate it with --calibrator temperature.",
         )
-    data = load(loaded.recipe.data, (FIT_SPLIT,))
+    data = own_rows(loaded, FIT_SPLIT)
     rows = data.splits.get(FIT_SPLIT)
     if rows is None or len(rows) < 4:
         raise DataError(
@@ -179,17 +181,15 @@ def _halves(loaded: LoadedRun, temperature: bool) -> tuple[Dataset, Dataset, str
             f"a temperature needs probabilities of classes or options, and {origin} has completions",
             "Leave out temperature.",
         )
-    return *carve_validation(rows, 0.5, 0, data.name), origin
+    return *halves(rows, data.name), origin
 
 
-class _Measure(Protocol):
-    def __call__(
-        self, scale: float, rows: Dataset, calibrators: Mapping[str, Calibrator] | None = None
-    ) -> Mapping[str, float]: ...
+class _Score(Protocol):
+    def __call__(self, scale: float, rows: Dataset, calibrators: Mapping[str, Calibrator] | None = None) -> Scored: ...
 
 
-def _measure(loaded: LoadedRun, sampler: Sampler, batch_size: int | None) -> _Measure:
-    """Metrics of the mean over draws at a scale, by name; the same draws at every scale, at which the model is left."""
+def _scoring(loaded: LoadedRun, sampler: Sampler, batch_size: int | None) -> _Score:
+    """Predictions at a scale and what they are worth, under the same draws at every scale but 0, which is the mean."""
     posteriors = active_posteriors(loaded.model)
     trained = [
         posterior.scale.clone()
@@ -198,24 +198,35 @@ def _measure(loaded: LoadedRun, sampler: Sampler, batch_size: int | None) -> _Me
         for posterior in posteriors
     ]
 
-    def measure(
-        scale: float, rows: Dataset, calibrators: Mapping[str, Calibrator] | None = None
-    ) -> Mapping[str, float]:
+    def score(scale: float, rows: Dataset, calibrators: Mapping[str, Calibrator] | None = None) -> Scored:
         for posterior, eps in zip(posteriors, trained, strict=True):
             posterior.scale.copy_(scale * eps)
-        scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size, calibrators=calibrators), rows)
-        assert scored.posterior is not None
-        return scored.posterior
+        drawn = sampler if scale else None
+        return KINDS[loaded.kind].score(loaded.predictor(drawn, batch_size, calibrators=calibrators), rows)
 
-    return measure
+    return score
 
 
-def _search(measure: Callable[[float], Mapping[str, float]], tolerance: float | None, advance: Progress) -> Curve:
-    """The grid, then scales between those where the optimum, or the largest scale that is good enough, must lie."""
+def _metrics(scored: Scored) -> Mapping[str, float]:
+    """Of the mean over draws, where there are any."""
+    return scored.point if scored.posterior is None else scored.posterior
+
+
+def _search(score: Callable[[float], Scored], tolerance: float | None, advance: Progress) -> tuple[Curve, Scored]:
+    """The grid, then scales between those where the optimum, or the largest scale that is good enough, must lie.
+
+    Returns:
+        The metrics by scale, and what was predicted at the best one.
+    """
     curve: Curve = {}
+    kept: Scored | None = None
 
     def add(scale: float) -> None:
-        curve[scale] = measure(scale)
+        nonlocal kept
+        scored = score(scale)
+        curve[scale] = _metrics(scored)
+        if kept is None or _best(curve, tolerance) == scale:
+            kept = scored  # the best only moves to the scale that was added: one set of predictions is in memory
         advance(1)
 
     for scale in _GRID:
@@ -232,7 +243,8 @@ def _search(measure: Callable[[float], Mapping[str, float]], tolerance: float | 
         other = max(beside, key=lambda scale: abs(math.log((scale or 0.01) / (scales[place] or 0.01))))
         low, high = sorted((scales[place], other))
         add(math.sqrt(low * high) if low else high / 2)
-    return curve
+    assert kept is not None
+    return curve, kept
 
 
 def _best(curve: Curve, tolerance: float | None) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from monteclora.data.splitting import content_sha256
 from monteclora.errors import ConfigError, DataError
+from monteclora.evaluation.own_rows import FIT_SPLIT, own_rows
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, check_calibrator
@@ -16,15 +17,14 @@ from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.calibration import read_calibration, weights_sha256, write_calibration
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.run_folder import RunFolder
-from monteclora.tasks import load
+from monteclora.tasks.base import Scored
 from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["FIT_SPLIT", "fit_calibrators", "fitted_calibrators"]
+__all__ = ["fit_calibrators", "fitted_calibrators"]
 
-FIT_SPLIT = "validation"
 _SECTION = "calibrators"
 
 
@@ -45,7 +45,7 @@ def fitted_calibrators(
 
     Raises:
         ConfigError: there is no such calibrator, or the task has no class or option probabilities.
-        DataError: the run has no validation rows.
+        DataError: the run has no validation rows, or they changed since it was trained.
     """
     check_calibrator(name or NO_CALIBRATOR)
     if name in (None, NO_CALIBRATOR):
@@ -58,14 +58,15 @@ def fitted_calibrators(
     kept = _kept(loaded)
     keys = {each.name: _key(name, each, seed, loaded) for each in samplers}
     if not set(keys.values()) <= kept.keys():
-        data = load(loaded.recipe.data, (FIT_SPLIT,))
+        data = own_rows(loaded, FIT_SPLIT)
         if FIT_SPLIT not in data.splits or not len(data.splits[FIT_SPLIT]):
             raise DataError(
                 f"{data.name} has no {FIT_SPLIT} rows to fit the calibrator {name} to",
                 "Give data.validation_file or a data.validation_fraction above 0.",
             )
-        origin = data.sources[FIT_SPLIT].origin
-        fit_calibrators(loaded, name, sampler, seed, data.split(FIT_SPLIT), origin, batch_size)
+        rows, origin = data.split(FIT_SPLIT), data.sources[FIT_SPLIT].origin
+        scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size), rows)
+        fit_calibrators(loaded, name, sampler, seed, scored, rows, origin)
         kept = _kept(loaded)
     kind: Any = CALIBRATORS[name]
     found = {each: kind(**kept[key]["state"]) for each, key in keys.items()}
@@ -79,9 +80,9 @@ def fit_calibrators(
     name: str,
     sampler: Sampler | None,
     seed: int,
+    scored: Scored,
     rows: Dataset,
     origin: str,
-    batch_size: int | None = None,
 ) -> Mapping[str, Calibrator]:
     """Fit calibrators of the mean's predictions and of a sampler's to labelled rows, and store them with the run.
 
@@ -90,9 +91,9 @@ def fit_calibrators(
         name: of the calibrator.
         sampler: of the draws; None for the mean alone.
         seed: of the draws.
+        scored: the uncorrected predictions of the rows, at the mean and by the sampler.
         rows: of the validation split.
         origin: the file or data set that they are from.
-        batch_size: sequences per forward pass.
 
     Returns:
         The calibrators by the name of the sampler whose predictions they correct.
@@ -100,7 +101,6 @@ def fit_calibrators(
     Raises:
         ConfigError: the rows have neither classes nor options.
     """
-    scored = KINDS[loaded.kind].score(loaded.predictor(sampler, batch_size), rows)
     found = [(MEAN, scored.at_mean), *([] if sampler is None else [(sampler, scored.predictions)])]
     about = {"split": FIT_SPLIT, "rows": len(rows), "origin": Path(origin).name, "rows_sha256": content_sha256(rows)}
     about["weights_sha256"] = weights_sha256(RunFolder(loaded.folder).adapter)

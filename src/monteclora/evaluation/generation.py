@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -16,23 +15,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from monteclora.data.encoding import encode_prompt
-from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
+from monteclora.config.checks import check_at_least_one
+from monteclora.data.encoding import Encoder
+from monteclora.errors import ConfigError, UnsafeCodeError
 from monteclora.evaluation.answers import Answers, Slot
 from monteclora.metrics.intervals import bootstrap_interval
 from monteclora.metrics.pass_at_k import pass_at_k
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete
-from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.runs.calibration import weights_sha256
+from monteclora.runs.documents import read_document, write_document
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.result import RunResult
-from monteclora.system.atomic import replacing, write_file
+from monteclora.runs.run_folder import RunFolder
+from monteclora.system.atomic import replacing
 from monteclora.system.devices import usable_cores
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.sandbox import require_sandbox
 from monteclora.tasks import Task, get_task
+from monteclora.tasks.base import Predictor
 from monteclora.tasks.generation import Problem, Verdict
 
 __all__ = ["GENERATION_FILE", "GenerationResult", "Score", "generate"]
@@ -132,9 +135,7 @@ def generate(
         DataError: the split is missing or wrong.
         UnsafeCodeError: judging would run programs, and that is not allowed or cannot be confined.
     """
-    for name, value in (("rows", rows), ("batch_size", batch_size), ("samples", samples)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
+    check_at_least_one(rows=rows, samples=samples, max_new_tokens=max_new_tokens)
     if samples > 1 and not temperature:
         raise ConfigError(
             f"samples is {samples} at temperature 0, which gives one answer", "Set a temperature, as 0.8."
@@ -142,8 +143,10 @@ def generate(
     loaded = load_run(run.folder if isinstance(run, RunResult) else run, base=base)
     asked = _asked(loaded, task, allow_code_execution)
     assert asked.generation is not None
-    decoding = Decoding(max_new_tokens or asked.generation.max_new_tokens, temperature, top_p)
+    longest = asked.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    decoding = Decoding(longest, temperature, top_p)
     drawn = loaded.sampler(num_samples=num_samples, seed=seed)
+    predictor = loaded.predictor(drawn, batch_size)
     draws = 0 if drawn is None else drawn.num_samples
     folder = Path(loaded.recipe.data.folder) if loaded.recipe.data.folder else None
     problems = _chosen(asked.generation.problems(split, folder), rows)
@@ -152,6 +155,8 @@ def generate(
         "format": _FORMAT,
         "recipe": recipe_sha256(loaded.recipe),
         "model": "base" if base else "adapter",
+        # training on and calibrating change them without changing the recipe
+        "weights_sha256": None if base else weights_sha256(RunFolder(loaded.folder).adapter),
         "task": asked.name,
         "split": split,
         "problems": hashlib.sha256("\0".join(problem.prompt for problem in problems).encode()).hexdigest(),
@@ -160,7 +165,7 @@ def generate(
         **asdict(decoding),
     }
     answers = Answers(loaded.folder / ANSWERS_FOLDER, f"{asked.name}-{split}", about)
-    notes = _answer(loaded, problems, answers, decoding, drawn, samples, seed, batch_size, progress)
+    notes = _answer(loaded, predictor, problems, answers, decoding, samples, seed, progress)
     slots = sorted((p, d, a) for p in range(len(problems)) for d in range(max(draws, 1)) for a in range(samples))
     verdicts = _judge(asked, problems, answers, slots, progress)
     table = answers.path.with_suffix(".parquet")
@@ -211,23 +216,23 @@ def _chosen(problems: list[Problem], count: int | None) -> list[Problem]:
 
 def _answer(
     loaded: LoadedRun,
+    predictor: Predictor,
     problems: list[Problem],
     answers: Answers,
     decoding: Decoding,
-    drawn: Sampler | None,
     samples: int,
     seed: int,
-    batch_size: int | None,
     progress: bool,
 ) -> tuple[str, ...]:
     """Have every question answered that has no answer yet; says what was truncated."""
-    predictor, sampler = loaded.predictor(drawn, batch_size), drawn or MEAN
+    sampler = predictor.samplers[-1]
     room = _room(loaded) - decoding.max_new_tokens
     if room < 2:
         raise ConfigError(
             f"max_new_tokens is {decoding.max_new_tokens}, and the model reads {_room(loaded)} tokens", "Ask for fewer."
         )
-    encoded = [encode_prompt({"prompt": problem.prompt}, loaded.tokenizer, room) for problem in problems]
+    encoder = Encoder(loaded.tokenizer)
+    encoded = [encoder.prompt({"prompt": problem.prompt}, room) for problem in problems]
     total = len(problems) * sampler.num_samples * samples
     with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: answers", total, progress) as advance:
         advance(len([slot for slot in answers.texts if slot[2] < samples]))
@@ -330,16 +335,10 @@ def _write_table(path: Path, problems: list[Problem], answers: Answers, verdicts
 def _keep(result: GenerationResult, about: Mapping[str, Any]) -> None:
     """Put the result into the run's ``generation.json``, in the place of an earlier one with the same settings."""
     path = result.folder / GENERATION_FILE
-    results: list[dict[str, Any]] = []
-    if path.is_file():
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            results = [dict(each) for each in document["results"]]
-            version = int(document["format"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__})", "Remove it.") from None
-        if version > _FORMAT:
-            raise CheckpointError(f"{path} has format {version}, this version reads {_FORMAT}", "Upgrade monteclora.")
+    results = read_document(path, _FORMAT, _results) or []
     kept = [each for each in results if each.get("about") != dict(about)]
-    document = {"format": _FORMAT, "results": [*kept, {"about": dict(about), **result.facts()}]}
-    write_file(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    write_document(path, _FORMAT, {"results": [*kept, {"about": dict(about), **result.facts()}]})
+
+
+def _results(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [dict(each) for each in document["results"]]

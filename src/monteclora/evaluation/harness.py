@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from monteclora.data.encoding import Encoder
 from monteclora.errors import ConfigError
 from monteclora.prediction.sampler import MEAN
 from monteclora.runs.loading import LoadedRun, load_run
@@ -114,36 +117,71 @@ def harness(
         raise ConfigError(f"{loaded.folder} trained a classifier", "The harness measures language models.")
     drawn = loaded.sampler(num_samples=num_samples, seed=seed)
     predictor, sampler = loaded.predictor(drawn, batch_size), drawn or MEAN
-    found = []
+    found: list[dict[str, dict[str, Any]]] = []
     with preserved_generators(), quiet_libraries(), _quiet(), _local(loaded, tasks) as (named, local):
         # reading the harness's own thousands of files takes a minute
         own = include is None and any(not name.endswith((".yaml", ".yml")) for name in named)
         manager = TaskManager(include_path=str(include) if include else None, include_defaults=own)
-        wrapped = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=predictor.batch_size)
+        about = {"pretrained": loaded.model, "tokenizer": loaded.tokenizer, "batch_size": predictor.batch_size}
+        # ours are asked as in training, template included; the harness asks its own as it does
+        parts = [(named, HFLM(**about), bool(loaded.tokenizer.chat_template)), (local, _asking(HFLM)(**about), False)]
         for draw in range(sampler.num_samples):
-            with predictor.precision(), sampler.draw(loaded.model, draw):
-                try:
+            found.append({"results": {}, "samples": {}})
+            for questions, wrapped, templated in parts:
+                if not questions:
+                    continue
+                with _told(tasks), predictor.precision(), sampler.draw(loaded.model, draw):
                     measured = simple_evaluate(
                         model=wrapped,
-                        tasks=[*named, *local],
+                        tasks=questions,
                         limit=limit,
                         task_manager=manager,
-                        apply_chat_template=bool(loaded.tokenizer.chat_template),
+                        apply_chat_template=templated,
                         bootstrap_iters=0,
                     )
-                except (KeyError, OSError, ValueError) as error:
-                    reason = str(error).strip().partition("\n")[0]
-                    raise ConfigError(
-                        f"the harness cannot run {', '.join(tasks)}: {reason}",
-                        "Give names that `lm_eval ls tasks` shows, or the paths of YAML files; data of its own tasks "
-                        "come from the hub.",
-                    ) from error
-            found.append(measured)
+                for part, gathered in found[-1].items():
+                    gathered.update(measured[part])
     return HarnessResult(
         results=tuple(each["results"] for each in found),
         samples=tuple(each["samples"] for each in found),
         num_samples=0 if drawn is None else drawn.num_samples,
     )
+
+
+@contextmanager
+def _told(tasks: Sequence[str]) -> Iterator[None]:
+    """Turns what the harness cannot run into ConfigError."""
+    try:
+        yield
+    except (KeyError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"the harness cannot run {', '.join(tasks)}: {reason}",
+            "Give names that `lm_eval ls tasks` shows, or the paths of YAML files; data of its own tasks come from the "
+            "hub.",
+        ) from error
+
+
+def _asking(base: Any) -> Any:
+    """The harness's model class, asking in the very tokens that training and :mod:`monteclora.evaluation.generation`
+    have before an answer: plain texts in, without the harness's own rules for templates and special tokens."""
+
+    class AsTrained(base):
+        def tok_batch_encode(
+            self,
+            strings: Sequence[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[Tensor, Tensor]:
+            """Token ids and mask of prompts, shape (B, T)."""
+            longest = left_truncate_len or self.max_length
+            encoder = Encoder(self.tokenizer)
+            ids = [encoder.prompt({"prompt": text}, longest)[0] for text in strings]
+            batch = self.tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
+            return batch["input_ids"], batch["attention_mask"]
+
+    return AsTrained
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import listed
 from monteclora.data.files import open_table
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import fitted_calibrators
-from monteclora.evaluation.reference import Judge
+from monteclora.evaluation.reference import Judge, promise
 from monteclora.prediction.registry import NO_CALIBRATOR
 from monteclora.prediction.sampler import MEAN
 from monteclora.runs.loading import load_run
@@ -76,6 +77,8 @@ def predict_file(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     keep: Sequence[str] = (),
+    risk: float | None = None,
+    level: float | None = None,
     progress: bool = True,
 ) -> PredictedFile:
     """Predict every row of a file.
@@ -96,6 +99,9 @@ def predict_file(
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's ``training.eval_batch_size``.
         keep: columns of the file that are written as they are, after the index.
+        risk: of a classifier: the share of wrong answers wanted among those that are not abstained from, at most; by
+            default 0.1.
+        level: with which probability; by default 0.9.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -105,11 +111,10 @@ def predict_file(
         DataError: the file is missing or wrong.
     """
     target = _checked_target(Path(out), Path(file))
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
+    check_at_least_one(max_new_tokens=max_new_tokens)
     _check_kept(keep)
     loaded = load_run(run.folder if isinstance(run, RunResult) else run)
+    promised = promise(loaded, risk, level)
     rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
     kept = _kept(file, keep)
     kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
@@ -118,10 +123,13 @@ def predict_file(
             f"the calibrator {calibrator} needs probabilities of classes or options, and {loaded.folder} writes text",
             "Leave it out.",
         )
+    loaded.predictor(drawn, batch_size)  # refuses what it cannot do before anything is computed
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
         judge, left_out = (
-            (None, ()) if kind.predicts_tokens else Judge.of(loaded, drawn, seed, calibrated=bool(calibrators))
+            (None, ())
+            if kind.predicts_tokens
+            else Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators))
         )
     notes = [*fitted, *left_out]
     with (

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from monteclora.adapters.rescaling import posterior_scale
+from monteclora.adapters.sampler import Posterior
 from monteclora.data.encoding import encode
 from monteclora.data.splitting import subset
-from monteclora.errors import CheckpointError, DataError
-from monteclora.metrics.selective import Abstention, abstention_threshold
+from monteclora.errors import CheckpointError, ConfigError, DataError
+from monteclora.evaluation.own_rows import FIT_SPLIT, halves, own_rows
+from monteclora.metrics.selective import Abstention, abstention_threshold, check_promise, least_examples
 from monteclora.prediction.novelty import NOVELTY_FILE, Novelty, Seen, look_at, most_rows
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.calibration import weights_sha256
+from monteclora.runs.documents import read_document, write_document
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.run_folder import RunFolder
-from monteclora.system.atomic import write_file
-from monteclora.tasks import load
+from monteclora.tasks import TaskData
 from monteclora.tasks.classification import classify
+from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["ABSTENTION_FILE", "LEVEL", "RISK", "Judge", "abstention_of", "novelty_of", "see"]
+__all__ = ["ABSTENTION_FILE", "LEVEL", "RISK", "Judge", "abstention_of", "novelty_of", "promise", "see"]
 
 ABSTENTION_FILE = "abstention.json"
 RISK, LEVEL = 0.1, 0.9
+_FORMAT = 1
+_AGAIN = "Remove it; it is made again when needed."
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +68,9 @@ class Judge:
         level: float = LEVEL,
         calibrated: bool = False,
     ) -> tuple[Judge | None, tuple[str, ...]]:
-        """What judges the answers of a run, as far as it has it, and in words what is left out and why.
+        """What judges the answers of a run, as far as it has it, and in words what must be known of it.
+
+        That is what is left out and why, that a promise is not kept, and why nothing can be promised.
 
         Args:
             loaded, sampler, seed, risk, level: see :func:`abstention_of`.
@@ -72,14 +80,19 @@ class Judge:
             CheckpointError: a stored file is damaged.
             ConfigError: ``risk`` or ``level`` is out of range.
         """
+        rows = cache(partial(own_rows, loaded, "train", FIT_SPLIT))
         try:
-            novelty = novelty_of(loaded)
-            if calibrated:
-                why = "a calibrator was fitted to the validation rows that its threshold is chosen on"
-                return cls(loaded, novelty, None), (f"abstain is left out: {why}",)
-            return cls(loaded, novelty, abstention_of(loaded, sampler, seed, risk, level)), ()
+            novelty = novelty_of(loaded, rows)
         except DataError as error:
             return None, (f"novelty and abstain are left out: {error}",)
+        if calibrated:
+            why = "a calibrator was fitted to the validation rows that its threshold is chosen on"
+            return cls(loaded, novelty, None), (f"abstain is left out: {why}",)
+        try:
+            found = abstention_of(loaded, sampler, seed, risk, level, rows)
+        except DataError as error:
+            return cls(loaded, novelty, None), (f"abstain is left out: {error}",)
+        return cls(loaded, novelty, found), (*_unpromised(found), *_chosen_on(loaded))
 
     def columns(self, rows: Dataset, confidence: ArrayLike) -> dict[str, list[Any]]:
         """``novelty``, and ``abstain`` where there is a threshold, of rows answered with this confidence, (B,)."""
@@ -89,6 +102,22 @@ class Judge:
         return found
 
 
+def promise(loaded: LoadedRun, risk: float | None, level: float | None) -> tuple[float, float]:
+    """Risk and level of what is promised of a run's answers, with the defaults for None.
+
+    Raises:
+        ConfigError: one is out of range, or asked of a language model, whose completions are not judged.
+    """
+    for name, value in (("risk", risk), ("level", level)):
+        if value is not None and KINDS[loaded.kind].predicts_tokens:
+            raise ConfigError(
+                f"{name} is {value}, and {loaded.folder} writes text, of which none is abstained from", "Leave it out."
+            )
+    found = (RISK if risk is None else risk, LEVEL if level is None else level)
+    check_promise(*found)
+    return found
+
+
 def see(loaded: LoadedRun, rows: Dataset) -> Seen:
     """Features and energies of rows of texts; see :func:`monteclora.prediction.novelty.look_at`."""
     encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset.to_list()
@@ -96,65 +125,87 @@ def see(loaded: LoadedRun, rows: Dataset) -> Seen:
         return look_at(loaded.model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)
 
 
-def novelty_of(loaded: LoadedRun) -> Novelty:
+def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) -> Novelty:
     """The run's reference for novelty, from its folder, or made of its training and validation rows and stored there.
 
-    Training rows beyond a few MB of features are left out, chosen by their content.
+    What is stored is taken where it was measured with the weights that the run has now. Training rows beyond a few MB
+    of features are left out, chosen by their content.
+
+    Args:
+        loaded: the run.
+        rows: loads its training and validation rows, by default :func:`monteclora.evaluation.own_rows.own_rows`; for
+            callers that need them again.
 
     Raises:
         CheckpointError: the stored file is damaged.
-        DataError: the run's rows are gone, or there are no validation rows.
+        DataError: the run's rows are gone or changed, or there are no validation rows.
     """
     path = loaded.folder / NOVELTY_FILE
-    if path.exists():
-        return Novelty.load(path)
-    held_out, data = _validation(loaded), load(loaded.recipe.data, ("train",))
+    weights = weights_sha256(RunFolder(loaded.folder).adapter, posterior=False)  # what is measured is the mean's
+    if path.exists() and (stored := Novelty.load(path)).weights == weights:
+        return stored
+    data = rows() if rows else own_rows(loaded, "train", FIT_SPLIT)
+    held_out = _validation(loaded, data)
     width = see(loaded, held_out.select(range(1))).features.shape[1]
-    found = Novelty.fit(see(loaded, subset(data.split("train"), most_rows(width), seed=0)), see(loaded, held_out))
+    training = see(loaded, subset(data.split("train"), most_rows(width), seed=0))
+    found = Novelty.fit(training, see(loaded, held_out), weights)
     _store(path, lambda: found.save(path))
     return found
 
 
-def abstention_of(loaded: LoadedRun, sampler: Sampler | None, seed: int, risk: float, level: float) -> Abstention:
+def abstention_of(
+    loaded: LoadedRun,
+    sampler: Sampler | None,
+    seed: int,
+    risk: float,
+    level: float,
+    rows: Callable[[], TaskData] | None = None,
+) -> Abstention:
     """The confidence above which answers keep the promise, chosen on validation rows and stored in the run folder.
 
-    What is stored is taken where it was chosen for the same draws of the same weights, risk and level.
+    Where ``calibrate`` chose the posterior's scale on one half of the rows, draws are judged by the other half. What is
+    stored is taken where it was chosen for the same draws of the same weights, rows, risk and level.
 
     Args:
         loaded: the run.
         sampler: of the draws; None for the mean.
         seed: of the draws.
         risk, level: the promise, see :func:`monteclora.metrics.selective.abstention_threshold`.
+        rows: as for :func:`novelty_of`.
 
     Raises:
         CheckpointError: the stored file is damaged.
         ConfigError: ``risk`` or ``level`` is out of range.
-        DataError: the run's rows are gone, or there are no validation rows.
+        DataError: the run's rows are gone or changed, or there are no validation rows.
     """
     path = loaded.folder / ABSTENTION_FILE
+    halved = sampler is not None and sampler.name == Posterior.name and _scale_was_chosen(loaded)
     how = {
         "sampler": MEAN.name if sampler is None else sampler.name,
         "num_samples": 0 if sampler is None else sampler.num_samples,
         "seed": seed,
         "risk": risk,
         "level": level,
+        "rows": "the half of the validation rows that did not choose the posterior's scale" if halved else FIT_SPLIT,
         "weights_sha256": weights_sha256(RunFolder(loaded.folder).adapter),  # the posterior's scale is one of them
     }
-    if path.exists():
-        stored = _read(path)
-        if all(stored.get(name) == value for name, value in how.items()):
-            return _abstention(path, stored)
-    rows = _validation(loaded)
+    stored = read_document(path, _FORMAT, lambda document: _stored(document, how), _AGAIN)
+    if stored is not None:
+        return stored
+    data = rows() if rows else own_rows(loaded, "train", FIT_SPLIT)
+    judged_by = _validation(loaded, data)
+    if halved:
+        _, judged_by = halves(judged_by, data.name)
     predictor = loaded.predictor(sampler)
-    (predictions,), _ = classify(predictor, rows, predictor.samplers[-1:])
-    confidence, correct = predictions.probs.max(1), predictions.probs.argmax(1) == rows["label"][:]
+    (predictions,), _ = classify(predictor, judged_by, predictor.samplers[-1:])
+    confidence, correct = predictions.probs.max(1), predictions.probs.argmax(1) == judged_by["label"][:]
     found = abstention_threshold(confidence, correct, risk, level)
     # JSON has neither infinity nor NaN: text stands for them
     facts = {
         name: value if not isinstance(value, float) or math.isfinite(value) else str(value)
         for name, value in dataclasses.asdict(found).items()
     }
-    _store(path, lambda: write_file(path, (json.dumps({"format": 1, **facts, **how}, indent=2) + "\n").encode()))
+    _store(path, lambda: write_document(path, _FORMAT, {**facts, **how}))
     return found
 
 
@@ -166,33 +217,48 @@ def _store(path: Path, write: Callable[[], None]) -> None:
         _log.warning("%s is not kept, and is measured again next time: %s", path.name, error)
 
 
-def _validation(loaded: LoadedRun) -> Dataset:
-    data = load(loaded.recipe.data, ("train", "validation"))
-    if "validation" not in data.splits:
+def _validation(loaded: LoadedRun, data: TaskData) -> Dataset:
+    if FIT_SPLIT not in data.splits:
         raise DataError(
             f"{loaded.folder} has no validation rows, which novelty and abstention are measured on",
             "Give data.validation_file or a data.validation_fraction above 0, and train again.",
         )
-    return data.split("validation")
+    return data.split(FIT_SPLIT)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})", "Remove it; it is made again when needed.") from None
-    return found
+def _scale_was_chosen(loaded: LoadedRun) -> bool:
+    """Whether the scale that the posterior is drawn at was chosen on validation rows, rather than by training."""
+    return loaded.has_posterior and "rows_sha256" in posterior_scale(RunFolder(loaded.folder).adapter)
 
 
-def _abstention(path: Path, stored: dict[str, Any]) -> Abstention:
-    try:
-        kinds = {"examples": int, "answered": int, "errors": int}
-        values: dict[str, Any] = {
-            field.name: kinds.get(field.name, float)(stored[field.name]) for field in dataclasses.fields(Abstention)
-        }
-        return Abstention(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged ({reason})", "Remove it; it is made again when needed.") from None
+def _stored(document: dict[str, Any], how: Mapping[str, Any]) -> Abstention | None:
+    """The threshold of a document; None where it was chosen otherwise. A wrong value raises, which means damage."""
+    kinds = {"examples": int, "answered": int, "errors": int}
+    values: dict[str, Any] = {
+        field.name: kinds.get(field.name, float)(document[field.name]) for field in dataclasses.fields(Abstention)
+    }
+    known = {"rows": FIT_SPLIT, **document}  # the first documents did not name the rows
+    return Abstention(**values) if all(known.get(name) == value for name, value in how.items()) else None
+
+
+def _unpromised(found: Abstention) -> tuple[str, ...]:
+    """Why every answer is abstained from, in words, where that is so."""
+    if found.answered:
+        return ()
+    promise = f"at most {100 * found.risk:.3g} % wrong answers with a probability of {100 * found.level:.3g} %"
+    needed = least_examples(found.risk, found.level)
+    if found.examples < needed:
+        why = f"{found.examples} validation rows cannot promise {promise}: it takes {needed}, even without an error"
+    else:
+        why = f"the answers to {found.examples} validation rows are wrong too often to promise {promise}"
+    return (f"every answer is abstained from: {why}",)
+
+
+def _chosen_on(loaded: LoadedRun) -> tuple[str, ...]:
+    metric = loaded.recipe.training.best_metric
+    if metric is None:
+        return ()
+    return (
+        f"the threshold of abstain was chosen on the validation rows that chose the training step (best {metric}): "
+        "the promised risk is slightly optimistic",
+    )

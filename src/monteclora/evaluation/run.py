@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from monteclora.config.checks import check_at_least_one
 from monteclora.data.kinds import Kind
 from monteclora.data.sources import local_splits
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
-from monteclora.evaluation.calibrators import FIT_SPLIT, fitted_calibrators
+from monteclora.evaluation.calibration_errors import calibration_errors
+from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
 from monteclora.evaluation.shift import Shift, outside_rows
 from monteclora.prediction.cost import Metered, metered
 from monteclora.prediction.ensemble import ENSEMBLE
@@ -66,6 +69,8 @@ class EvaluationResult:
         notes: what a reader of the numbers must know, in words.
         shift: how well a classifier ranks its answers, and tells outside rows.
         members: the folders of the runs of an ensemble, whose first one ``point`` is of; empty for a single run.
+        calibration: more measures of calibration than the metrics have, by name; see
+            :func:`monteclora.evaluation.calibration_errors.calibration_errors`. None for completions.
     """
 
     folder: Path
@@ -85,6 +90,7 @@ class EvaluationResult:
     notes: tuple[str, ...]
     shift: Shift
     members: tuple[Path, ...] = ()
+    calibration: Mapping[str, float] | None = None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -127,6 +133,7 @@ class EvaluationResult:
             "point": dict(self.point),
             "posterior": None if self.posterior is None else dict(self.posterior),
             "mean_uncertainty": {name: float(getattr(found, name).mean()) for name in _UNCERTAINTIES},
+            **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
             **self.shift.facts(),
             "unfinished": self.unfinished,
             "notes": list(self.notes),
@@ -220,21 +227,23 @@ def evaluate_loaded(
     progress: bool = True,
 ) -> EvaluationResult:
     """As :func:`evaluate`, with a run that is loaded already."""
-    _check_at_least_one(rows=rows, batch_size=batch_size)
+    check_at_least_one(rows=rows)
     drawn = loaded.sampler(sampler, num_samples, seed)
     check_calibrator(calibrator or NO_CALIBRATOR)
     outside = outside_rows(loaded, ood)
     data, split = _load_split(loaded, split, task)
     chosen = subset(data.split(split), rows, seed=0)
     source = data.sources[split]
-    split = f"{task}:{split}" if task is not None else split
-    notes = [*_to_be_known(loaded, split, source), *(note for note in data.leaks if note.startswith(f"{split}:"))]
+    own = own_split(loaded, split, source, task)
+    leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
+    notes = [*_to_be_known(loaded, own, source), *(note if task is None else f"{task}:{note}" for note in leaks)]
+    split = split if task is None else f"{task}:{split}"
     if len(chosen) < source.rows:
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
     notes += fitted
-    if calibrators and split == FIT_SPLIT:
+    if calibrators and own == FIT_SPLIT:
         notes.append(f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones")
     started = time.perf_counter()
     with (
@@ -243,11 +252,13 @@ def evaluate_loaded(
         progress_bar(f"{loaded.recipe.name}: {split}", len(chosen), progress) as advance,
     ):
         predictor = loaded.predictor(drawn and Metered(drawn, meter), batch_size, advance, calibrators)
-        scored = KINDS[loaded.kind].score(predictor, chosen)
+        kind = KINDS[loaded.kind]
+        scored = kind.score(predictor, chosen)
     seconds = time.perf_counter() - started
     with quiet_libraries():
         # another predictor: bar and meter are those of the split's rows
-        shift = Shift.of(loaded, loaded.predictor(drawn, batch_size, None, calibrators), scored, chosen, ood, outside)
+        again = loaded.predictor(drawn, batch_size, None, calibrators)
+        shift = Shift.of(loaded, again, scored, chosen, own, ood, outside)
     result = EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,
@@ -265,6 +276,7 @@ def evaluate_loaded(
         unfinished=loaded.unfinished,
         notes=(*notes, *scored.notes, *shift.notes),
         shift=shift,
+        calibration=calibration_errors(scored, classes=not kind.predicts_tokens, bins=predictor.bins),
         members=loaded.members,
     )
     _keep(loaded, result)
@@ -293,12 +305,6 @@ def _check_ensemble(
             raise ConfigError(f"{name} does not go with the sampler {ENSEMBLE}", "Leave it out.")
 
 
-def _check_at_least_one(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, expected at least 1", "Leave it out for the default.")
-
-
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
     spec = loaded.recipe.data
     if task is not None:
@@ -320,14 +326,13 @@ def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple
     return data, split or ("test" if "test" in data.splits else "validation")
 
 
-def _to_be_known(loaded: LoadedRun, split: str, source: SplitSource) -> list[str]:
-    """What of the run's past its numbers have to be read with."""
-    environment = RunFolder(loaded.folder).environment
-    before = environment["data"]["splits"].get(split)
-    changed = before is not None and before["sha256"] != source.sha256
-    notes = [f"the {split} rows of {source.origin} changed since the run was trained"] if changed else []
+def _to_be_known(loaded: LoadedRun, own: str | None, source: SplitSource) -> list[str]:
+    """What of the run's past its numbers have to be read with; ``own`` is the evaluated split of the run's own data."""
+    anew = own is not None and changed(loaded, own, source)
+    notes = [f"the {own} rows of {source.origin} changed since the run was trained"] if anew else []
     for folder in loaded.members:
         notes += [f"the run {folder} {note}" for note in overrides_of(RunFolder(folder).environment)]
+    environment = RunFolder(loaded.folder).environment
     return notes if loaded.members else notes + [f"the run {note}" for note in overrides_of(environment)]
 
 

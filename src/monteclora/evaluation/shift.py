@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monteclora.errors import ConfigError, DataError
+from monteclora.evaluation.own_rows import FIT_SPLIT
 from monteclora.evaluation.reference import novelty_of, see
 from monteclora.metrics.ood import auroc, fpr95
 from monteclora.metrics.selective import risk_coverage
@@ -60,6 +61,7 @@ class Shift:
         predictor: Predictor,
         scored: Scored,
         inside: Dataset,
+        split: str | None,
         file: str | Path | None,
         outside: Dataset | None,
     ) -> Shift:
@@ -73,6 +75,7 @@ class Shift:
             predictor: as it predicted the split.
             scored: the split's predictions.
             inside: the split's rows.
+            split: of the run's own data that these are; None for rows of another task.
             file: where the outside rows come from.
             outside: rows to be told from the split's; see :func:`outside_rows`.
         """
@@ -91,13 +94,18 @@ class Shift:
         seen, seen_outside = see(loaded, inside), see(loaded, outside)
         low, high = _scores(found, seen), _scores(other, seen_outside)
         notes = [f"{Path(str(file)).name}: {note}" for note in shortened]
-        try:
-            if loaded.unfinished:  # what is stored for an unfinished run would be taken for the finished one's
-                raise DataError("the run is unfinished", "Let it come to its end.")
-            novelty = novelty_of(loaded)
-            low["novelty"], high["novelty"] = novelty.of(seen), novelty.of(seen_outside)
-        except DataError as error:
-            notes.append(f"novelty is left out: {error}")
+        if split == "train":
+            notes.append("novelty is left out: it is the distance to the train rows, which are evaluated here")
+        else:
+            try:
+                if loaded.unfinished:  # what is stored for an unfinished run would be taken for the finished one's
+                    raise DataError("the run is unfinished", "Let it come to its end.")
+                novelty = novelty_of(loaded)
+                low["novelty"], high["novelty"] = novelty.of(seen), novelty.of(seen_outside)
+                if split == FIT_SPLIT:
+                    notes.append("novelty was fitted to these rows: its numbers are better than on new ones")
+            except DataError as error:
+                notes.append(f"novelty is left out: {error}")
         scores = {name: {"auroc": auroc(low[name], high[name]), "fpr95": fpr95(low[name], high[name])} for name in low}
         return cls(selective, {"file": str(file), "rows": len(outside), "scores": scores}, tuple(notes))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from monteclora.errors import ConfigError
-from monteclora.evaluation.reference import LEVEL, RISK, Judge
+from monteclora.evaluation.reference import LEVEL, RISK, Judge, promise
+from monteclora.prediction.sampler import Sampler
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.quiet import quiet_libraries
@@ -50,7 +51,7 @@ class TextPredictions:
 
     def to_dict(self) -> dict[str, Any]:
         """The columns by name, without those that are None."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "notes"}
+        columns = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "notes"}
         return {name: list(values) for name, values in columns.items() if values is not None}
 
     def to_arrow(self) -> pa.Table:
@@ -71,6 +72,10 @@ class TextModel:
     run: LoadedRun
     risk: float = RISK
     level: float = LEVEL
+    # what judges the answers of a sampler: weights in memory do not change, so that it is looked up once
+    _judges: dict[tuple[Sampler | None, int], tuple[Judge | None, tuple[str, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def predict(
         self, texts: Sequence[str], *, num_samples: int | None = None, seed: int = 0, max_new_tokens: int = 64
@@ -78,7 +83,8 @@ class TextModel:
         """Answer texts.
 
         The first call for a classifier measures the run's training and validation rows, and stores what novelty and
-        abstention need beside the run. Where these rows are gone, both are None, and a note says so.
+        abstention need beside the run. Where these rows are gone or changed, both are None, and a note says so. Later
+        calls take what the first one found.
 
         Args:
             texts: at least one; prompts for a language model.
@@ -104,7 +110,10 @@ class TextModel:
             answered = kind.predict(self.run.predictor(sampler), rows, max_new_tokens)
             columns, notes, judged = answered.columns, answered.notes, dict[str, list[Any]]()
             if not kind.predicts_tokens:
-                judge, left_out = Judge.of(self.run, sampler, seed, self.risk, self.level)
+                key = (sampler, seed)
+                if key not in self._judges:
+                    self._judges[key] = Judge.of(self.run, sampler, seed, self.risk, self.level)
+                judge, left_out = self._judges[key]
                 judged = judge.columns(rows, columns["confidence"]) if judge else {}
                 notes += left_out
         numbers = {
@@ -129,15 +138,18 @@ def _text_columns(run: LoadedRun) -> tuple[str, ...]:
     return tasks.get(spec.task or "", tuple(spec.text_columns))
 
 
-def load(run: str | Path | RunResult, *, risk: float = RISK, level: float = LEVEL) -> TextModel:
+def load(run: str | Path | RunResult, *, risk: float | None = None, level: float | None = None) -> TextModel:
     """Load a run that answers texts.
 
     Args:
         run: a run folder, or what ``train`` gave.
-        risk: the share of wrong answers wanted among those that are not abstained from, at most.
-        level: with which probability.
+        risk: of a classifier: the share of wrong answers wanted among those that are not abstained from, at most; by
+            default 0.1.
+        level: with which probability; by default 0.9.
 
     Raises:
         CheckpointError: not a run, an unfinished one, or its adapter is damaged.
+        ConfigError: ``risk`` or ``level`` is out of range, or is given for a language model.
     """
-    return TextModel(load_run(run.folder if isinstance(run, RunResult) else run), risk, level)
+    loaded = load_run(run.folder if isinstance(run, RunResult) else run)
+    return TextModel(loaded, *promise(loaded, risk, level))

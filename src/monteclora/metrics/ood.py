@@ -5,15 +5,13 @@ A score is float (B,), larger where an example looks less like the training data
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from monteclora.errors import ConfigError, DataError
 from monteclora.metrics.checks import FloatArray, floats
 
-__all__ = ["Gaussians", "auroc", "fpr95", "nearest_distance"]
+__all__ = ["auroc", "fpr95", "nearest_distance"]
 
 _AT_ONCE = 4_000_000  # distances in memory
 
@@ -73,43 +71,6 @@ def nearest_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> F
         kth = np.partition(cosines, len(known) - k, axis=1)[:, len(known) - k]
         found[first : first + step] = np.sqrt(np.maximum(2.0 - 2.0 * kth, 0.0))
     return found
-
-
-@dataclass(frozen=True)
-class Gaussians:
-    """A Gaussian for each class with one covariance, fitted to features (Lee et al., NeurIPS 2018).
-
-    Attributes:
-        means: float64 (C, D).
-        whitening: float64 (D, R); distances are Euclidean after it.
-    """
-
-    means: FloatArray
-    whitening: FloatArray
-
-    @classmethod
-    def fit(cls, features: ArrayLike, labels: ArrayLike) -> Gaussians:
-        """Fit to features (N, D) with labels (N,); directions in which they hardly vary are left out.
-
-        Raises:
-            DataError: an array is malformed.
-        """
-        rows, classes = _features("features", features), np.asarray(labels)
-        names = np.unique(classes)
-        means = np.stack([rows[classes == name].mean(0) for name in names])
-        centred = rows - means[np.searchsorted(names, classes)]
-        # the covariance's eigenvectors, without forming it
-        _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-        kept = singular > singular.max(initial=0.0) * 1e-3
-        scale = np.sqrt(len(rows)) / singular[kept] if kept.any() else np.empty(0)
-        return cls(means, directions[kept].T * scale)
-
-    def distance(self, features: ArrayLike) -> FloatArray:
-        """Mahalanobis distance of rows (B, D) to the nearest mean, float64 (B,)."""
-        rows = _features("features", features) @ self.whitening
-        centres = self.means @ self.whitening
-        squared = np.stack([np.square(rows - centre).sum(1) for centre in centres])
-        return np.sqrt(squared.min(0))
 
 
 def _group(name: str, values: ArrayLike) -> FloatArray:

@@ -9,13 +9,14 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from monteclora.errors import ConfigError, DataError
-from monteclora.metrics.checks import FloatArray, checked, floats
+from monteclora.metrics.checks import FloatArray, floats
 
 __all__ = [
     "Abstention",
     "RiskCoverage",
     "abstention_threshold",
-    "aurc",
+    "check_promise",
+    "least_examples",
     "risk_coverage",
     "upper_bound",
 ]
@@ -83,12 +84,6 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> RiskCoverage:
     return RiskCoverage(answered / len(score), np.clip(np.cumsum(wrong[group]) / answered, 0.0, 1.0))
 
 
-def aurc(probs: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the risk-coverage curve of the predicted class's probability, in [0, 1]; smaller is better."""
-    p, y = checked(probs, labels)
-    return risk_coverage(p.max(axis=1), p.argmax(axis=1) == y).aurc
-
-
 @dataclass(frozen=True)
 class Abstention:
     """From which confidence on answers keep a promise.
@@ -146,8 +141,7 @@ def abstention_threshold(
         DataError: an array is malformed.
         ConfigError: ``risk`` or ``level`` is out of range.
     """
-    _in_unit("risk", risk)
-    _in_unit("level", level)
+    check_promise(risk, level)
     score, right = _pairs(confidence, correct)
     found = Abstention(np.inf, risk, level, len(score), 0, 0, np.nan)
     falling = np.sort(score)[::-1]
@@ -156,10 +150,28 @@ def abstention_threshold(
         threshold = float(falling[place]) if place < len(score) else -np.inf
         above = score > threshold
         answered, errors = int(above.sum()), int((1.0 - right[above]).sum())
-        bound = upper_bound(errors, answered, 1 - (1 - level) / len(COVERAGES)) if answered else 1.0
+        bound = upper_bound(errors, answered, _level_of_each(level)) if answered else 1.0
         if bound <= risk:
             found = Abstention(threshold, risk, level, len(score), answered, errors, bound)
     return found
+
+
+def check_promise(risk: float, level: float) -> None:
+    """Raises ConfigError where one of them is not strictly between 0 and 1."""
+    _in_unit("risk", risk)
+    _in_unit("level", level)
+
+
+def least_examples(risk: float, level: float) -> int:
+    """How many examples it takes that :func:`abstention_threshold` answers any, if every answer is right."""
+    # without an error the bound of n answers is 1 - (1 - level of each)^(1/n)
+    count = int(np.ceil(np.log1p(-_level_of_each(level)) / np.log1p(-risk) - 1e-9))
+    return max(count, 1)
+
+
+def _level_of_each(level: float) -> float:
+    """Bonferroni: of the bound at each coverage, so that all hold at ``level``."""
+    return 1 - (1 - level) / len(COVERAGES)
 
 
 def upper_bound(errors: int, trials: int, level: float) -> float:

@@ -7,13 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
 from monteclora.prediction.ensemble import Members
 
-__all__ = ["Collate", "FloatArray", "base_of", "batches", "logits_at", "text_mask", "to_device", "with_positions"]
+__all__ = [
+    "Collate",
+    "FloatArray",
+    "base_of",
+    "batches",
+    "logits_at",
+    "placed",
+    "text_mask",
+    "to_device",
+    "with_positions",
+]
 
 FloatArray = NDArray[np.float64]
 Collate = Callable[[list[dict[str, Any]]], Any]
@@ -51,18 +62,53 @@ def text_mask(base: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
     return mask
 
 
-def with_positions(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def with_positions(base: nn.Module, inputs: Mapping[str, Any], past: int = 0) -> dict[str, Any]:
     """The same inputs, with positions that do not count padding on the left.
 
     Args:
         base: the model.
-        inputs: what it takes; a mask of shape (B, T) says what is padding. Positions that are given are kept.
+        inputs: what it takes; a mask of shape (B, past + T) says what is padding. Positions that are given are kept.
+        past: how many tokens before the T of the inputs are in a cache of keys and values.
     """
     mask = text_mask(base, inputs)
     counts = not _two_stacks(base) and "position_ids" in inspect.signature(base.forward).parameters
     if not counts or inputs.get("position_ids") is not None or mask is None or mask.dim() != 2 or mask[:, 0].all():
         return dict(inputs)
-    return {**inputs, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+    return {**inputs, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]}
+
+
+def placed(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same rows where they give what each gives alone, whichever side their padding, of shape (B, T), is on.
+
+    A language model is told positions that do not count padding. A classifier looks for the last token by its padding
+    and counts positions from the first column: the padding is moved behind the rows.
+    """
+    found, mask = with_positions(base, inputs), text_mask(base, inputs)
+    if _is_language_model(base):
+        return found
+    if mask is None or inputs.get("input_ids") is None or "position_ids" not in found.keys() - inputs.keys():
+        return dict(inputs)
+    return _padded_on_the_right(dict(inputs), mask)
+
+
+def _padded_on_the_right(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+    first = mask.long().argmax(-1)
+    if not first.any():
+        return inputs
+    length = mask.shape[1]
+    columns = (torch.arange(length, device=mask.device) + first[:, None]) % length
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    return {
+        name: value[rows.to(value.device), columns.to(value.device)]
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _is_language_model(base: nn.Module) -> bool:
+    """Whether the logits of some tokens alone can be asked for: over a vocabulary they are many."""
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _two_stacks(base: nn.Module) -> bool:
@@ -73,7 +119,7 @@ def logits_at(model: nn.Module, inputs: dict[str, Any], columns: Tensor) -> Tens
     """Logits at some columns of a padded batch, (B, len(columns), V); a large head runs on those alone if it can."""
     base = base_of(model)
     inputs = with_positions(base, inputs)
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if _is_language_model(base):
         found: Tensor = model(**inputs, logits_to_keep=columns).logits
         return found
     every: Tensor = model(**inputs).logits

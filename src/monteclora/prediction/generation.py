@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from monteclora.data.encoding import encode_prompt
+from monteclora.data.encoding import Encoder
 from monteclora.data.truncation import Truncation
 from monteclora.errors import ConfigError
 from monteclora.prediction.predictive import evaluating
@@ -47,7 +47,8 @@ def encode_prompts(
             f"has room for {max(limit - max_length, 0)}",
             "Ask for fewer.",
         )
-    found = [encode_prompt(row, tokenizer, max_length, truncation) for row in rows]
+    encoder = Encoder(tokenizer)
+    found = [encoder.prompt(row, max_length, truncation) for row in rows]
     prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in found]
     cut = sum(is_cut for _, is_cut in found)
     return prompts, (f"{cut} of {len(rows)} prompts were truncated to {max_length} tokens",) if cut else ()

@@ -51,8 +51,11 @@ _hooked: WeakSet[nn.Module] = WeakSet()
 
 def _thinned(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     # computed from the input: a copied model, whose layers are hooked a second time, drops nothing twice
-    masks = _current.get()
-    return None if masks is None or layer not in masks.names else args[0] * masks.of(layer, args[0])
+    masks, x = _current.get(), args[0]
+    # attention probabilities, (B, heads, T, T), where they have a layer of their own: their last axis is no feature
+    if masks is None or layer not in masks.names or x.dim() > 3:
+        return None
+    return x * masks.of(layer, x)
 
 
 def dropout_layers(model: nn.Module) -> dict[str, nn.Dropout]:

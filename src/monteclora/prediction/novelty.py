@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import nn
 
 from monteclora.errors import CheckpointError, DataError
 from monteclora.metrics.ood import nearest_distance
-from monteclora.prediction.forward import Collate, FloatArray, batches, to_device
+from monteclora.prediction.forward import Collate, FloatArray, base_of, batches, placed, to_device
 from monteclora.prediction.predictive import evaluating
 from monteclora.system.atomic import write_file
 
@@ -30,6 +30,7 @@ __all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_row
 NOVELTY_FILE = "novelty.safetensors"
 MOST_BYTES = 4_000_000
 """Of reference features: callers subsample the training rows to :func:`most_rows` of this size."""
+_FORMAT = 1
 _NEIGHBOUR = 1  # see docs/abstaining.md for what was measured
 _QUANTILE = 0.95
 
@@ -71,7 +72,7 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
     energy, max_logit = np.empty(len(rows)), np.empty(len(rows))
     with evaluating(model):
         for indices in batches(inputs, batch_size):
-            batch = to_device(collate([inputs[i] for i in indices]), model)
+            batch = placed(base_of(model), to_device(collate([inputs[i] for i in indices]), model))
             found = model(**batch, output_hidden_states=not isinstance(model, PeftModel))
             mask = batch["attention_mask"].unsqueeze(-1).double()
             states = _pretrained_states(model, batch) if isinstance(model, PeftModel) else found.hidden_states[-1]
@@ -105,24 +106,23 @@ class Novelty:
         features: of training rows, float16 (N, D).
         centre, spread: float64 (2,), mean and standard deviation of distance and energy over held-out rows.
         limit: 0.95 quantile of the held-out rows' scores.
+        weights: the checksum of the model's weights that these were measured with; empty where it is not known.
     """
 
     features: NDArray[np.float16]
     centre: FloatArray
     spread: FloatArray
     limit: float
+    weights: str = ""
 
     @classmethod
-    def fit(cls, training: Seen, held_out: Seen) -> Novelty:
-        """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are.
-
-        Raises:
-        """
+    def fit(cls, training: Seen, held_out: Seen, weights: str = "") -> Novelty:
+        """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are."""
         kept = training.features.astype(np.float16)
         parts = _parts(held_out, kept)
         centre, spread = parts.mean(1), np.maximum(parts.std(1), 1e-12)
         scores = ((parts - centre[:, None]) / spread[:, None]).sum(0)
-        return cls(kept, centre, spread, float(np.quantile(scores, _QUANTILE, method="inverted_cdf")))
+        return cls(kept, centre, spread, float(np.quantile(scores, _QUANTILE, method="inverted_cdf")), weights)
 
     def of(self, seen: Seen) -> FloatArray:
         """The novelty of rows, float64 (B,): above 0 where a row is more novel than 95 % of the held-out rows.
@@ -142,17 +142,22 @@ class Novelty:
             "spread": self.spread,
             "limit": np.array([self.limit]),
         }
-        write_file(path, save(tensors, metadata={"format": "1"}))
+        write_file(path, save(tensors, metadata={"format": str(_FORMAT), "weights_sha256": self.weights}))
 
     @classmethod
     def load(cls, path: Path) -> Novelty:
         """Read what :meth:`save` wrote.
 
         Raises:
-            CheckpointError: the file is missing or damaged.
+            CheckpointError: the file is missing, damaged or of a later format.
         """
         try:
-            found = load(path.read_bytes())
+            if not path.is_file():
+                raise OSError("it is no file")  # a pipe would never end
+            with safe_open(path, framework="np") as file:
+                about = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            version = int(about.get("format", _FORMAT))
             features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
             if features.ndim != 2 or centre.shape != (2,) or spread.shape != (2,) or limit.shape != (1,):
                 raise ValueError("its tensors have other shapes")
@@ -162,7 +167,11 @@ class Novelty:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error})", "Remove it; it is made again when needed."
             ) from None
-        return cls(features, centre, spread, float(limit[0]))
+        if version > _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
+        return cls(features, centre, spread, float(limit[0]), about.get("weights_sha256", ""))
 
 
 def most_rows(width: int) -> int:

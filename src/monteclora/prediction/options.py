@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from monteclora.errors import DataError
 from monteclora.prediction.classes import collect
-from monteclora.prediction.forward import FloatArray, base_of
+from monteclora.prediction.forward import FloatArray, base_of, with_positions
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
@@ -161,7 +161,7 @@ def _log_likelihoods(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
     found = []
     for i, plan in enumerate(plans):
         tokens = plan.prefix[plan.start :]
-        log_probs = logits[i, kept - len(tokens) - 1 :].float().log_softmax(-1)  # the last row is of what comes next
+        log_probs = _log_probs(logits[i, kept - len(tokens) - 1 :])  # the last row is of what comes next
         shared = log_probs[range(len(tokens)), tokens].double().sum()
         firsts = [
             log_probs[-1, rest[0]].double() if rest else log_probs.new_zeros((), dtype=torch.double)
@@ -194,7 +194,12 @@ def _read_apart(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
 
 def _sum(logits: Tensor, tokens: list[int]) -> Tensor:
     """Summed log-probability of ``tokens`` under as many rows of logits, float64, on the CPU."""
-    return logits.float().log_softmax(-1)[range(len(tokens)), tokens].double().sum().cpu()
+    return _log_probs(logits)[range(len(tokens)), tokens].double().sum().cpu()
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    """In float32, or in float64 where the logits are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _padded(sequences: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
@@ -225,8 +230,7 @@ def _forward(
     parameters = _parameters(model)
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if "position_ids" in parameters:  # padding does not count
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    inputs = with_positions(base_of(model), inputs, past=mask.shape[1] - ids.shape[1])
     name = _cache_name(model)
     if name is not None:
         inputs |= {name: cache, "use_cache": use_cache or cache is not None}

@@ -15,7 +15,7 @@ from monteclora.adapters.active import posterior_sampling, sampled_posteriors
 from monteclora.adapters.scope import RowOrderError
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
-from monteclora.prediction.forward import base_of, text_mask, with_positions
+from monteclora.prediction.forward import base_of, placed, text_mask
 from monteclora.system.modes import evaluating
 
 __all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
@@ -77,14 +77,8 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             "Use a model with a sequence classification or language-modelling head.",
         )
     parameters = inspect.signature(base.forward).parameters
+    inputs = placed(base, inputs)
     mask = text_mask(base, inputs)
-    placed = with_positions(base, inputs)
-    if "logits_to_keep" in parameters:  # a language model, whose last tokens then stand in one column
-        inputs = placed
-    elif "position_ids" in placed.keys() - inputs.keys() and mask is not None and inputs.get("input_ids") is not None:
-        # a classifier looks for the last token by its padding, and counts positions from the first column
-        inputs = _padded_on_the_right(dict(inputs), mask)
-        mask = inputs["attention_mask"]
     if "logits_to_keep" in parameters:
         # over a large vocabulary, the logits of all positions would take more memory than the model
         sequence = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -96,22 +90,6 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             return logits.float()
         column = _last_positions(mask, logits)
     return logits[torch.arange(logits.shape[0], device=logits.device), column.to(logits.device)].float()
-
-
-def _padded_on_the_right(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-    """The same rows with their padding, shape (B, T), behind them."""
-    first = mask.long().argmax(-1)
-    if not first.any():
-        return inputs
-    length = mask.shape[1]
-    columns = (torch.arange(length, device=mask.device) + first[:, None]) % length
-    rows = torch.arange(len(mask), device=mask.device)[:, None]
-    return {
-        name: value[rows.to(value.device), columns.to(value.device)]
-        if isinstance(value, Tensor) and value.shape[:2] == mask.shape
-        else value
-        for name, value in inputs.items()
-    }
 
 
 def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:

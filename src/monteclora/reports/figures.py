@@ -62,7 +62,8 @@ class TrainingCurve:
 def reliability_diagram(curves: Mapping[str, ReliabilityCurve | None]) -> Svg:
     """Accuracy against confidence, one line of dots a method, with the identity and each method's ECE.
 
-    A dot's area grows linearly with the share of the examples that its bin holds.
+    A dot's area grows linearly with the share of the examples that its bin holds; a whisker is the 95 % interval of its
+    accuracy.
     """
     drawn = _drawn(curves, "reliability curve")
     figure = new_figure(4.3 + _LEGEND_ROW * len(drawn))
@@ -76,6 +77,8 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve | None]) -> Svg:
         x, y = curve.confidence[used], curve.accuracy[used]
         share = curve.counts[used] / curve.counts.sum()
         area = 10.0 + 120.0 * share / largest
+        low, high = curve.accuracy_interval()
+        axes.vlines(x, low[used], high[used], color=colour, linewidth=0.9, alpha=0.35, gid=f"intervals-{index}")
         axes.plot(x, y, color=colour, linewidth=1.0, alpha=0.6)
         axes.scatter(x, y, s=area, c=colour, marker=marker, alpha=0.75, linewidths=0, zorder=3, gid=f"dots-{index}")
         text = f"{label(name)} · ECE {curve.ece:.3f}"

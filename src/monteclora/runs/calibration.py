@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monteclora.errors import CheckpointError
-from monteclora.system.atomic import write_file
+from monteclora.adapters.storage import POSTERIOR_FILE
+from monteclora.runs.documents import read_document, write_document
 
 __all__ = ["CALIBRATION_FILE", "read_calibration", "weights_sha256", "write_calibration"]
 
@@ -23,36 +22,34 @@ def read_calibration(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged or of a later format.
     """
-    path = folder / CALIBRATION_FILE
-    if not path.is_file():
-        return {}
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(document.pop("format"))
-        if not all(isinstance(part, dict) for part in document.values()):
-            raise TypeError("a section is no object")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__})", "Remove it; what it holds is fitted again."
-        ) from None
-    if version > _FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
-        )
+    hint = "Remove it; what it holds is fitted again."
+    return read_document(folder / CALIBRATION_FILE, _FORMAT, _sections, hint) or {}
+
+
+def _sections(document: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(part, dict) for part in document.values()):
+        raise TypeError("a section is no object")
     return document
 
 
 def write_calibration(folder: Path, sections: Mapping[str, Any]) -> Path:
     """Write the file, whole or not at all."""
     path = folder / CALIBRATION_FILE
-    write_file(path, (json.dumps({"format": _FORMAT, **sections}, indent=2, ensure_ascii=False) + "\n").encode())
+    write_document(path, _FORMAT, sections)
     return path
 
 
-def weights_sha256(adapter: Path) -> str:
-    """The checksum of an adapter's weights and posterior: what was fitted to others does not count."""
+def weights_sha256(adapter: Path, *, posterior: bool = True) -> str:
+    """The checksum of an adapter's weights: what was measured with others does not count.
+
+    Args:
+        adapter: its folder.
+        posterior: whether the posterior counts, which decides draws but not the mean.
+    """
     digest = hashlib.sha256()
     for path in sorted(adapter.glob("*.safetensors")):
+        if path.name == POSTERIOR_FILE and not posterior:
+            continue
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

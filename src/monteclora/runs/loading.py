@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import Columns
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
@@ -132,7 +133,11 @@ class LoadedRun:
             batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
             progress: told how many rows are done, by each sampler.
             calibrators: by the name of the sampler whose predictions they correct.
+
+        Raises:
+            ConfigError: ``batch_size`` is below 1.
         """
+        check_at_least_one(batch_size=batch_size)
         return Predictor(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -141,7 +146,7 @@ class LoadedRun:
             truncation=self.recipe.data.truncation,
             label_names=self.label_names or (),
             precision=self.precision,
-            batch_size=batch_size or self.recipe.training.eval_batch_size,
+            batch_size=self.recipe.training.eval_batch_size if batch_size is None else batch_size,
             bins=self.recipe.evaluation.bins,
             posterior=sampler,
             progress=progress,

@@ -5,7 +5,6 @@ Both hold every split that was evaluated, the last time it was, for the adapter 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from monteclora.errors import CheckpointError
-from monteclora.system.atomic import replacing, write_file
+from monteclora.runs.documents import read_document, write_document
+from monteclora.system.atomic import replacing
 
 __all__ = ["EVALUATION_FILE", "PREDICTIONS_FILE", "add_evaluation", "add_predictions"]
 
@@ -65,19 +64,11 @@ def add_evaluation(folder: Path, about: Mapping[str, Any], split: str, model: st
         CheckpointError: the file is there and damaged, or of a later format.
     """
     path = folder / EVALUATION_FILE
-    splits: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            splits = {name: dict(models) for name, models in before["splits"].items()}
-            version = int(before["format"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__})", "Remove it.") from None
-        if version > _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
-            )
+    splits = read_document(path, _FORMAT, _splits) or {}
     splits.setdefault(split, {})[model] = dict(facts)
-    document = {"format": _FORMAT, **about, "splits": splits}
-    write_file(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    write_document(path, _FORMAT, {**about, "splits": splits})
     return path
+
+
+def _splits(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: dict(models) for name, models in document["splits"].items()}

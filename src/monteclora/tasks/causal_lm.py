@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from monteclora.data.encoding import IGNORED, encode, encode_options
+from monteclora.data.encoding import IGNORED, Encoder, encode
 from monteclora.data.kinds import Kind
 from monteclora.data.truncation import Truncation
 from monteclora.errors import DataError
@@ -88,11 +88,12 @@ class CausalLM:
 
 
 def _score_options(predictor: Predictor, rows: Dataset, *, per_byte: bool) -> Scored:
+    encoder = Encoder(predictor.tokenizer)
     encoded, labels, lengths, cut = [], [], [], 0
     for number, row in enumerate(rows):
         options = _options(number, row)
         completions = option_completions(row["completion"], row["answer"], options)
-        sequences, excess = encode_options(row["prompt"], completions, predictor.tokenizer, predictor.max_length)
+        sequences, excess = encoder.options(row["prompt"], completions, predictor.max_length)
         encoded.append(_option_row(sequences))
         labels.append(options.index(row["answer"]))
         lengths.append([len(option.encode()) for option in options])

@@ -1,0 +1,64 @@
+"""The rows that a run was trained and validated on, loaded again, and refused where they are others by now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from monteclora.data.splitting import carve_validation
+from monteclora.errors import DataError
+from monteclora.runs.loading import LoadedRun
+from monteclora.runs.run_folder import RunFolder
+from monteclora.tasks import SplitSource, TaskData, load
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["FIT_SPLIT", "changed", "halves", "own_rows", "own_split"]
+
+FIT_SPLIT = "validation"
+
+
+def own_rows(loaded: LoadedRun, *splits: str) -> TaskData:
+    """The run's own rows of these splits, as far as it has them.
+
+    Raises:
+        DataError: rows are gone, or are not those that the run was trained with.
+    """
+    data = load(loaded.recipe.data, splits)
+    for split, source in data.sources.items():
+        if changed(loaded, split, source):
+            raise DataError(
+                f"the {split} rows of {source.origin} changed since {loaded.folder} was trained",
+                "Restore them, or train again.",
+            )
+    return data
+
+
+def changed(loaded: LoadedRun, split: str, source: SplitSource) -> bool:
+    """Whether the run was trained when the split had other rows."""
+    before = RunFolder(loaded.folder).environment["data"]["splits"].get(split)
+    return before is not None and before["sha256"] != source.sha256
+
+
+def own_split(loaded: LoadedRun, split: str, source: SplitSource, task: str | None) -> str | None:
+    """Which split of the run's own data an evaluated one is; None where it is none of them.
+
+    Args:
+        loaded: the run.
+        split: what is evaluated.
+        source: of its rows.
+        task: that they are of; None for the run's own data.
+    """
+    if task is None:
+        return split
+    own = RunFolder(loaded.folder).environment["data"]["splits"]
+    return next((name for name, each in own.items() if each["sha256"] == source.sha256), None)
+
+
+def halves(rows: Dataset, name: str) -> tuple[Dataset, Dataset]:
+    """Validation rows, divided: what the posterior's scale is chosen on, and what that leaves for other choices.
+
+    Raises:
+        DataError: there are too few rows.
+    """
+    return carve_validation(rows, 0.5, 0, name)
