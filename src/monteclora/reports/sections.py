@@ -156,8 +156,9 @@ def _calibration(runs: Sequence[RunReport]) -> Section | None:
     if not any(curves.values()):
         return None
     caption = (
-        "Each dot is a bin of confidence; its area grows with the number of examples in it. On the dashed "
-        "line the model is right as often as it is confident; below it, it is overconfident. "
+        "Each dot is a bin of confidence; its area grows with the number of examples in it, and its whisker is the "
+        "95 % interval of its accuracy. On the dashed line the model is right as often as it is confident; below it, "
+        "it is overconfident. "
         "ECE is the mean distance from the line, weighted by examples."
     )
     if sum(curve is not None for curve in curves.values()) <= _OVERLAID:
