@@ -216,3 +216,9 @@ def test_bundled_pairs_differ_in_the_method_alone(name: str) -> None:
     shared = {field: getattr(pair[0].method, field) for field in vars(pair[0].method) if field != "name"}
     assert shared == {field: getattr(pair[1].method, field) for field in shared}
     assert isinstance(pair[0], Recipe)
+
+
+def test_no_two_methods_make_the_same_recipe() -> None:
+    names = [method.name for method in list_methods()]
+    checksums = {recipe_sha256(load_recipe(small(method={"name": name}))) for name in names}
+    assert len(checksums) == len(names)

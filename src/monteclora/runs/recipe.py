@@ -306,9 +306,11 @@ def recipe_sha256(recipe: Recipe) -> str:
     """The checksum of what determines the result: two recipes that share it train the same adapter.
 
     Fields at their defaults are left out, so that a field added later, whose default is what was done before, does not
-    make another recipe of an old one.
+    make another recipe of an old one. The method's name never is: it is each method's own default.
     """
-    return hashlib.sha256(json.dumps(_changed(_resolved(recipe)), sort_keys=True).encode()).hexdigest()
+    changed = _changed(_resolved(recipe))
+    changed["method"] = {**changed.get("method", {}), "name": recipe.method.name}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
