@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from monteclora.cli.output import Json, note, print_json, print_line, print_table
 
@@ -14,6 +17,7 @@ def study(
     /,
     *,
     out: Path | None = None,
+    known: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, show_default=False)] = (),
     workers: int | None = None,
     workers_per_device: int = 1,
     as_json: Json = False,
@@ -26,13 +30,18 @@ def study(
     Args:
         recipe: a study recipe, or the name of a bundled one.
         out: the study folder; by default the recipe's output, or studies/NAME.
+        known: files results.parquet of earlier studies: outcomes of the same trials are taken from them.
         workers: processes on this machine; by default one for each core or GPU, 0 for none but this one.
         workers_per_device: processes that share a GPU.
     """
     from monteclora.studies.study import study as run
 
     result = run(
-        recipe, output=None if out is None else str(out), workers=workers, workers_per_device=workers_per_device
+        recipe,
+        output=None if out is None else str(out),
+        known=known,
+        workers=workers,
+        workers_per_device=workers_per_device,
     )
     if as_json:
         print_json(

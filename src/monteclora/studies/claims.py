@@ -102,6 +102,13 @@ class Claims:
                 self._write(trial, replace(state, holder=None, failures=[], deaths=0))
                 result.unlink(missing_ok=True)
 
+    @contextmanager
+    def idle(self, trial: str) -> Iterator[bool]:
+        """Whether nobody works on a trial; nobody takes it inside the block."""
+        with self._lock:
+            holder = self.state(trial).holder
+            yield holder is None or not self._is_alive(trial, holder)
+
     def release(self, trial: str, token: str, state: TrialState) -> bool:
         """Give a claim back with what is known now; False where it was lost meanwhile."""
         with self.held(trial, token) as mine:

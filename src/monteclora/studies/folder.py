@@ -78,9 +78,12 @@ class StudyFolder:
         return load_study(self.recipe_file, str(self.path))
 
     def write_recipe(self, study: StudyRecipe) -> None:
-        """Put down what is studied, with the content of the base recipe: its file may change, or be elsewhere."""
+        """Put down what is studied, with the content of the base recipe: its file may change, or be elsewhere.
+
+        So may the files of known outcomes, which are in the folder by then.
+        """
         base = study.base if isinstance(study.base, dict) else recipe_content(study.base)
-        write_file(self.recipe_file, dump(replace(study, base=base)).encode())
+        write_file(self.recipe_file, dump(replace(study, base=base, known=[])).encode())
 
     @cached_property
     def claims(self) -> Claims:
@@ -111,6 +114,14 @@ class StudyFolder:
         """Of all trials that are done, by id."""
         found = {trial.id: self.outcome(trial.id) for trial in trials}
         return {identity: outcome for identity, outcome in found.items() if outcome is not None}
+
+    def adopt(self, outcome: Outcome) -> bool:
+        """Put down what a trial came to elsewhere, unless it has an outcome here or is worked on; whether it was."""
+        with self.claims.idle(outcome.trial) as idle:
+            adopted = idle and not self.outcome_file(outcome.trial).is_file()
+            if adopted:
+                self.write_outcome(outcome)
+        return adopted
 
     def retry_failed(self, trials: Sequence[Trial]) -> None:
         """Have trials that failed tried anew, as if they never had been."""

@@ -51,6 +51,8 @@ class StudyRecipe:
         calibrator: ``temperature``, fitted to the validation rows of each trial, or ``none``.
         max_trials: run at most so many, whole comparisons of all arms; the others are said to be left out.
         max_hours: start no trial after so many hours of one command; the same command goes on later.
+        known: files ``results.parquet`` of earlier studies, by their path from the study recipe's folder or from the
+            working directory: outcomes of the same trials are taken from them.
         retries: how often a failed trial is tried again.
         keep: what of a finished trial stays: its ``adapter``, ``everything`` (checkpoints too), or its ``numbers``.
         output: the study folder; null is ``studies/<name>``.
@@ -67,6 +69,7 @@ class StudyRecipe:
     calibrator: str = NO_CALIBRATOR
     max_trials: int | None = None
     max_hours: float | None = None
+    known: list[str] = field(default_factory=list)
     retries: int = 2
     keep: Literal["adapter", "everything", "numbers"] = "adapter"
     output: str | None = None
@@ -123,10 +126,19 @@ def load_study(source: str | Path | Mapping[str, Any] | StudyRecipe, output: str
     if "name" not in document.root.value:
         root = Node({"name": Node(path.stem, document.source), **document.root.value}, document.root.where)
         document = dataclasses.replace(document, root=root)
-    base = document.root.value.get("base")
-    if base is not None and isinstance(base.value, str) and os.path.isfile(beside := path.parent / base.value):
-        root = Node({**document.root.value, "base": Node(str(beside), base.where)}, document.root.where)
-        document = dataclasses.replace(document, root=root)
+    values = dict(document.root.value)
+    if (base := values.get("base")) is not None:
+        values["base"] = _beside(base, path.parent)
+    if (known := values.get("known")) is not None and isinstance(known.value, list):
+        values["known"] = Node([_beside(file, path.parent) for file in known.value], known.where)
+    document = dataclasses.replace(document, root=Node(values, document.root.where))
     if "base" in document.root.value and "grid" not in document.root.value:
         raise ConfigError(f"{path} has no grid", "Give the recipe keys to try, each with a list of values.")
     return build(StudyRecipe, document, overrides)
+
+
+def _beside(node: Node, folder: Path) -> Node:
+    """The path of a file in ``folder``, where a node names one; else the node as it is."""
+    if isinstance(node.value, str) and os.path.isfile(beside := folder / node.value):
+        return Node(str(beside), node.where)
+    return node

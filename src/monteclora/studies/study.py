@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from monteclora.studies.execution import tidy
 from monteclora.studies.folder import Outcome, StudyFolder
+from monteclora.studies.known import read_known, take_known
 from monteclora.studies.live import Live
 from monteclora.studies.plan import Plan, make_plan
 from monteclora.studies.processes import default_workers, run_workers
@@ -49,6 +50,7 @@ def study(
     output: str | None = None,
     workers: int | None = None,
     workers_per_device: int = 1,
+    known: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> StudyResult:
     """Run every trial of a study that is not done yet, and summarise them.
@@ -61,16 +63,21 @@ def study(
         output: a study folder in place of the recipe's.
         workers: processes on this machine; by default one for each core or GPU; 0 runs the trials in this process.
         workers_per_device: processes that share a GPU.
+        known: files ``results.parquet`` of earlier studies beside the recipe's ``known``; outcomes of the same trials
+            are taken from them.
         progress: whether to tell on standard error what happens.
 
     Raises:
         ConfigError: the recipe is wrong, or workers cannot start.
         DataError: the data are wrong.
+        CheckpointError: a file of known outcomes is missing or damaged, or one of the study folder is.
         KeyboardInterrupt: asked for; everything is saved and the same call goes on.
     """
     plan = make_plan(load_study(recipe, output))
+    found = read_known([*plan.study.known, *known])
     folder = StudyFolder(plan.study.folder)
     folder.write_recipe(plan.study)
+    plan = replace(plan, notes=(*plan.notes, *take_known(folder, plan, found)))
     folder.retry_failed(plan.trials)
     hours = plan.study.max_hours
     deadline = None if hours is None else time.time() + 3600 * hours

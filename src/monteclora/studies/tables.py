@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from monteclora.metrics.registry import METRICS
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan
+from monteclora.studies.results import write_results
 from monteclora.studies.summary import Estimate, Summary, compare
 from monteclora.system.atomic import replacing, write_file
 
@@ -32,7 +33,7 @@ _HEADERS = {
 
 def write_tables(folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary]) -> None:
     """Write ``results.parquet`` (a row a trial), ``paired.parquet``, and ``summary`` as Parquet, Markdown and LaTeX."""
-    _parquet(folder / "results.parquet", _trial_rows(plan, outcomes))
+    write_results(folder / "results.parquet", plan, outcomes)
     _parquet(folder / "summary.parquet", [_flat(summary) for summary in summaries])
     paired = [
         {
@@ -55,31 +56,6 @@ def write_tables(folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summ
     table = _markdown(header, rows) + ("\n" + "".join(f"- {note}\n" for note in notes) if notes else "")
     write_file(folder / "summary.md", table.encode())
     write_file(folder / "summary.tex", _latex(header, rows).encode())
-
-
-def _trial_rows(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
-    rows = []
-    for trial in plan.trials:
-        if (o := outcomes.get(trial.id)) is not None:
-            values = {key: json.dumps(value) for key, value in {**trial.conditions, **trial.settings}.items()}
-            rows.append(
-                {
-                    "trial": trial.id,
-                    "arm": trial.arm,
-                    "seed": trial.seed,
-                    **values,
-                    "status": o.status,
-                    "reason": o.reason,
-                    **o.metrics,
-                    **{f"mean_{name}": value for name, value in o.point.items()},
-                    **{f"validation_{name}": value for name, value in o.validation.items()},
-                    "seconds": o.seconds,
-                    "tokens": o.tokens,
-                    "peak_memory_bytes": o.peak_memory_bytes,
-                    "trained_parameters": o.trained_parameters,
-                }
-            )
-    return rows
 
 
 def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
