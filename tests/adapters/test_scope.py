@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -495,14 +494,6 @@ def test_a_posterior_that_diverged_has_a_finite_loss(value: float) -> None:
     assert loss.isfinite()
     assert loss > 1e3
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_offloaded_adapters_are_refused_before_anything_is_computed(training: bool) -> None:
-    model = cpu_offload(wrapped(llama).train(training), torch.device("cpu"))
-    batch = batch_for(llama)
-    with pytest.raises(ConfigError, match="are offloaded"):
-        _ = model(**batch) if training else monteclora.predict(model, batch, num_samples=2)
 
 
 def test_per_sample_gradients_by_torch_func_work_at_the_mean_and_are_refused_under_draws() -> None:

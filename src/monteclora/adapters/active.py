@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from monteclora.adapters.scope import PosteriorSampler, check_here
+from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Regulariser
@@ -159,7 +159,7 @@ def sampled_posteriors(model: nn.Module) -> list[AdapterPosterior]:
             "Call model.unmerge_adapter(), or sample outside model.disable_adapter().",
         )
     for posterior in posteriors:
-        check_here(posterior)
+        tuner.check_here(posterior)
     return posteriors
 
 

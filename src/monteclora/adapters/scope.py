@@ -25,7 +25,7 @@ from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.posterior.torch_private import in_backward
 from monteclora.system.devices import process_index
 
-__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "check_here", "holding"]
+__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "holding"]
 
 
 class RowOrderError(ConfigError):
@@ -41,6 +41,10 @@ class DrawSource(Protocol):
 
     def is_trainable(self, posterior: AdapterPosterior) -> bool:
         """Whether anything of its adapter is trainable."""
+        ...
+
+    def check_here(self, posterior: AdapterPosterior) -> None:
+        """Raise ConfigError for an adapter of which anything is offloaded."""
         ...
 
     def means(self, posterior: AdapterPosterior) -> Sequence[Tensor] | None:
@@ -120,15 +124,6 @@ class BoundCheckpoint:
                 return function(*inputs, **keywords)
 
         return self.checkpoint(repeat, *args, **kwargs)
-
-
-def check_here(posterior: AdapterPosterior) -> None:
-    """Raises ConfigError for a posterior that is offloaded: no layer brings it back when it is needed."""
-    if posterior.rho.is_meta:
-        raise ConfigError(
-            "rho and eta of the adapter are offloaded (on the meta device), and draws are made before any layer runs",
-            "Keep the adapted layers on a device: leave them out of cpu_offload, disk_offload and device_map.",
-        )
 
 
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -287,7 +282,7 @@ class DrawScope:
             return
         posteriors = self.source.drawn_posteriors()
         for posterior in posteriors:
-            check_here(posterior)
+            self.source.check_here(posterior)
         training = [self._in_training(posterior) for posterior in posteriors]
         if any(training):
             self._bind_checkpoints()

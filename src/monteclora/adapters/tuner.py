@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.layers import DrawnLayer, DrawnLinear, supported_types
 from monteclora.adapters.merging import shared_targets
+from monteclora.adapters.offloading import check_base, check_here
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.adapters.scope import DrawScope
 from monteclora.adapters.snapshot import unchanged_on_error
@@ -130,6 +131,12 @@ class MonteCLoRATuner(LoraModel):
         parts = ((layer.lora_A[name], layer.lora_B[name]) for layer in self.hooked_layers[name].values())
         return any(part.weight.requires_grad for pair in parts for part in pair)
 
+    def check_here(self, posterior: AdapterPosterior) -> None:
+        """Raise ConfigError for an adapter of which anything was offloaded since it was made."""
+        name = self._name_of(posterior)
+        pairs = zip(self.hooked_layers[name], self.mean_modules[name], strict=True)
+        check_here(posterior, ((layer, of._modules[name]._parameters.get("weight")) for layer, of in pairs))
+
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
 
@@ -230,6 +237,7 @@ class MonteCLoRATuner(LoraModel):
                     f"target module '{name}' is never called: nn.MultiheadAttention uses its weight alone",
                     "Take it out of target_modules, or list it in exclude_modules.",
                 )
+            check_base(name, layer.get_base_layer())
         return layers
 
     def _modules_around(self, names: list[str], *, inside_blocks: bool = False) -> list[nn.Module]:
