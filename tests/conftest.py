@@ -32,8 +32,9 @@ settings.load_profile("monteclora")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave slow tests out unless marks are asked for, nightly ones unless they are named; our warnings are errors."""
+    """Leave slow tests out unless marks are asked for, others unless they are named; our warnings are errors."""
     marks = config.option.markexpr or "not slow"
-    config.option.markexpr = marks if "nightly" in marks else f"({marks}) and not nightly"
+    left_out = [mark for mark in ("nightly", "serving") if mark not in marks]
+    config.option.markexpr = " and not ".join([f"({marks})", *left_out])
     # those of the libraries below stay warnings
     config.addinivalue_line("filterwarnings", r"error:::monteclora(\.|$)")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from monteclora.adapters.active import posterior_sampling, variational_loss
     from monteclora.adapters.config import MonteCLoRAConfig
     from monteclora.adapters.export import export_merged, export_samples
+    from monteclora.adapters.gguf import export_gguf
     from monteclora.adapters.model import from_pretrained, get_peft_model
     from monteclora.evaluation.generation import generate
     from monteclora.evaluation.run import evaluate
@@ -34,6 +35,7 @@ _HOME = {
     "RunResult": "runs.result",
     "StudyResult": "studies.study",
     "evaluate": "evaluation.run",
+    "export_gguf": "adapters.gguf",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
     "from_pretrained": "adapters.model",
@@ -58,6 +60,7 @@ __all__ = [
     "RunResult",
     "StudyResult",
     "evaluate",
+    "export_gguf",
     "export_merged",
     "export_samples",
     "from_pretrained",

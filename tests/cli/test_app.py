@@ -306,6 +306,10 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
     assert (run / "merged" / "config.json").is_file()
     assert (run / "merged" / "tokenizer.json").is_file()
 
+    status, _, err = run_main("export", run, "--format", "gguf")
+    assert status == 2
+    assert "GGUF adapters were checked for LlamaForCausalLM, not for BertForSequenceClassification" in one_line(err)
+
 
 def test_overrides_take_both_forms_and_negative_numbers(run_main, recipe_file):
     words = ["--training.max_steps", 1, "--data.seed=3", "--json", "--name", "other"]
@@ -319,6 +323,15 @@ def test_overrides_take_both_forms_and_negative_numbers(run_main, recipe_file):
 def test_lora_has_no_samples_to_export(run_main, trained):
     status, out, err = run_main("export", trained["lora"], "--format", "samples")
     assert (status, out) == (2, "")
+    assert "has no posterior to draw from" in one_line(err)
+
+
+def test_a_language_model_is_exported_for_llama_cpp(run_main, trained, tmp_path):
+    out = tmp_path / "gguf"
+    status, written, _ = run_main("export", trained["questions"], "--format", "gguf", "--num-samples", 1, "--out", out)
+    assert (status, written.split()) == (0, [str(out / "mean.gguf"), str(out / "sample-0.gguf")])
+    status, _, err = run_main("export", trained["lora"], "--format", "gguf", "--num-samples", 1)
+    assert status == 2
     assert "has no posterior to draw from" in one_line(err)
 
 

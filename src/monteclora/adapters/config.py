@@ -14,12 +14,12 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from monteclora.errors import ConfigError
 from monteclora.posterior.settings import PosteriorSettings, is_whole
 
-__all__ = ["OWN_TYPE", "MonteCLoRAConfig"]
+__all__ = ["OTHER_VARIANTS", "OWN_TYPE", "MonteCLoRAConfig"]
 
 # the type of a configuration that no model has taken yet: peft has no tuner of this type, and makes no LoRA of it
 OWN_TYPE = "MONTECLORA"
 # LoRA variants with a forward of their own; a drawn A means nothing to them
-_OTHER_VARIANTS = (
+OTHER_VARIANTS = (
     "use_dora",
     "use_qalora",
     "use_bdlora",
@@ -52,7 +52,7 @@ class MonteCLoRAConfig(PosteriorSettings, LoraConfig):
         self.peft_type = cast(PeftType, OWN_TYPE)
         for name, message in [*self.option_problems(), *self._lora_problems()]:
             raise ConfigError(f"{name} {message}", _hint(name))
-        for name in _OTHER_VARIANTS:
+        for name in OTHER_VARIANTS:
             if getattr(self, name, None):
                 raise ConfigError(f"{name} cannot be combined with MonteCLoRA", "Leave it out, or use peft.LoraConfig.")
         if self.init_lora_weights == "mica":

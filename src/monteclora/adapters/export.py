@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +21,10 @@ from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
+from monteclora.posterior import AdapterPosterior
 from monteclora.system.atomic import staged
 
-__all__ = ["export_merged", "export_samples"]
+__all__ = ["DrawnAdapters", "export_merged", "export_samples"]
 
 
 def export_samples(
@@ -45,34 +48,58 @@ def export_samples(
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples is {num_samples}, expected at least 1", "Ask for one adapter or more.")
-    names = list(model.active_adapters)
-    tuner: MonteCLoRATuner = model.base_model
-    posterior = tuner.posterior(names[0]) if len(names) == 1 else None
-    if posterior is None:
-        raise ConfigError(
-            f"active adapters are {names}, expected one MonteCLoRA adapter", "Choose it with model.set_adapter(name)."
-        )
-    name = names[0]
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name)
-    config = cast(MonteCLoRAConfig, model.peft_config[name]).plain_lora()
+    drawn = DrawnAdapters.of(model)
+    config = cast(MonteCLoRAConfig, model.peft_config[drawn.name]).plain_lora()
     config.base_model_name_or_path = portable_name(config.base_model_name_or_path)
     config.inference_mode = True
     folders = []
     for number in range(num_samples):
-        draw = posterior.sample(seed, number)
-        drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-        for index, layer in enumerate(posterior.layers):
-            key = f"base_model.model.{layer.name}.lora_A.weight"
-            noise = draw.layers[index].matrix[0]
-            mu = weights[key]
-            drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
         folder = Path(directory) / f"sample-{number}"
         with staged(folder) as stage:
-            (stage / "adapter_model.safetensors").write_bytes(save(drawn, metadata={"format": "pt"}))
+            weights = save(drawn.weights(seed, number), metadata={"format": "pt"})
+            (stage / "adapter_model.safetensors").write_bytes(weights)
             config.save_pretrained(str(stage))
         (folder / POSTERIOR_FILE).unlink(missing_ok=True)  # that an adapter of this name left
         folders.append(folder)
     return folders
+
+
+@dataclass(frozen=True)
+class DrawnAdapters:
+    """The active adapter of a model as the plain LoRA adapters that its posterior's draws are.
+
+    Attributes:
+        name: of the adapter.
+        posterior: of it.
+        mean: its weights, as peft names them in files.
+    """
+
+    name: str
+    posterior: AdapterPosterior
+    mean: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PeftModel) -> DrawnAdapters:
+        """Raises ConfigError where there is no single active MonteCLoRA adapter."""
+        names, tuner = list(model.active_adapters), model.base_model
+        posterior = tuner.posterior(names[0]) if len(names) == 1 and isinstance(tuner, MonteCLoRATuner) else None
+        if posterior is None:
+            raise ConfigError(
+                f"active adapters are {names}, expected one MonteCLoRA adapter",
+                "Choose it with model.set_adapter(name).",
+            )
+        return cls(names[0], posterior, get_peft_model_state_dict(model, adapter_name=names[0]))
+
+    def weights(self, seed: int, number: int) -> dict[str, Tensor]:
+        """The weights under draw ``number`` of the stream ``seed``, in the mean's dtypes, on the CPU."""
+        draw = self.posterior.sample(seed, number)
+        drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in self.mean.items()}
+        for index, layer in enumerate(self.posterior.layers):
+            key = f"base_model.model.{layer.name}.lora_A.weight"
+            noise = draw.layers[index].matrix[0]
+            mu = self.mean[key]
+            drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
+        return drawn
 
 
 def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer: Any = None) -> Path:

@@ -17,9 +17,9 @@ def export(
     run: str,
     /,
     *,
-    kind: Annotated[Literal["merged", "samples"], Parameter(name="--format")],
+    kind: Annotated[Literal["merged", "samples", "gguf"], Parameter(name="--format")],
     out: Path | None = None,
-    num_samples: int = 8,
+    num_samples: int | None = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -28,12 +28,14 @@ def export(
     Args:
         run: a run folder.
         kind: merged is the pretrained model with the posterior's mean merged in, an ordinary transformers folder;
-            samples are plain LoRA adapters drawn from the posterior, for servers that serve several.
-        out: the folder to write; by default merged or samples in the run folder.
-        num_samples: how many adapters to draw.
+            samples are plain LoRA adapters drawn from the posterior, for servers that serve several; gguf are the mean
+            and such samples as files for llama.cpp.
+        out: the folder to write; by default one of the format's name in the run folder.
+        num_samples: how many adapters to draw; by default 8, of gguf 0 for a method without a posterior.
         seed: of the draws.
     """
     from monteclora.adapters.export import export_merged, export_samples
+    from monteclora.adapters.gguf import export_gguf
     from monteclora.runs.loading import load_run
     from monteclora.system.quiet import quiet_libraries
 
@@ -41,10 +43,11 @@ def export(
         raise ConfigError(f"{out} is a file", "Give the name of a folder.")
     loaded = load_run(run)
     target = out or loaded.folder / kind
-    if kind == "samples" and not loaded.has_posterior:
+    count = num_samples if num_samples is not None else 8 if kind == "samples" or loaded.has_posterior else 0
+    if not loaded.has_posterior and (kind == "samples" or (kind == "gguf" and count)):
         raise ConfigError(
             f"the method {loaded.recipe.method.name} of {loaded.folder} has no posterior to draw from",
-            "Export it with --format merged; its adapter folder is a plain LoRA adapter.",
+            "Export it with --format merged or --format gguf; its adapter folder is a plain LoRA adapter.",
         )
     model: Any = loaded.model
     if not hasattr(model, "peft_config"):
@@ -55,8 +58,10 @@ def export(
     with quiet_libraries():
         if kind == "merged":
             written = [export_merged(model, target, loaded.tokenizer)]
+        elif kind == "samples":
+            written = export_samples(model, target, count, seed)
         else:
-            written = export_samples(model, target, num_samples, seed)
+            written = export_gguf(model, target, count, seed)
     if as_json:
         print_json({"written": written})
         return

@@ -7,7 +7,6 @@ weights are dequantised once, into a folder of safetensors in the user's cache.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monteclora.errors import ConfigError
+from monteclora.system.extras import require_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +43,7 @@ def dequantised_folder(gguf: Path) -> Path:
     """
     import transformers
 
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"reading {gguf.name} needs the package gguf", "Run `pip install 'monteclora[gguf]'`.")
+    require_gguf(f"reading {gguf.name}")
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}-transformers-{transformers.__version__}"
