@@ -115,10 +115,10 @@ def test_failures_are_forgotten_unless_the_trial_is_worked_on(tmp_path: Path) ->
     assert token is not None
     state = claims.state("t")
     state.failures, state.deaths, state.micro_batch_size = ["no such disk"], 3, 4
-    claims.forget("t", result)
+    claims.forget("t", [result])
     assert result.exists()
     claims.release("t", token, state)
-    claims.forget("t", result)
+    claims.forget("t", [result])
     assert not result.exists()
     found = claims.state("t")
     assert (found.failures, found.deaths, found.micro_batch_size) == ([], 0, 4)

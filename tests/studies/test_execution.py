@@ -31,11 +31,11 @@ def test_a_run_that_another_process_trains_is_not_taken_and_has_not_failed(
     folder, recipe, trial = one
     with execution.RunFolder(trial.recipe.folder).locked():
         for _ in range(5):
-            assert not attempt(folder, recipe, trial)
+            assert not attempt(folder, recipe, [trial])
     state = folder.claims.state(trial.id)
     assert (state.failures, state.holder) == ([], None)
     assert folder.outcome(trial.id) is None
-    assert attempt(folder, recipe, trial)
+    assert attempt(folder, recipe, [trial])
     outcome = folder.outcome(trial.id)
     assert outcome is not None
     assert outcome.status == "finished"
@@ -45,7 +45,7 @@ def test_who_lost_a_claim_writes_and_removes_nothing(
     one: tuple[StudyFolder, StudyRecipe, Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, recipe, trial = one
-    original = execution.evaluate
+    original = execution.evaluate_loaded
 
     def lost(*arguments: Any, **options: Any) -> Any:
         state = folder.claims.state(trial.id)
@@ -54,8 +54,8 @@ def test_who_lost_a_claim_writes_and_removes_nothing(
         folder.claims._write(trial.id, state)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(execution, "evaluate", lost)
-    attempt(folder, recipe, trial)
+    monkeypatch.setattr(execution, "evaluate_loaded", lost)
+    attempt(folder, recipe, [trial])
     assert folder.outcome(trial.id) is None
     assert list(execution.RunFolder(trial.recipe.folder).checkpoints.iterdir())
     holder = folder.claims.state(trial.id).holder
@@ -67,7 +67,7 @@ def test_out_of_memory_in_evaluation_makes_its_passes_smaller_and_leaves_the_run
     make_study: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = study(make_study("right", ONE), workers=0, progress=False)
-    original, sizes = execution.evaluate, []
+    original, sizes = execution.evaluate_loaded, []
 
     def full(run: Any, *arguments: Any, batch_size: int | None = None, **options: Any) -> Any:
         sizes.append(batch_size)
@@ -75,7 +75,7 @@ def test_out_of_memory_in_evaluation_makes_its_passes_smaller_and_leaves_the_run
             raise torch.OutOfMemoryError("planted")
         return original(run, *arguments, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(execution, "evaluate", full)
+    monkeypatch.setattr(execution, "evaluate_loaded", full)
     found = study(make_study("planted", ONE), workers=0, progress=False)
     (outcome,), (expected,) = found.outcomes.values(), right.outcomes.values()
     assert sizes == [None, 32, 16]

@@ -173,9 +173,10 @@ def test_failed_outcomes_are_not_taken_and_own_ones_stay(
     first, second = found.outcomes.values()
     folder = StudyFolder(found.folder)
     folder.outcome_file(second.trial).unlink()
-    assert [folder.adopt(Outcome(o.trial, "diverged", "elsewhere")) for o in (first, second)] == [False, True]
+    trials = found.plan.trials
+    assert [folder.adopt(t, Outcome(t.id, "diverged", "elsewhere")) for t in trials] == [False, True]
     assert (folder.outcome(first.trial), folder.outcome(second.trial).reason) == (first, "elsewhere")  # type: ignore[union-attr]
     (folder.path / "results" / f"{second.trial}.json").unlink()
     taken = folder.claims.take(second.trial, lambda: False, lambda: 0)
     assert taken is not None
-    assert not folder.adopt(Outcome(second.trial, "diverged", "elsewhere"))
+    assert not folder.adopt(trials[1], Outcome(second.trial, "diverged", "elsewhere"))

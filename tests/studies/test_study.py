@@ -32,7 +32,7 @@ DRIVER = (
 
 def results(found: StudyResult) -> dict[str, Any]:
     """Everything of the outcomes that does not depend on time or place, and the adapters bitwise."""
-    times = ("seconds", "peak_memory_bytes")
+    times = ("seconds", "seconds_per_row", "peak_memory_bytes")
     return {
         trial.id: (
             {key: value for key, value in vars(found.outcomes[trial.id]).items() if key not in times},

@@ -1,5 +1,8 @@
 """Who works on which trial: claims with a lease, in files that processes on several machines share.
 
+Trials that are evaluations of one run are claimed together, by the run's id, which is that of the trial where there is
+one: no two processes train a run, or write to its folder, at once.
+
 A claim lives as long as its file is touched. Where the holder's process can be seen it ends at once when that does: on
 the same machine, since it was started, and among the same processes, which those of another container are not. All
 decisions are made under one lock of the folder, which the operating system frees when its holder dies, so
@@ -13,7 +16,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -94,13 +97,13 @@ class Claims:
             self._write(trial, state)
             return token, state
 
-    def forget(self, trial: str, result: Path) -> None:
-        """Remove a result and the failures that led to it, so that the trial is tried anew, unless it is worked on."""
-        with self._lock:
-            state = self.state(trial)
-            if state.holder is None or not self._is_alive(trial, state.holder):
-                self._write(trial, replace(state, holder=None, failures=[], deaths=0))
-                result.unlink(missing_ok=True)
+    def forget(self, trial: str, results: Iterable[Path]) -> None:
+        """Remove results and the failures that led to them, so that these are tried anew, unless they are worked on."""
+        with self.idle(trial) as idle:
+            if idle:
+                self._write(trial, replace(self.state(trial), holder=None, failures=[], deaths=0))
+                for result in results:
+                    result.unlink(missing_ok=True)
 
     @contextmanager
     def idle(self, trial: str) -> Iterator[bool]:

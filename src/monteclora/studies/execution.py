@@ -1,18 +1,19 @@
-"""One trial from its claim to its outcome: trained, evaluated, and everything that can go wrong on the way."""
+"""One run from its claim to the outcomes of its trials: trained once, evaluated for each, and all that can go wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from monteclora.errors import DivergenceError
-from monteclora.evaluation.run import EvaluationResult, evaluate
+from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
 from monteclora.metrics.registry import measure
 from monteclora.prediction.predictions import Predictions
+from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.recipe import Recipe, TrainingSpec
 from monteclora.runs.result import RunResult
@@ -28,82 +29,112 @@ __all__ = ["attempt", "tidy"]
 _MOST_DEATHS = 20  # at one step, before a trial counts as what kills its workers
 
 
-def attempt(folder: StudyFolder, study: StudyRecipe, trial: Trial) -> bool:
-    """Take a trial and bring it as far as it goes; gives whether it could be taken.
+def attempt(folder: StudyFolder, study: StudyRecipe, trials: Sequence[Trial]) -> bool:
+    """Take the trials of one run and bring them as far as they go; gives whether they could be taken.
 
     Raises:
         KeyboardInterrupt: training was interrupted, after saving; the claim is given back.
     """
-    run = RunFolder(trial.recipe.folder)
+    name, run = trials[0].run, RunFolder(trials[0].recipe.folder)
+    files = [folder.outcome_file(trial.id) for trial in trials]
 
     def step() -> int:
         found = newest_complete(run.checkpoints)
         return 0 if found is None else found.total_step
 
-    taken = folder.claims.take(trial.id, folder.outcome_file(trial.id).is_file, step)
+    taken = folder.claims.take(name, lambda: all(file.is_file() for file in files), step)
     if taken is None:
         return False
     token, state = taken
-    outcome: Outcome | None = None
-    in_use = False
+    left = [trial for trial, file in zip(trials, files, strict=True) if not file.is_file()]
+    mine, in_use = True, False
     try:
-        if state.deaths > _MOST_DEATHS:
-            reason = f"its worker died {state.deaths} times at step {state.step}: killed, or out of memory"
-            outcome = Outcome(trial.id, "failed", reason)
-        else:
-            with folder.claims.heartbeat(trial.id, token):
-                outcome = _outcome(study, trial, state)
+        with folder.claims.heartbeat(name, token):
+            for outcome in _outcomes(study, left, state):
+                with folder.claims.held(name, token) as mine:
+                    if not mine:
+                        break
+                    folder.write_outcome(outcome)
     except RunInUseError:
         in_use = True  # by a process that lost its claim, as one that was suspended, and goes on all the same
     finally:
-        with folder.claims.held(trial.id, token) as mine:
-            if mine and outcome is not None:
-                folder.write_outcome(outcome)
-        folder.claims.release(trial.id, token, state)
-    if mine and outcome is not None:
-        tidy(study, trial, outcome)
+        mine = folder.claims.release(name, token, state) and mine
+    if mine:
+        tidy(folder, study, trials)
     return not in_use
 
 
-def _outcome(study: StudyRecipe, trial: Trial, state: TrialState) -> Outcome | None:
-    """What came of it; None where it is to be tried again, for a reason that is now in ``state``."""
+def _outcomes(study: StudyRecipe, trials: Sequence[Trial], state: TrialState) -> Iterator[Outcome]:
+    """What came of a run's trials; those that are missing are to be tried again, for a reason that is now in ``state``.
+
+    Whatever one run does, the others go on; its reason is shown.
+    """
+    first = trials[0].recipe
+    if state.deaths > _MOST_DEATHS:
+        reason = f"its worker died {state.deaths} times at step {state.step}: killed, or out of memory"
+        yield from (Outcome(trial.id, "failed", reason) for trial in trials)
+        return
     try:
-        recipe = _fitting(trial.recipe, state)
-        run = train(recipe, override=recipe != trial.recipe, progress=False)
+        recipe = _fitting(first, state)
+        run = train(recipe, override=recipe != first, progress=False)
     except DivergenceError as error:
-        return Outcome(trial.id, "diverged", error.message)
+        yield from (Outcome(trial.id, "diverged", error.message) for trial in trials)
+        return
     except RunInUseError:
         raise
-    except Exception as error:  # whatever one trial does, the others go on; its reason is shown
-        return _retried(study, trial, state, error, _halve_training)
-    try:
-        result = evaluate(
-            run,
-            study.split,
-            sampler=study.sampler,
-            calibrator=study.calibrator,
-            batch_size=state.score_batch_size,
-            progress=False,
-        )
-        return _finished(trial, run, result, state)
     except Exception as error:
-        return _retried(study, trial, state, error, _halve_evaluation)
+        yield from _given_up(study, {trial.id: error for trial in trials}, first.training, state, _halve_training)
+        return
+    errors: dict[str, Exception] = {}
+    loaded: LoadedRun | None = None
+    for trial in trials:
+        try:
+            loaded = loaded or load_run(run.folder)
+            outcome = _finished(trial, run, _evaluated(study, trial, loaded, state.score_batch_size), state)
+        except Exception as error:
+            errors[trial.id] = error
+        else:
+            yield outcome
+    if errors:
+        yield from _given_up(study, errors, first.training, state, _halve_evaluation)
 
 
-def _retried(
+def _evaluated(study: StudyRecipe, trial: Trial, loaded: LoadedRun, batch_size: int | None) -> EvaluationResult:
+    return evaluate_loaded(
+        dataclasses.replace(loaded, recipe=dataclasses.replace(loaded.recipe, evaluation=trial.recipe.evaluation)),
+        study.split,
+        sampler=trial.sampler,
+        calibrator=trial.calibrator,
+        batch_size=batch_size,
+        progress=False,
+    )
+
+
+def _given_up(
     study: StudyRecipe,
-    trial: Trial,
+    errors: Mapping[str, Exception],
+    training: TrainingSpec,
     state: TrialState,
-    error: Exception,
     halve: Callable[[TrainingSpec, TrialState], bool],
-) -> Outcome | None:
-    """None where the trial is to be tried again, with smaller passes if memory was short; else that it failed."""
-    if _is_out_of_memory(error) and halve(trial.recipe.training, state):
+) -> list[Outcome]:
+    """The trials that failed for good; none where they are to be tried again, with smaller passes if memory was short.
+
+    Args:
+        study: says how often.
+        errors: of one attempt, by trial.
+        training: of the run.
+        state: of the run; is changed.
+        halve: the passes that were too large.
+    """
+    if any(map(_is_out_of_memory, errors.values())) and halve(training, state):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return None
-    state.failures.append(" ".join(f"{type(error).__name__}: {error}".split())[:500])
-    return Outcome(trial.id, "failed", state.failures[-1]) if len(state.failures) > study.retries else None
+        return []
+    reasons = {trial: " ".join(f"{type(e).__name__}: {e}".split())[:500] for trial, e in errors.items()}
+    state.failures.append(next(iter(reasons.values())))
+    if len(state.failures) <= study.retries:
+        return []
+    return [Outcome(trial, "failed", reason) for trial, reason in reasons.items()]
 
 
 def _fitting(recipe: Recipe, state: TrialState) -> Recipe:
@@ -164,6 +195,7 @@ def _finished(trial: Trial, run: RunResult, result: EvaluationResult, state: Tri
         peak_memory_bytes=run.peak_memory_bytes,
         trained_parameters=run.trained_parameters,
         notes=[*notes, *result.notes],
+        seconds_per_row=result.cost[result.sampler]["seconds"] / result.source.rows,
     )
 
 
@@ -180,10 +212,16 @@ def _no_skill(result: EvaluationResult) -> Mapping[str, float]:
     return {"accuracy": float((1 / options).mean()), "nll": float(np.log(options).mean())}
 
 
-def tidy(study: StudyRecipe, trial: Trial, outcome: Outcome) -> None:
-    """Remove what the study does not keep of a trial; of a failed one nothing, which is tried again."""
-    run = RunFolder(trial.recipe.folder)
-    if outcome.status != "failed" and study.keep != "everything":
+def tidy(folder: StudyFolder, study: StudyRecipe, trials: Sequence[Trial]) -> None:
+    """Remove what the study does not keep of a run, once all its trials are done; of a failed one nothing.
+
+    A failed one is tried again.
+    """
+    if study.keep == "everything":
+        return
+    outcomes = [folder.outcome(trial.id) for trial in trials]
+    if all(outcome is not None and outcome.status != "failed" for outcome in outcomes):
+        run = RunFolder(trials[0].recipe.folder)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         if study.keep == "numbers":
             shutil.rmtree(run.adapter, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""A study on disk: ``study.yaml``, ``trials/ID/`` (a run each), ``results/ID.json``, ``claims/ID.json``."""
+"""A study on disk: ``study.yaml``, ``results/ID.json`` a trial, ``trials/ID/`` and ``claims/ID.json`` a run.
+
+A run has the id of its trial, unless it is evaluated in several ways; see :attr:`monteclora.studies.plan.Trial.run`.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,7 @@ class Outcome:
         rows: how many were evaluated.
         seconds: of training.
         tokens, peak_memory_bytes, trained_parameters: of training.
+        seconds_per_row: of the evaluation's draws; where there are none, of the mean with tokenising and metrics.
         notes: what was done differently from the recipe.
     """
 
@@ -53,6 +57,7 @@ class Outcome:
     peak_memory_bytes: int = 0
     trained_parameters: int = 0
     notes: Sequence[str] = ()
+    seconds_per_row: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,9 @@ class StudyFolder:
         found = {trial.id: self.outcome(trial.id) for trial in trials}
         return {identity: outcome for identity, outcome in found.items() if outcome is not None}
 
-    def adopt(self, outcome: Outcome) -> bool:
+    def adopt(self, trial: Trial, outcome: Outcome) -> bool:
         """Put down what a trial came to elsewhere, unless it has an outcome here or is worked on; whether it was."""
-        with self.claims.idle(outcome.trial) as idle:
+        with self.claims.idle(trial.run) as idle:
             adopted = idle and not self.outcome_file(outcome.trial).is_file()
             if adopted:
                 self.write_outcome(outcome)
@@ -125,10 +130,13 @@ class StudyFolder:
 
     def retry_failed(self, trials: Sequence[Trial]) -> None:
         """Have trials that failed tried anew, as if they never had been."""
+        failed: dict[str, list[Path]] = {}
         for trial in trials:
             outcome = self.outcome(trial.id)
             if outcome is not None and outcome.status == "failed":
-                self.claims.forget(trial.id, self.outcome_file(trial.id))
+                failed.setdefault(trial.run, []).append(self.outcome_file(trial.id))
+        for run, results in failed.items():
+            self.claims.forget(run, results)
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Put down what a trial came to."""

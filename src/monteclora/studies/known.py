@@ -34,6 +34,6 @@ def take_known(folder: StudyFolder, plan: Plan, known: Mapping[Path, Mapping[str
         for trial in plan.trials:
             outcome = outcomes.get(trial.id)
             if outcome is not None:
-                taken += folder.adopt(outcome)
+                taken += folder.adopt(trial, outcome)
         notes.append(f"{taken} of the {len(outcomes)} outcomes in {path} taken")
     return notes

@@ -75,7 +75,8 @@ class Live:
 
     def _table(self) -> Table:
         left = [trial for trial in self._plan.trials if trial.id not in self._outcomes]
-        running = [trial for trial in left if self._folder.claims.running(trial.id)]
+        runs = {trial.run: trial for trial in reversed(left)}
+        running = [trial for run, trial in reversed(runs.items()) if self._folder.claims.running(run)]
         by_status = dict.fromkeys(("finished", "diverged", "failed"), 0)
         for outcome in self._outcomes.values():
             by_status[outcome.status] += 1

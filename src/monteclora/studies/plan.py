@@ -10,10 +10,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
+from monteclora.prediction.registry import NO_CALIBRATOR, get_sampler
 from monteclora.runs.recipe import Recipe, load_recipe, recipe_sha256
 from monteclora.studies.content import Contents
 from monteclora.studies.recipe import StudyRecipe
@@ -21,6 +23,8 @@ from monteclora.studies.recipe import StudyRecipe
 __all__ = ["Plan", "Trial", "make_plan"]
 
 _METHOD = "method.name"
+_WAYS = ("sampler", "calibrator")  # keys of a study beside those of a recipe
+_SECTION = "evaluation."
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Trial:
         arm: what of the compared things it is.
         conditions, settings: its values of the grid's keys, see :class:`~monteclora.studies.recipe.StudyRecipe`.
         seed: of the run.
-        recipe: of the run.
+        recipe: of the run, with the trial's own evaluation section; its name is the run's id.
+        sampler, calibrator: the trial's, see :class:`~monteclora.studies.recipe.StudyRecipe`.
     """
 
     id: str
@@ -42,6 +47,17 @@ class Trial:
     settings: Mapping[str, Any]
     seed: int
     recipe: Recipe
+    sampler: str | None = None
+    calibrator: str = NO_CALIBRATOR
+
+    @property
+    def run(self) -> str:
+        """The id of the run: the trial's own, unless the grid or arms say that runs are evaluated in several ways.
+
+        Trials that differ in sampler, calibrator or the evaluation section alone share a run, whose id is that of the
+        trial evaluated as the study says without grid and arms, whether it has that trial or not.
+        """
+        return self.recipe.name
 
     @property
     def label(self) -> str:
@@ -57,6 +73,14 @@ class Plan:
     study: StudyRecipe
     trials: tuple[Trial, ...]
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def runs(self) -> tuple[tuple[Trial, ...], ...]:
+        """The trials of each run, in the order in which runs are started."""
+        found: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            found.setdefault(trial.run, []).append(trial)
+        return tuple(map(tuple, found.values()))
 
 
 def make_plan(study: StudyRecipe) -> Plan:
@@ -80,14 +104,17 @@ def make_plan(study: StudyRecipe) -> Plan:
     for arm, (fixed, grid) in arms.items():
         for values in _product(grid):
             with _collected(notes):
-                recipe, foreign = _recipe(base, study, {**fixed, **values}, arms)
-            own = {key: value for key, value in values.items() if key not in foreign}
-            trial = _trial(study, arm, own, recipe, contents.of(recipe))
+                trial = _trial(base, study, arm, fixed, values, arms, contents)
+            if trial is None:
+                notes[f"the arm {arm} has no posterior, and so no trials with the sampler {values['sampler']}"] = None
+                continue
             if (other := trials.setdefault(trial.id, trial).arm) != arm:
                 raise ConfigError(
                     f"the arms {other} and {arm} have the same trial: {trial.label}",
                     "Give them different values, or remove it from one of them.",
                 )
+        if not any(trial.arm == arm for trial in trials.values()):
+            raise ConfigError(f"the arm {arm} has no trial: no sampler of the grid is one for it", "Add null or mean.")
     order = _order(list(trials.values()), list(arms))
     ordered = sorted(trials.values(), key=lambda trial: order[trial.id])
     kept = _cut(ordered, study.max_trials, order, len(arms))
@@ -167,7 +194,7 @@ def _recipe(
     base: Any, study: StudyRecipe, values: Mapping[str, Any], arms: Mapping[str, Any]
 ) -> tuple[Recipe, set[str]]:
     """The recipe of a trial, and the keys left out of it: options of other arms' methods that its own does not have."""
-    changes = {**study.set, **values}
+    changes = {key: value for key, value in {**study.set, **values}.items() if key not in _WAYS}
     own = changes.get(_METHOD)
     foreign: set[str] = set()
     if own is not None:
@@ -190,24 +217,55 @@ def _yaml(value: Any) -> str:
 
 
 def _trial(
-    study: StudyRecipe, arm: str, values: Mapping[str, Any], recipe: Recipe, content: Mapping[str, str]
-) -> Trial:
-    facts = {
-        "format": 1,
-        "recipe": recipe_sha256(recipe),
-        **content,
-        "split": study.split,
-        "sampler": study.sampler,
-        "calibrator": study.calibrator,
+    base: Any,
+    study: StudyRecipe,
+    arm: str,
+    fixed: Mapping[str, Any],
+    values: Mapping[str, Any],
+    arms: Mapping[str, Any],
+    contents: Contents,
+) -> Trial | None:
+    """The trial of an arm at some values of its grid; None where its method lacks what a sampler of the grid draws."""
+    recipe, foreign = _recipe(base, study, {**fixed, **values}, arms)
+    own = {key: value for key, value in values.items() if key not in foreign}
+    chosen = {key: value for key, value in {**study.set, **fixed, **values}.items() if key in _WAYS}
+    sampler, calibrator = chosen.get("sampler", study.sampler), chosen.get("calibrator", study.calibrator)
+    posterior = sampler is not None and get_sampler(sampler).needs_posterior
+    if posterior and not get_method(recipe.method.name).has_posterior:
+        if "sampler" in values:
+            return None
+        raise ConfigError(
+            f"the arm {arm}: the method {recipe.method.name} has no posterior for the sampler {sampler}",
+            "Leave the sampler out: by default it is posterior where there is one.",
+        )
+    plain = recipe  # evaluated as the study says
+    if any(key.startswith(_SECTION) for key in {**fixed, **values}):
+        trained = {key: value for key, value in {**fixed, **values}.items() if not key.startswith(_SECTION)}
+        plain, _ = _recipe(base, study, trained, arms)
+    set_ = {"sampler": study.sampler, "calibrator": study.calibrator, **study.set}
+    facts = {"format": 1, "recipe": recipe_sha256(recipe), **contents.of(recipe), "split": study.split}
+    identity = _identity(facts, recipe, sampler, calibrator)
+    run = _identity(facts, plain, set_["sampler"], set_["calibrator"])
+    conditions = {
+        key: value for key, value in own.items() if key.startswith(("data.", "model.")) or _says_how_to_evaluate(key)
+    }
+    settings = {key: value for key, value in own.items() if key not in conditions and key != "seed"}
+    recipe = dataclasses.replace(recipe, name=run, output=str(study.folder / "trials" / run))
+    return Trial(identity, arm, conditions, settings, recipe.seed, recipe, sampler, calibrator)
+
+
+def _says_how_to_evaluate(key: str) -> bool:
+    return key in _WAYS or key.startswith(_SECTION)
+
+
+def _identity(facts: Mapping[str, Any], recipe: Recipe, sampler: str | None, calibrator: str) -> str:
+    evaluated = {
+        "sampler": sampler,
+        "calibrator": calibrator,
         "num_samples": recipe.evaluation.num_samples,
         "bins": recipe.evaluation.bins,
     }
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    conditions = {key: value for key, value in values.items() if key.startswith(("data.", "model."))}
-    settings = {key: value for key, value in values.items() if key not in conditions and key != "seed"}
-    output = str(study.folder / "trials" / identity)
-    recipe = dataclasses.replace(recipe, name=identity, output=output)
-    return Trial(identity, arm, conditions, settings, recipe.seed, recipe)
+    return hashlib.sha256(json.dumps({**facts, **evaluated}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,11 @@ from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, SAMPLERS
 from monteclora.runs.bundled import bundled_studies
 
 __all__ = ["Arm", "StudyRecipe", "load_study"]
+
+_WAYS: Mapping[str, Sequence[str]] = {
+    "sampler": [name for name, kind in SAMPLERS.items() if not kind.needs_several_runs],  # a trial is of one run
+    "calibrator": (NO_CALIBRATOR, *CALIBRATORS),
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class StudyRecipe:
             recipe's folder, or from the working directory), or its content. The study folder keeps the content.
         set: dotted recipe keys that every trial changes.
         arms: what is compared, by a name for people; by default the values of ``method.name`` in the grid.
-        grid: dotted recipe keys with lists of values. Keys under ``data`` and ``model`` are conditions, which are
-            summarised apart; ``seed`` repeats; every other key is a setting, over which the spread is measured.
+        grid: dotted recipe keys with lists of values, and ``sampler`` and ``calibrator``, which can be in ``set`` too.
+            Keys under ``data`` and ``model``, and what says how a run is evaluated (these two, and keys under
+            ``evaluation``), are conditions, which are summarised apart; ``seed`` repeats; every other key is a setting,
+            over which the spread is measured. A run that is evaluated in several ways is trained once.
         split: what trials are evaluated on; null is test where it has labels, else validation.
         metric: what the summary and the page lead with; null is accuracy, for completions the NLL.
         sampler: of predictions, by name (:mod:`monteclora.prediction.registry`); null is ``posterior`` for methods that
@@ -84,11 +91,9 @@ class StudyRecipe:
         found = []
         if self.metric is not None and self.metric not in METRICS:
             found.append(("metric", f"is {brief(self.metric)}, expected one of {', '.join(METRICS)}"))
-        of_one_run = [name for name, kind in SAMPLERS.items() if not kind.needs_several_runs]  # as each trial is
-        for field_name, known in (("sampler", of_one_run), ("calibrator", (NO_CALIBRATOR, *CALIBRATORS))):
-            chosen = getattr(self, field_name)
-            if chosen is not None and chosen not in known:
-                found.append((field_name, f"is {brief(chosen)}, expected one of {', '.join(known)}"))
+        for place, name, chosen in self._ways_to_evaluate():
+            if chosen not in (known := _WAYS[name]) and (name, chosen) != ("sampler", None):
+                found.append((place, f"is {brief(chosen)}, expected one of {', '.join(known)}"))
         if self.retries < 0:
             found.append(("retries", f"is {self.retries}, expected at least 0"))
         for name in ("max_trials", "max_hours"):
@@ -102,6 +107,15 @@ class StudyRecipe:
         if self.arms and "method.name" in self.grid:
             found.append(("grid", "has method.name, and arms are given: name the method in each arm"))
         return found
+
+    def _ways_to_evaluate(self) -> Iterator[tuple[str, str, Any]]:
+        """The samplers and calibrators that are named: where, which of both, and the name."""
+        sets = {"set": self.set, **{f"arms.{name}.set": arm.set for name, arm in self.arms.items()}}
+        grids = {"grid": self.grid, **{f"arms.{name}.grid": arm.grid for name, arm in self.arms.items()}}
+        for name in _WAYS:
+            yield name, name, getattr(self, name)
+            yield from ((f"{place}.{name}", name, of[name]) for place, of in sets.items() if name in of)
+            yield from ((f"{place}.{name}", name, chosen) for place, of in grids.items() for chosen in of.get(name, ()))
 
 
 def load_study(source: str | Path | Mapping[str, Any] | StudyRecipe, output: str | None = None) -> StudyRecipe:

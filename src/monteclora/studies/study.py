@@ -88,9 +88,8 @@ def study(
         elif any(not folder.outcome_file(trial.id).is_file() for trial in plan.trials):
             run_workers(folder, min(count, len(plan.trials)), workers_per_device, deadline, live.tick)
         live.tick()
-    for trial in plan.trials:  # a worker that was killed behind its result left what is not kept
-        if (outcome := folder.outcome(trial.id)) is not None:
-            tidy(plan.study, trial, outcome)
+    for trials in plan.runs:  # a worker that was killed behind its result left what is not kept
+        tidy(folder, plan.study, trials)
     return _result(folder, plan)
 
 

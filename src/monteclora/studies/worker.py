@@ -29,13 +29,13 @@ def work(folder: StudyFolder, plan: Plan, deadline: float | None = None, *, ling
         linger: whether to wait for trials that others work on, to take them over should these die.
     """
     while True:
-        left = [trial for trial in plan.trials if not folder.outcome_file(trial.id).is_file()]
+        left = [trials for trials in plan.runs if not all(folder.outcome_file(trial.id).is_file() for trial in trials)]
         taken = False
-        for trial in left:
+        for trials in left:
             if deadline is not None and time.time() > deadline:
                 return
             with preserved_generators():
-                taken = attempt(folder, plan.study, trial) or taken
+                taken = attempt(folder, plan.study, trials) or taken
         if not left or not (taken or linger):
             return
         if not taken:
