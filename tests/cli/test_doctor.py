@@ -37,7 +37,7 @@ def test_everything_asked_for_is_listed_with_its_version(facts):
     versions = {package["name"]: package["version"] for package in found["packages"]}
     assert versions["torch"] == metadata.version("torch")
     assert {"transformers", "peft", "safetensors", "pyyaml"} <= set(versions)
-    named = {"excel", "gguf", "trl", "quantization", "ivon", "tracking", "harness"}
+    named = {"excel", "gguf", "trl", "quantization", "ivon", "laplace", "tracking", "harness"}
     assert {package["extra"] for package in found["extras"]} == named
     assert found["devices"]
 

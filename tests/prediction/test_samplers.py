@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from monteclora.errors import ConfigError
+from monteclora.errors import CheckpointError, ConfigError
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.cost import Metered, metered
 from monteclora.prediction.ensemble import Ensemble, Members
+from monteclora.prediction.laplace import Laplace, LaplacePosterior, attach
 from monteclora.prediction.mc_dropout import MCDropout
 from monteclora.prediction.registry import SAMPLERS, check_calibrator, get_sampler
 from monteclora.prediction.sampler import MEAN
@@ -31,7 +32,23 @@ def model(request, kind):
     """What the kind of sampler draws from."""
     if kind.name == "ensemble":
         return Members([wrapped(request.param, seed=seed) for seed in range(4)])
-    return wrapped(request.param, lora_dropout=0.3)
+    model = wrapped(request.param, lora_dropout=0.3)
+    if kind.name == "laplace":
+        attach(model, gaussian_around(model))
+    return model
+
+
+def gaussian_around(model):
+    """With a Kronecker-factored precision of each drawn weight; fits are tested in test_laplace.py."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad and "posteriors." not in n}
+    parts = {}
+    for name, weight in weights.items():
+        for place, size in enumerate(weight.shape):
+            root = torch.randn(size, size, generator=generator)
+            values, vectors = torch.linalg.eigh(root @ root.T)
+            parts |= {f"{name}/vectors.{place}": vectors, f"{name}/values.{place}": values.clamp_min(0)}
+    return LaplacePosterior("kron", {n: tuple(p.shape) for n, p in weights.items()}, parts, 100.0, rows=1)
 
 
 def found(model, sampler, batch_size=2):
@@ -173,3 +190,39 @@ def test_a_single_model_and_too_few_members_are_refused():
         found(model, Ensemble(2))
     with pytest.raises(ConfigError, match="and was given 2"):
         found(Members([model, wrapped(bert, seed=1)]), Ensemble(3))
+
+
+# Laplace approximations
+
+
+def test_a_model_without_an_approximation_and_one_of_other_weights_are_refused():
+    model = wrapped(bert)
+    with pytest.raises(ConfigError, match="laplace needs an approximation that is fitted after training"):
+        found(model, Laplace(2))
+    with pytest.raises(CheckpointError, match="of other weights than the model's"):
+        attach(wrapped(bert, r=2), gaussian_around(model))
+
+
+def test_a_draw_is_the_model_linearised_at_its_weights():
+    """Against differences of passes with other weights; also in a copy, whose draws are its own."""
+    model = wrapped(llama_classifier).eval()
+    posterior = gaussian_around(model)
+    attach(model, posterior)
+    batch = {"input_ids": torch.tensor([[5, 9, 20, 31]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    deviation = posterior.deviation(0, 1)
+
+    @torch.no_grad()
+    def moved(step):
+        changed = copy.deepcopy(model)
+        for name, parameter in changed.named_parameters():
+            if name in deviation:
+                parameter.add_(step * deviation[name])
+        return changed(**batch).logits
+
+    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    with torch.no_grad():
+        for each in (model, copy.deepcopy(model)):
+            with Laplace(2).draw(each, 1):
+                drawn = each(**batch).logits
+            torch.testing.assert_close(drawn, each(**batch).logits + slope, atol=1e-3, rtol=1e-3)
+    assert float((moved(1.0) - moved(0.0) - slope).abs().max()) > 1e-2  # and is not the model with the drawn weights

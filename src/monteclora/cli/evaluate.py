@@ -40,7 +40,8 @@ def evaluate(
         others: more run folders, for the sampler ensemble; its results go to the folder of the first.
         split: train, validation or test; by default test where it has labels, else validation.
         task: another task than the run was trained on, such as piqa for one trained on commonsense_15k.
-        sampler: mean, posterior, mc_dropout or ensemble; by default posterior for a method that has one, else mean.
+        sampler: mean, posterior, mc_dropout, laplace or ensemble; by default posterior for a method that has one, else
+            mean.
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 __all__ = ["at_hand", "extras", "required"]
 
-_EXTRAS = ("excel", "gguf", "trl", "quantization", "ivon", "tracking", "harness")
+_EXTRAS = ("excel", "gguf", "trl", "quantization", "ivon", "laplace", "tracking", "harness")
 
 
 def required() -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def predict(
         text: a text to predict instead of a file; repeat it for several. The answers are printed.
         out: a .parquet or .jsonl file; by default the file's name with -predictions.parquet, in this folder.
         keep: columns of the file to write beside the predictions, separated by commas: id,date.
-        sampler: mean, posterior or mc_dropout; by default posterior for a method that has one, else mean.
+        sampler: mean, posterior, mc_dropout or laplace; by default posterior for a method that has one, else mean.
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.

@@ -17,6 +17,7 @@ from monteclora.data.columns import listed
 from monteclora.data.files import open_table
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.reference import Judge, promise
 from monteclora.prediction.registry import NO_CALIBRATOR
 from monteclora.prediction.sampler import MEAN
@@ -117,6 +118,7 @@ def predict_file(
     promised = promise(loaded, risk, level)
     rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
     kept = _kept(file, keep)
+    prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
     if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:
         raise ConfigError(
@@ -131,7 +133,7 @@ def predict_file(
             if kind.predicts_tokens
             else Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators))
         )
-    notes = [*fitted, *left_out]
+    notes = [*prepared, *fitted, *left_out]
     with (
         quiet_libraries(),
         replacing(target) as temporary,

@@ -19,6 +19,7 @@ from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibration_errors import calibration_errors
 from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
 from monteclora.evaluation.shift import Shift, outside_rows
 from monteclora.prediction.cost import Metered, metered
@@ -228,6 +229,7 @@ def evaluate_loaded(
 ) -> EvaluationResult:
     """As :func:`evaluate`, with a run that is loaded already."""
     check_at_least_one(rows=rows)
+    prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     drawn = loaded.sampler(sampler, num_samples, seed)
     check_calibrator(calibrator or NO_CALIBRATOR)
     outside = outside_rows(loaded, ood)
@@ -242,7 +244,7 @@ def evaluate_loaded(
         source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
-    notes += fitted
+    notes += [*prepared, *fitted]
     if calibrators and own == FIT_SPLIT:
         notes.append(f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones")
     started = time.perf_counter()

@@ -25,6 +25,7 @@ class AdapterMethod(Method):
     """
 
     peft_type: str = "LORA"
+    takes_laplace = True
 
     def save(self, model: Any, folder: Path) -> None:
         """As ``save_pretrained`` writes it, without a model card."""

@@ -86,12 +86,15 @@ class Method:
         description: one line for ``monteclora list methods``.
         options: its fields in the ``method`` section of a recipe.
         has_posterior: whether it has a posterior to train post hoc and to draw predictions from.
+        takes_laplace: whether its trained weights are few and a point estimate, so that a Laplace approximation can be
+            fitted around them.
     """
 
     name: str
     description: str
     options: type[MethodOptions]
     has_posterior: bool = False
+    takes_laplace: bool = False
 
     # -- how it is trained --------------------------------------------------------------------------------------------
 

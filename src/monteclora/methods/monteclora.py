@@ -58,6 +58,7 @@ class MonteCLoRA(AdapterMethod):
     description = "Bayesian LoRA: A is drawn from a learned mixture of Gaussians while training"
     options = MonteCLoRAOptions
     has_posterior = True
+    takes_laplace = False
 
     def wrap(self, model: PreTrainedModel, options: MonteCLoRAOptions, task_kind: TaskKind, seed: int) -> nn.Module:
         """Put a MonteCLoRA adapter on the model; the noise stream has the same seed.

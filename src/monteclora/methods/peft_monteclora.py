@@ -68,6 +68,7 @@ class PeftMonteCLoRA(LoRAMethod):
     name = "peft_monteclora"
     description = "peft's own MonteCLoRA variant, its defects left in, for comparison"
     options = PeftMonteCLoRAOptions
+    takes_laplace = False  # what its draws are trained with has no effect at the mean
 
     def arguments(self, options: PeftMonteCLoRAOptions) -> dict[str, Any]:
         """As in the base class."""

@@ -10,6 +10,7 @@ from monteclora.config import nearest
 from monteclora.errors import ConfigError
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.ensemble import ENSEMBLE, Ensemble
+from monteclora.prediction.laplace import LAPLACE, Laplace
 from monteclora.prediction.mc_dropout import MCDropout
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.prediction.temperature import Temperature
@@ -29,6 +30,7 @@ class SamplerKind:
         build: from the number of draws and the seed.
         needs_posterior: whether it draws from a method's own posterior.
         needs_several_runs: whether its draws are runs, so that no run has it alone.
+        needs_fit: whether something must be fitted to the training rows first, and attached to the model.
     """
 
     name: str
@@ -36,6 +38,7 @@ class SamplerKind:
     build: Callable[[int, int], Sampler]
     needs_posterior: bool = False
     needs_several_runs: bool = False
+    needs_fit: bool = False
 
 
 SAMPLERS: Mapping[str, SamplerKind] = {
@@ -44,6 +47,9 @@ SAMPLERS: Mapping[str, SamplerKind] = {
         SamplerKind("mean", "the point estimate: one forward pass", lambda num_samples, seed: MEAN),
         SamplerKind("posterior", "draws from the posterior of a MonteCLoRA adapter", Posterior, needs_posterior=True),
         SamplerKind("mc_dropout", "draws of the dropout masks of training", MCDropout),
+        SamplerKind(
+            LAPLACE, "draws from a Laplace approximation of the adapter's weights, linearised", Laplace, needs_fit=True
+        ),
         SamplerKind(ENSEMBLE, "several runs, each a draw", Ensemble, needs_several_runs=True),
     )
 }

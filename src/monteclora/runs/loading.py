@@ -19,7 +19,7 @@ from monteclora.methods import get_method
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.forward import Collate
-from monteclora.prediction.registry import get_sampler
+from monteclora.prediction.registry import SamplerKind, get_sampler
 from monteclora.prediction.sampler import MEAN, Checked, Sampler
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import newest_complete
@@ -55,6 +55,7 @@ class LoadedRun:
         tokenizer: the model's.
         unfinished: how far a run came that did not come to its end; None for a finished one.
         is_base: whether this is the pretrained model alone.
+        trained: names of the model's parameters that training changed; empty for the base model.
         members: the folders of an ensemble, of which ``folder`` is the first; see :mod:`monteclora.runs.ensemble`.
     """
 
@@ -68,6 +69,7 @@ class LoadedRun:
     is_base: bool = False
     columns: Columns | None = None
     members: tuple[Path, ...] = ()
+    trained: tuple[str, ...] = ()
 
     @property
     def has_posterior(self) -> bool:
@@ -92,6 +94,17 @@ class LoadedRun:
             ConfigError: there is no such sampler, or the model has nothing that it draws; a negative number; draws of
                 the mean.
         """
+        chosen = self.sampler_kind(name, num_samples)
+        if chosen.name == MEAN.name or num_samples == 0:
+            return None
+        count = num_samples or len(self.members) or self.recipe.evaluation.num_samples
+        sampler = chosen.build(count, seed)
+        if isinstance(sampler, Checked):
+            sampler.check(self.model)
+        return sampler
+
+    def sampler_kind(self, name: str | None, num_samples: int | None) -> SamplerKind:
+        """Which sampler :meth:`sampler` makes of these arguments. Raises ConfigError where they do not fit the run."""
         if num_samples is not None and num_samples < 0:
             raise ConfigError(f"num_samples is {num_samples}, expected 0 or more", "Use 0 for the mean alone.")
         what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
@@ -109,15 +122,9 @@ class LoadedRun:
             raise ConfigError(f"num_samples is {num_samples}, and the sampler mean draws nothing", "Leave it out.")
         if num_samples == 0 and name not in (None, MEAN.name):
             raise ConfigError(f"num_samples is 0, and the sampler {name} draws", "Ask for one draw or more.")
-        if chosen.name == MEAN.name or num_samples == 0:
-            return None
-        if chosen.needs_posterior and not self.has_posterior:
+        if chosen.needs_posterior and not self.has_posterior and num_samples != 0:
             raise ConfigError(f"{what} has no posterior for the sampler {chosen.name}", "Choose another sampler.")
-        count = num_samples or len(self.members) or self.recipe.evaluation.num_samples
-        sampler = chosen.build(count, seed)
-        if isinstance(sampler, Checked):
-            sampler.check(self.model)
-        return sampler
+        return chosen
 
     def predictor(
         self,
@@ -198,8 +205,9 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         get_method(recipe.method.name).load(model, adapter)
     if recipe.model.quantization == "none":
         model.to(training_device())
+    trained = () if base else tuple(name for name, each in model.named_parameters() if each.requires_grad)
     model.requires_grad_(False).eval()
-    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, data.columns)
+    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, data.columns, trained=trained)
 
 
 def check_finished(run: RunFolder) -> None:

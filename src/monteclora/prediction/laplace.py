@@ -1,0 +1,270 @@
+"""Laplace approximations of the trained weights: Gaussian draws around them, predicted with by the linearised model.
+
+Daxberger et al. 2021 (arXiv 2106.14806); for LoRA Yang et al. 2024 (arXiv 2308.13111). With the trained weights w* and
+the posterior N(w*, P^-1), P = GGN + prior precision, draw s is a function of the weights linearised at w*:
+
+    logits_s(x) = f(x; w*) + J(x) (w_s - w*),   w_s ~ N(w*, P^-1)
+
+which is the predictive that belongs to the generalised Gauss-Newton matrix (Immer et al. 2021, arXiv 2008.08216); the
+network's own predictions at w_s are known to underfit. J (w_s - w*) takes one pass of forward-mode differentiation.
+How P is found is in :mod:`monteclora.prediction.laplace_fit`; nothing here needs laplace-torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from monteclora.errors import CheckpointError, ConfigError
+from monteclora.system.atomic import write_file
+
+__all__ = ["LAPLACE", "LAPLACE_FILE", "Laplace", "LaplacePosterior", "Structure", "attach"]
+
+LAPLACE = "laplace"
+LAPLACE_FILE = "laplace.safetensors"
+Structure = Literal["kron", "diag"]
+_FORMAT = 1
+_KEPT_NUMBERS = 50_000_000  # of draws in memory, 200 MB
+
+
+@dataclass(frozen=True)
+class LaplacePosterior:
+    """The precision P of the trained weights, and draws from N(0, P^-1).
+
+    Attributes:
+        structure: of the Gauss-Newton matrix: ``kron``, one Kronecker product for each weight, or ``diag``.
+        shapes: of the trained parameters, by name, in their order.
+        parts: of the matrix, float32, by name. ``diag``: its diagonal, in the parameter's shape. ``kron``: the
+            eigenvectors (out, out), (in, in) and eigenvalues (out,), (in,) of a weight's two factors, and (out, out)
+            and (out,) of a bias, as ``NAME/vectors.0``, ``NAME/values.0``, and ``.1`` likewise.
+        prior_precision: of every weight.
+        rows: that the matrix is a sum over.
+        seconds: the fit took.
+        weights: checksum of the weights that it was fitted at.
+    """
+
+    structure: Structure
+    shapes: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, Tensor]
+    prior_precision: float
+    rows: int
+    seconds: float = 0.0
+    weights: str = ""
+    _draws: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def scaled(self, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A linear map M with M M^T = P^-1: from standard normal noise to deviations from the trained weights.
+
+        Args:
+            noise: by name, in the parameters' shapes.
+        """
+        return {name: self._scaled(name, values) for name, values in noise.items()}
+
+    def _scaled(self, name: str, noise: Tensor) -> Tensor:
+        if self.structure == "diag":
+            return noise / (self.parts[name] + self.prior_precision).sqrt()
+        vectors, values = self.parts[f"{name}/vectors.0"], self.parts[f"{name}/values.0"]
+        if noise.dim() == 1:
+            return vectors @ (noise / (values + self.prior_precision).sqrt())
+        precision = torch.outer(values, self.parts[f"{name}/values.1"]) + self.prior_precision
+        return vectors @ (noise / precision.sqrt()) @ self.parts[f"{name}/vectors.1"].T
+
+    def deviation(self, seed: int, number: int) -> Mapping[str, Tensor]:
+        """Draw ``number`` of the stream ``seed``: w_s - w* by name, float32, on the CPU; the same on every device."""
+        key = (seed, number)
+        if key not in self._draws:
+            digest = hashlib.blake2b(f"{LAPLACE},{seed},{number}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            found = self.scaled({n: torch.randn(shape, generator=generator) for n, shape in self.shapes.items()})
+            if (len(self._draws) + 1) * sum(part.numel() for part in found.values()) > _KEPT_NUMBERS:
+                self._draws.clear()
+            self._draws[key] = found
+            return found
+        return self._draws[key]
+
+    def facts(self) -> dict[str, Any]:
+        """What is told of the fit, for JSON."""
+        return {
+            "structure": self.structure,
+            "prior_precision": self.prior_precision,
+            "rows": self.rows,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all; raises CheckpointError where the disk refuses."""
+        about = {
+            "format": str(_FORMAT),
+            **{name: json.dumps(value) for name, value in self.facts().items()},
+            "shapes": json.dumps(self.shapes),
+            "weights_sha256": self.weights,
+        }
+        write_file(path, save({name: part.contiguous() for name, part in self.parts.items()}, metadata=about))
+
+    @classmethod
+    def load(cls, path: Path) -> LaplacePosterior:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of a later format.
+        """
+        try:
+            if not path.is_file():
+                raise OSError("it is no file")  # a pipe would never end
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            version = int(about["format"])
+            facts = {name: json.loads(about[name]) for name in ("structure", "prior_precision", "rows", "seconds")}
+            shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about["shapes"]).items()}
+            found = cls(shapes=shapes, parts=parts, weights=about["weights_sha256"], **facts)
+            found.check()
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error})", "Remove it; it is fitted again when needed."
+            ) from None
+        if version > _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
+            )
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError where parts are missing, have other shapes than the weights, or make no precision."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes.items():
+            if self.structure == "diag":
+                expected[name] = shape
+                continue
+            for place, size in enumerate(shape):
+                expected |= {f"{name}/vectors.{place}": (size, size), f"{name}/values.{place}": (size,)}
+        found = {name: tuple(part.shape) for name, part in self.parts.items()}
+        if self.structure not in ("kron", "diag") or found != expected:
+            raise ValueError("its tensors are not those of its weights")
+        if not all(part.isfinite().all() for part in self.parts.values()):
+            raise ValueError("it holds numbers that are not finite")
+        if not 0.0 < self.prior_precision < float("inf"):
+            raise ValueError(f"its prior precision is {self.prior_precision}")
+        if any((part < 0).any() for name, part in self.parts.items() if "/vectors." not in name):
+            raise ValueError("its precision is negative")
+
+
+_current: ContextVar[tuple[nn.Module, Mapping[str, Tensor]] | None] = ContextVar("deviation", default=None)
+# a pass under a draw has other tensors in the place of the weights: no other pass may see them
+_passes = threading.RLock()
+
+
+def attach(model: nn.Module, posterior: LaplacePosterior) -> None:
+    """Let a model predict under draws of :class:`Laplace`; outside of them it is what it was.
+
+    From then on its passes wait for each other: threads that predict with it do so one after the other. Parts of the
+    model that are called by themselves are not held back, and do not know of draws.
+
+    Args:
+        model: a classifier, on any device.
+        posterior: of its weights.
+
+    Raises:
+        CheckpointError: the posterior is of other weights.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if any(shapes.get(name) != shape for name, shape in posterior.shapes.items()):
+        raise CheckpointError("the Laplace approximation is of other weights than the model's", "Fit it again.")
+    model.laplace_posterior = posterior  # type: ignore[assignment]
+    if "forward" in model.__dict__:
+        return
+
+    # of the instance and not a hook: under a draw the plain pass is not needed. A bound method follows a copied model.
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _passes:
+            drawn = _current.get()
+            if drawn is None or drawn[0] is not self:
+                return type(self).forward(self, *args, **kwargs)
+            return _linearised(self, drawn[1], args, kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class _Plain(nn.Module):
+    """A model without what :func:`attach` put on it, and without its hooks, which this pass has met already."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def _linearised(
+    model: nn.Module, deviation: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> SequenceClassifierOutput:
+    """f + J dw in one pass."""
+    parameters = dict(model.named_parameters())
+    point = {name: parameters[name].detach() for name in deviation}
+    direction = {name: dw.to(point[name]) for name, dw in deviation.items()}
+
+    def logits(weights: dict[str, Tensor]) -> Tensor:
+        named = {f"model.{name}": value for name, value in weights.items()}
+        found: Tensor = torch.func.functional_call(_Plain(model), named, args, dict(kwargs)).logits
+        return found
+
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
+        found: Any = torch.func.jvp(logits, (point,), (direction,))
+    value, slope = found
+    return SequenceClassifierOutput(logits=value + slope)
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """S draws from a Laplace approximation; see :class:`monteclora.prediction.sampler.Sampler`.
+
+    Attributes:
+        num_samples: S.
+        seed: the stream of draws.
+    """
+
+    num_samples: int
+    seed: int = 0
+    name: str = LAPLACE
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ConfigError for a model to which no approximation was attached."""
+        if not isinstance(getattr(model, "laplace_posterior", None), LaplacePosterior):
+            raise ConfigError(
+                f"the sampler {LAPLACE} needs an approximation that is fitted after training, and the model has none",
+                f"Use `monteclora evaluate RUN --sampler {LAPLACE}`, which fits it.",
+            )
+
+    @contextmanager
+    def draw(self, model: nn.Module, number: int) -> Iterator[None]:
+        """Forward passes in the block give the logits of draw ``number``, and no other output.
+
+        Raises:
+            ConfigError: no approximation was attached to the model.
+        """
+        self.check(model)
+        posterior: Any = model.laplace_posterior
+        token = _current.set((model, posterior.deviation(self.seed, number)))
+        try:
+            yield
+        finally:
+            _current.reset(token)

@@ -1,0 +1,117 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from monteclora import evaluate
+from monteclora.errors import CheckpointError, ConfigError, DataError
+from monteclora.evaluation.laplace import laplace_of
+from monteclora.evaluation.prediction import predict_file
+from monteclora.prediction.laplace import LAPLACE_FILE
+from monteclora.runs.loading import load_run
+from monteclora.training.run import train
+from tests.finished_runs import tiny_recipe
+
+
+def quietly(run, **kwargs):
+    return evaluate(run, sampler="laplace", num_samples=kwargs.pop("num_samples", 6), progress=False, **kwargs)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained["lora"], tmp_path / "lora")
+
+
+@pytest.fixture
+def fitted(run):
+    pytest.importorskip("laplace")
+    laplace_of(load_run(run))
+    return run
+
+
+def test_an_evaluation_fits_stores_and_says_so(run):
+    pytest.importorskip("laplace")
+    result = quietly(run)
+    assert result.sampler == "laplace"
+    assert result.variant == "adapter+laplace"
+    assert 0.0 < result.scored.predictions.epistemic.max() < np.log(3)
+    assert result.posterior["nll"] != pytest.approx(result.point["nll"], abs=1e-6)
+    (note,) = [note for note in result.notes if note.startswith("Laplace")]
+    assert note.startswith("Laplace approximation (kron, prior precision ")
+    assert "fitted to 33 training rows" in note  # 36 without those for validation
+    facts = json.loads((run / "evaluation.json").read_text())["splits"]["test"]["adapter+laplace"]
+    assert facts["cost"]["laplace"]["forward_passes"] == 12  # fifteen rows in batches of eight, six draws
+    with safe_open(run / LAPLACE_FILE, framework="pt") as file:
+        assert json.loads(file.metadata()["structure"]) == "kron"
+
+
+def test_the_same_again_is_neither_fitted_nor_other(fitted, monkeypatch):
+    before = (fitted / LAPLACE_FILE).read_bytes()
+    first = quietly(fitted)
+    monkeypatch.setitem(sys.modules, "laplace", None)  # what is fitted is read without laplace-torch
+    again = quietly(fitted)
+    np.testing.assert_array_equal(again.scored.predictions.log_probs, first.scored.predictions.log_probs)
+    assert (fitted / LAPLACE_FILE).read_bytes() == before
+
+
+def test_other_weights_are_fitted_anew(fitted, assets):
+    old = laplace_of(load_run(fitted))
+    recipe = tiny_recipe(assets, fitted.parent / "other", method="lora")
+    recipe["training"]["max_steps"] = 4
+    other = train(recipe, progress=False).folder
+    shutil.rmtree(fitted / "adapter")
+    shutil.copytree(other / "adapter", fitted / "adapter")
+    assert laplace_of(load_run(fitted)).weights != old.weights
+
+
+def test_a_file_is_predicted_and_calibrated(fitted, assets, tmp_path):
+    found = predict_file(
+        fitted, assets / "texts-test.jsonl", tmp_path / "out.parquet", sampler="laplace", num_samples=3, progress=False
+    )
+    assert (found.sampler, found.num_samples) == ("laplace", 3)
+    assert any(note.startswith("Laplace approximation") for note in found.notes)
+    calibrated = quietly(fitted, calibrator="temperature")
+    assert calibrated.variant == "adapter+laplace+temperature"
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "ia3", "prompt_tuning", "loraplus"])
+def test_other_adapters_are_fitted_too(method, assets, tmp_path):
+    pytest.importorskip("laplace")
+    recipe = tiny_recipe(assets, tmp_path / method, method=method)
+    if method in ("adalora", "ia3", "prompt_tuning"):
+        del recipe["method"]["r"]
+    result = quietly(train(recipe, progress=False))
+    assert result.scored.predictions.epistemic.max() > 0
+    note = next(note for note in result.notes if note.startswith("Laplace"))
+    assert ("(kron," if method == "loraplus" else "(diag,") in note
+
+
+def test_what_cannot_be_given_one_is_refused_by_name(trained, run, monkeypatch):
+    with pytest.raises(ConfigError, match=r"laplace is for classifiers, and .*questions is a language model"):
+        quietly(trained["questions"])
+    with pytest.raises(ConfigError, match="trained with the method monteclora"):
+        quietly(trained["texts"])
+    with pytest.raises(ConfigError, match="num_samples is 0, and the sampler laplace draws"):
+        quietly(run, num_samples=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'laplace-torch, which is not installed.*"monteclora\[laplace\]"'):
+        quietly(run)
+    assert not (run / LAPLACE_FILE).exists()
+
+
+def test_rows_that_changed_and_damage_are_told(fitted, assets, tmp_path):
+    path = fitted / LAPLACE_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"laplace.safetensors cannot be read"):
+        quietly(fitted)
+    path.unlink()
+    rows = assets / "texts-train.jsonl"
+    changed = tmp_path / "texts-train.jsonl"
+    changed.write_text(rows.read_text().replace("apple", "berry", 1))
+    recipe = fitted / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(rows), str(changed)))
+    with pytest.raises(DataError, match=r"the train rows of .* changed since"):
+        quietly(fitted)
