@@ -18,6 +18,7 @@ import torch
 
 from monteclora.errors import ConfigError, DivergenceError
 from monteclora.evaluation.run import evaluate
+from monteclora.reports.study_report import write_study_report
 from monteclora.studies import execution
 from monteclora.studies.folder import StudyFolder
 from monteclora.studies.plan import make_plan
@@ -167,6 +168,9 @@ def check_tables(found: StudyResult) -> None:
     assert all(row["tokens"] > 0 and row["validation_nll"] > 0 for row in table)
     assert (found.folder / "summary.md").read_text().count("\n| ") == 1 + len(found.summaries)
     assert (found.folder / "summary.tex").read_text().count(r"\\") == 1 + len(found.summaries)
+    page = write_study_report(found.folder).read_text()
+    assert all(identity in page for identity in found.outcomes)
+    assert page.count("curve-") >= len(found.outcomes)
 
 
 def test_wrong_keys_of_a_grid_are_refused_before_anything_is_written(

@@ -20,9 +20,18 @@ from markupsafe import Markup
 from monteclora.reports.svg import Svg
 from monteclora.system.atomic import write_file
 
-__all__ = ["Cell", "Column", "Figure", "Page", "Row", "Section", "Table", "render", "write_page"]
+__all__ = ["Cell", "Column", "Figure", "Link", "Page", "Row", "Section", "Table", "render", "write_page"]
 
-Cell = str | int | float | None
+
+@dataclass(frozen=True)
+class Link:
+    """Text that leads to another page, by its path from this one."""
+
+    text: str
+    href: str
+
+
+Cell = str | int | float | Link | None
 
 _NO_VALUE = "\N{EN DASH}"
 
@@ -145,7 +154,8 @@ def _shown(table: Table) -> dict[str, Any]:
         for column, value, best_text in zip(table.columns, row.cells, best, strict=True):
             text = _text(column, value)
             is_best = not row.unfinished and text == best_text
-            cells.append({"header": column.header, "text": text, "best": is_best})
+            href = value.href if isinstance(value, Link) else None
+            cells.append({"header": column.header, "text": text, "best": is_best, "href": href})
         rows.append({"cells": cells, "unfinished": row.unfinished})
     numbers = [
         any(isinstance(row.cells[index], int | float) for row in table.rows) for index in range(len(table.columns))
@@ -165,4 +175,6 @@ def _best_text(column: Column, index: int, rows: Sequence[Row]) -> str | None:
 def _text(column: Column, value: Cell) -> str:
     if value is None:
         return _NO_VALUE
+    if isinstance(value, Link):
+        return value.text
     return value if isinstance(value, str) else column.show(value)

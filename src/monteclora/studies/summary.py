@@ -25,7 +25,17 @@ from monteclora.metrics.registry import METRICS, Metric
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan, Trial
 
-__all__ = ["STATISTICS", "Comparison", "Estimate", "Summary", "compare", "primary_metric", "summarise"]
+__all__ = [
+    "STATISTICS",
+    "Comparison",
+    "Estimate",
+    "Summary",
+    "by_condition",
+    "compare",
+    "primary_metric",
+    "summarise",
+    "trial_values",
+]
 
 FloatArray = NDArray[np.float64]
 _WITHOUT_DIVERGED = ("ece",)
@@ -90,6 +100,13 @@ class Comparison:
 
     Settings are the same where they agree in every key that both arms have: an arm without an option is compared with
     each value that the other has of it.
+
+    Attributes:
+        first, second, condition, metric: what is compared.
+        cells, better, worse: how many cells, and in how many the first is better and worse.
+        seeds: how many the intervals are over.
+        difference: of the metric's mean.
+        spread_difference: of the spread.
     """
 
     first: str
@@ -99,6 +116,7 @@ class Comparison:
     cells: int
     better: int
     worse: int
+    seeds: int
     difference: Estimate
     spread_difference: Estimate
 
@@ -114,9 +132,9 @@ def primary_metric(plan: Plan, outcomes: Mapping[str, Outcome]) -> Metric:
 def summarise(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Summary, ...]:
     """Each arm under each condition, in the leading metric, NLL and ECE; what is not done yet is left out."""
     found = []
-    for group in _conditions(plan, outcomes):
+    for group in by_condition(plan, outcomes):
         for metric in _metrics(plan, outcomes):
-            values = _values(group, outcomes, metric)
+            values = trial_values(group, outcomes, metric)
             best = _best(group, values, metric)
             for arm in dict.fromkeys(trial.arm for trial in group):
                 found.append(_summary(arm, [t for t in group if t.arm == arm], outcomes, metric, values, best))
@@ -126,14 +144,14 @@ def summarise(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Summary, ...
 def compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Comparison, ...]:
     """Every pair of arms on the cells that both have."""
     found = []
-    for group in _conditions(plan, outcomes):
+    for group in by_condition(plan, outcomes):
         by_arm: dict[str, list[Trial]] = {}
         for trial in group:
             if outcomes[trial.id].status != "failed":
                 by_arm.setdefault(trial.arm, []).append(trial)
         pairs = {names: _pairs(by_arm[names[0]], by_arm[names[1]]) for names in itertools.combinations(by_arm, 2)}
         for metric in _metrics(plan, outcomes):
-            values = _values(group, outcomes, metric)
+            values = trial_values(group, outcomes, metric)
             for names, cells in pairs.items():
                 measured = [(a.seed, values[a.id], values[b.id]) for a, b in cells if {a.id, b.id} <= values.keys()]
                 if measured:
@@ -181,12 +199,14 @@ def _comparison(
         cells=len(pairs),
         better=sum(gain > 0 for gain in gains),
         worse=sum(gain < 0 for gain in gains),
+        seeds=len(seeds),
         difference=_estimate(means),
         spread_difference=_estimate(spreads),
     )
 
 
-def _conditions(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[list[Trial]]:
+def by_condition(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[list[Trial]]:
+    """The trials that are done, apart for each condition, in the plan's order."""
     groups: dict[str, list[Trial]] = {}
     for trial in plan.trials:
         if trial.id in outcomes:
@@ -204,8 +224,8 @@ def _metrics(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[Metric]:
     return [METRICS[name] for name in names if name in measured]
 
 
-def _values(group: Sequence[Trial], outcomes: Mapping[str, Outcome], metric: Metric) -> dict[str, float]:
-    """The metric of each trial that has one, by id."""
+def trial_values(group: Sequence[Trial], outcomes: Mapping[str, Outcome], metric: Metric) -> dict[str, float]:
+    """The metric of each trial that has one, by id; see above for diverged trials."""
     found = [outcomes[trial.id] for trial in group]
     values = {o.trial: o.metrics[metric.name] for o in found if metric.name in o.metrics}
     if metric.name in _WITHOUT_DIVERGED or not values:

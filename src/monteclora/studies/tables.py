@@ -44,6 +44,7 @@ def write_tables(folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summ
             "cells": c.cells,
             "better": c.better,
             "worse": c.worse,
+            "seeds": c.seeds,
             **_ends("difference", c.difference),
             **_ends("spread_difference", c.spread_difference),
         }

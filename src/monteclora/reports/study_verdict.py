@@ -1,0 +1,94 @@
+"""What a study shows, in sentences that say no more than its seeds can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from monteclora.metrics.registry import METRICS
+from monteclora.reports.formats import decimals, signed
+from monteclora.studies.folder import Outcome
+from monteclora.studies.plan import Plan
+from monteclora.studies.summary import Comparison, Estimate, Summary, compare, primary_metric
+
+__all__ = ["verdict"]
+
+_CLAIM_FROM = 3  # seeds
+
+
+def verdict(plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary]) -> list[str]:
+    """First which arms are more or less robust than the first one, then the evidence under each condition.
+
+    An arm is said to be more robust where the interval of the difference of spreads, over seeds, lies below zero. That
+    is a claim from three seeds on: whatever two seeds agree on, their interval excludes the opposite.
+    """
+    metric = primary_metric(plan, outcomes)
+    arms = list(dict.fromkeys(trial.arm for trial in plan.trials))
+    found = [c for c in compare(plan, outcomes) if c.metric == metric.name and arms[0] in (c.first, c.second)]
+    if not found:
+        return [_alone(summary) for summary in summaries if summary.metric == metric.name]
+    against: dict[str, list[tuple[Comparison, Estimate, Estimate]]] = {}
+    for comparison in found:
+        other = comparison.second if comparison.first == arms[0] else comparison.first
+        sign = 1 if comparison.first == other else -1
+        spread, difference = (_times(e, sign) for e in (comparison.spread_difference, comparison.difference))
+        against.setdefault(other, []).append((comparison, spread, difference))
+    headlines = [_headline(other, arms[0], rows) for other, rows in against.items()]
+    evidence = [
+        _evidence(other, arms[0], comparison, spread, difference)
+        for other, rows in against.items()
+        for comparison, spread, difference in rows
+    ]
+    return headlines + evidence
+
+
+def _alone(summary: Summary) -> str:
+    show = decimals(3)
+    median, spread = (summary.statistics[name] for name in ("median", "spread"))
+    label = METRICS[summary.metric].label
+    return (
+        f"{summary.arm}{_where(summary.condition)}: median {label} {show(median.value)}, spread {show(spread.value)} "
+        f"over {summary.trials} trials."
+    )
+
+
+def _headline(other: str, reference: str, rows: Sequence[tuple[Comparison, Estimate, Estimate]]) -> str:
+    measured = [spread for comparison, spread, _ in rows if comparison.seeds >= _CLAIM_FROM]
+    if not measured:
+        seeds = max(comparison.seeds for comparison, _, _ in rows)
+        number = "one seed" if seeds == 1 else f"{seeds} seeds"
+        return f"{other} against {reference}: {number}, so no claim about which is the more robust."
+    more = sum(spread.high < 0 for spread in measured if spread.high is not None)
+    less = sum(spread.low > 0 for spread in measured if spread.low is not None)
+    if more == less == 0:
+        return f"{other} is neither more nor less robust than {reference}, as far as these seeds can tell."
+    counts = {"more": more, "less": less, "neither more nor less": len(measured) - more - less}
+    of = f" of {len(measured)} conditions" if len(measured) > 1 else ""
+    parts = [f"{name} robust{f' in {number}' + of if of else ''}" for name, number in counts.items() if number]
+    return f"{other} against {reference}: {', '.join(parts)}, judged by the spread."
+
+
+def _evidence(other: str, reference: str, comparison: Comparison, spread: Estimate, difference: Estimate) -> str:
+    label = METRICS[comparison.metric].label
+    return (
+        f"{other} against {reference}{_where(comparison.condition)}, on {comparison.cells} shared cells: the spread of "
+        f"{label} differs by {_with_interval(spread)}, its mean by {_with_interval(difference)}."
+    )
+
+
+def _where(condition: Mapping[str, Any]) -> str:
+    named = ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in condition.items())
+    return f" with {named}" if named else ""
+
+
+def _times(estimate: Estimate, sign: int) -> Estimate:
+    if sign == 1 or estimate.low is None or estimate.high is None:
+        return Estimate(sign * estimate.value, estimate.low, estimate.high)
+    return Estimate(-estimate.value, -estimate.high, -estimate.low)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    text = signed(estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({signed(estimate.low)} to {signed(estimate.high)})"

@@ -1,0 +1,111 @@
+"""The page of a study, of a toy table whose statistics are worked out in tests/studies/test_summary.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from monteclora.errors import CheckpointError, DataError
+from monteclora.reports.formats import MINUS
+from monteclora.reports.page import render
+from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
+from monteclora.reports.study_report import study_page, write_study_report
+from monteclora.reports.study_verdict import verdict
+from monteclora.studies.study import StudyResult
+from monteclora.studies.summary import summarise
+from tests.studies.test_summary import TABLE, made
+
+
+def result_of(table: dict[tuple[str, int, int], float | None], folder: Path, arms: dict[str, str] = {}) -> StudyResult:  # noqa: B006
+    plan, outcomes = made(table)
+    trials = []
+    for trial in plan.trials:
+        run = folder / "trials" / trial.id
+        settings = {**trial.settings, "training.batch_size": 8 * trial.settings["training.learning_rate"]}
+        recipe = cast(Any, SimpleNamespace(folder=run))
+        trials.append(replace(trial, arm=arms.get(trial.arm, trial.arm), settings=settings, recipe=recipe))
+    study = cast(Any, SimpleNamespace(metric=None, name="toy"))
+    plan = replace(plan, study=study, trials=tuple(trials))
+    return StudyResult(folder, plan, outcomes, summarise(plan, outcomes))
+
+
+def test_verdict_claims_what_the_interval_over_seeds_shows(tmp_path: Path) -> None:
+    cells = [(rate, seed) for rate in (1, 2, 3) for seed in (0, 1, 2)]
+    narrow = {("n", rate, seed): 0.7 + 0.01 * rate for rate, seed in cells}
+    wide = {("w", rate, seed): 0.4 + (0.1 + 0.01 * seed) * rate for rate, seed in cells}
+    found = result_of({**wide, **narrow}, tmp_path)
+    headline, evidence = verdict(found.plan, found.outcomes, found.summaries)
+    assert headline == "n against w: more robust, judged by the spread."
+    # spreads 0.20, 0.22, 0.24 against 0.02: -0.18, -0.20, -0.22; percentiles of the means of 27 resamples
+    text = evidence.replace(MINUS, "-")
+    assert "on 9 shared cells: the spread of accuracy differs by -0.200 (-0.216 to -0.184)" in text
+    found = result_of({**narrow, **wide}, tmp_path)
+    headline, _ = verdict(found.plan, found.outcomes, found.summaries)
+    assert headline == "w against n: less robust, judged by the spread."
+
+
+def test_verdict_makes_no_claim_it_cannot(tmp_path: Path) -> None:
+    found = result_of(TABLE, tmp_path)
+    assert "b against a: 2 seeds, so no claim" in verdict(found.plan, found.outcomes, found.summaries)[0]
+    cells = [(arm, rate, seed) for arm in ("a", "b") for rate in (1, 2) for seed in (0, 1, 2)]
+    found = result_of({(a, r, s): 0.1 * r * (s == "ab".index(a)) for a, r, s in cells}, tmp_path)
+    # the spreads differ by -0.1, 0.1 and 0
+    assert verdict(found.plan, found.outcomes, found.summaries)[0] == (
+        "b is neither more nor less robust than a, as far as these seeds can tell."
+    )
+    one = result_of({key: value for key, value in TABLE.items() if key[2] == 0}, tmp_path)
+    assert "one seed, so no claim" in verdict(one.plan, one.outcomes, one.summaries)[0]
+    alone = result_of({key: value for key, value in TABLE.items() if key[0] == "a"}, tmp_path)
+    assert verdict(alone.plan, alone.outcomes, alone.summaries) == [
+        "a: median accuracy 0.750, spread 0.300 over 6 trials."
+    ]
+
+
+def test_the_page_has_every_trial_and_escapes_names(tmp_path: Path) -> None:
+    linked = tmp_path / "trials" / "a10"
+    linked.mkdir(parents=True)
+    (linked / "report.html").touch()
+    (linked / "metrics.jsonl").write_text(
+        '{"event": "train", "phase": "cooperative", "step": 10, "loss": 2.0}\n'
+        '{"event": "train", "phase": "cooperative", "step": 20, "loss": 1.0}\n'
+    )
+    html = render(study_page(result_of(TABLE, tmp_path, {"b": "<b>bold</b>"})))
+    assert "<b>bold" not in html
+    assert "&lt;b&gt;bold" in html
+    assert '<a href="trials/a10/report.html">a10</a>' in html
+    assert all(f">{arm}{rate}{seed}<" in html for arm, rate, seed in TABLE)
+    assert "<script" not in html
+    assert "0.300 (0.207 to 0.392)" in html  # the spread of a
+
+
+def test_figures_mark_diverged_trials_and_hold_their_numbers() -> None:
+    strip = strip_plot({"a": [Dot(0.5), Dot(0.9, diverged=True)], "empty": []}, "accuracy", reference=0.3)
+    assert 'id="diverged-0"' in strip
+    assert 'id="reference"' in strip
+    assert "spread 0.400" in strip
+    values = np.array([[0.25, np.nan], [0.5, 0.75]])
+    grid = HeatMap("a", "rate", "batch", ["1", "2"], ["8", "32"], values, np.array([[False, False], [False, True]]))
+    drawn = heat_map(grid, 0.25, 0.75)
+    assert "<image" not in drawn  # which the page would not load
+    assert all(text in drawn for text in (">0.250<", ">\N{EN DASH}<", ">0.500<", "0.750 \N{MULTIPLICATION SIGN}"))
+    assert "1000" in scatter_plot({"a": [Dot(0.5, 10.0), Dot(0.6, 1000.0)]}, "seconds", "accuracy", logarithmic=True)
+
+
+def test_nothing_to_draw_is_said() -> None:
+    for draw in (
+        lambda: strip_plot({"a": []}, "accuracy"),
+        lambda: scatter_plot({"a": [Dot(float("nan"))]}, "x", "y"),
+        lambda: loss_curves("a", [], 0, 1.0),
+    ):
+        with pytest.raises(DataError, match="there is no"):
+            draw()
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no study"):
+        write_study_report(tmp_path)
