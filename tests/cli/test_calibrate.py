@@ -63,9 +63,42 @@ def test_undo_is_said_once_and_goes_with_nothing_else(run, capsys):
         assert f"--undo and {option[0]} are both given" in capsys.readouterr().err
 
 
-def test_a_run_without_a_posterior_ends_in_one_line(trained, capsys):
-    assert main(["calibrate", str(trained["lora"])]) == 2
-    assert "has no posterior to scale" in capsys.readouterr().err
+def test_a_plain_adapter_is_calibrated_used_and_left_as_it_was(trained, assets, capsys, tmp_path):
+    adapter = shutil.copytree(trained["lora"] / "adapter", tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    base, file = str(assets / "bert"), str(assets / "texts-test.jsonl")
+    assert main(["evaluate", str(adapter)]) == 2
+    assert "monteclora calibrate" in capsys.readouterr().err
+    given = ["--base", base, "--data", file, "--max-length", "16", "--num-samples", "3", "--rows", "isotropic"]
+    assert main(["calibrate", str(adapter), *given]) == 0
+    said = capsys.readouterr()
+    assert "trained" not in said.out
+    assert "order apple, berry, cherry" in said.err
+    assert main(["evaluate", str(adapter), "--num-samples", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["posterior"]
+    assert main(["predict", str(adapter), file, "--out", str(tmp_path / "found.jsonl")]) == 0
+    assert main(["export", str(adapter), "--format", "samples", "--num-samples", "2"]) == 0
+    assert main(["calibrate", str(adapter), "--undo"]) == 0
+    after = {path.name: path.read_bytes() for path in adapter.iterdir() if path.name in before}
+    assert after == before
+    assert not {"posterior.safetensors", "recipe.yaml", "environment.json"} & {p.name for p in adapter.iterdir()}
+
+
+def test_what_an_adapter_needs_is_said_and_nothing_is_left(trained, assets, capsys, tmp_path):
+    adapter = shutil.copytree(trained["lora"] / "adapter", tmp_path / "adapter")
+    before = sorted(path.name for path in adapter.iterdir())
+    base, file = str(assets / "bert"), str(assets / "texts-test.jsonl")
+    wrong = {
+        "no labelled rows are given": [],
+        "has rows for CAUSAL_LM": ["--data", str(assets / "pairs-test.jsonl"), "--base", base],
+        "has a head of 3 labels": ["--data", file, "--base", base, "--label-names", "apple,berry,cherry,damson"],
+        "there is no model at": ["--data", file, "--base", str(tmp_path / "none")],
+        "--max-length is given without --data": ["--max-length", "5"],
+    }
+    for message, arguments in wrong.items():
+        assert main(["calibrate", str(adapter), *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(path.name for path in adapter.iterdir()) == before
 
 
 @pytest.mark.parametrize("size", ["0", "-1"])

@@ -119,8 +119,14 @@ def test_a_temperature_is_fitted_anew_at_the_new_scale(run):
 
 
 def test_what_cannot_be_calibrated_is_refused(trained, assets, tmp_path):
-    with pytest.raises(ConfigError, match=r"method lora of .* has no posterior to scale"):
-        calibrate(trained["lora"], progress=False)
+    full = tiny_recipe(assets, tmp_path / "full")
+    train({**full, "method": {"name": "full"}}, progress=False)
+    with pytest.raises(ConfigError, match=r"method full of .* has no posterior to scale, and no LoRA adapter"):
+        calibrate(tmp_path / "full", progress=False)
+    with pytest.raises(ConfigError, match=r"rows are isotropic, and .* has a posterior that was trained"):
+        calibrate(trained["texts"], rows="isotropic", progress=False)
+    with pytest.raises(ConfigError, match=r"base is given, and .* is a run with its own"):
+        calibrate(trained["texts"], base="minilm", progress=False)
     with pytest.raises(ConfigError, match="tolerance is 2"):
         calibrate(trained["texts"], tolerance=2.0, progress=False)
     with pytest.raises(ConfigError, match="num_samples is 0"):
@@ -163,7 +169,7 @@ def test_scale_then_temperature_in_one_go(run, monkeypatch):
 
 
 def test_no_scale_is_predicted_twice_and_the_mean_needs_no_draws(run, monkeypatch):
-    """Forward passes: of the mean at every scale, of draws at every scale but 0; the temperature needs no more."""
+    """Forward passes: of the mean once a half, of draws at every scale but 0; the temperature needs no more."""
     loaded, passes = load_run(run), []
     loaded.model.register_forward_pre_hook(lambda *_: passes.append(len(_[1])))
     monkeypatch.setattr("monteclora.evaluation.calibrate.load_run", lambda *_: loaded)
@@ -171,7 +177,7 @@ def test_no_scale_is_predicted_twice_and_the_mean_needs_no_draws(run, monkeypatc
     scales = set(result.curve)
     reported = {0.0, 1.0, result.factor}
     measured = [*scales, *reported, result.factor]  # the last with the temperature
-    assert len(passes) == sum(1 if scale == 0.0 else 1 + 3 for scale in measured)
+    assert len(passes) == 2 + sum(0 if scale == 0.0 else 3 for scale in measured)
 
 
 def test_a_temperature_of_completions_is_refused_before_anything_is_measured(trained, tmp_path):
@@ -181,3 +187,27 @@ def test_a_temperature_of_completions_is_refused_before_anything_is_measured(tra
         calibrate(pairs, temperature=True, progress=False)
     assert (pairs / "adapter" / "posterior.safetensors").read_bytes() == before
     assert not (pairs / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("rows", ["equal", "isotropic"])
+def test_a_plain_lora_run_gets_a_posterior_that_evaluation_uses_until_undone(assets, tmp_path, rows):
+    recipe = tiny_recipe(assets, tmp_path / "run", method="lora")
+    recipe["data"]["validation_fraction"] = 0.4
+    run = train(recipe, progress=False).folder
+    files = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+    plain = quietly(run)
+    assert plain.posterior is None
+    result = calibrate(run, rows=rows, tolerance=0.99, progress=False)  # the largest scale
+    assert (result.grafted, list(result.report), result.factor) == (rows, ["mean", "calibrated"], 64.0)
+    found = quietly(run)
+    assert (found.sampler, found.num_samples) == ("posterior", 3)
+    np.testing.assert_allclose(found.scored.at_mean.probs, plain.scored.at_mean.probs, atol=1e-5)
+    assert np.median(found.scored.predictions.epistemic) > 1e-3
+    assert calibrate(run, tolerance=0.99, progress=False).grafted == rows
+    other = {"equal": "isotropic", "isotropic": "equal"}[rows]
+    with pytest.raises(ConfigError, match=f"rows are {other}, and .* has a posterior with {rows} rows"):
+        calibrate(run, rows=other, progress=False)
+    assert undo_calibration(run)
+    assert not undo_calibration(run)
+    assert {path.name: path.read_bytes() for path in (run / "adapter").iterdir()} == files
+    assert quietly(run).posterior is None

@@ -23,7 +23,7 @@ from monteclora.errors import CheckpointError, ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior
 from monteclora.system import atomic
 
-__all__ = ["MonteCLoRAModel", "from_pretrained", "get_peft_model"]
+__all__ = ["MonteCLoRAModel", "build", "from_pretrained", "get_peft_model"]
 
 
 class MonteCLoRAModel(PeftModel):
@@ -244,6 +244,20 @@ class MonteCLoRAModel(PeftModel):
         stored.copy_into(existing)
         return result
 
+    def load_mean(self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> Any:
+        """Load the weights of a plain LoRA into an adapter whose posterior is to be around these, as new as it is.
+
+        Takes and returns what ``PeftModel.load_adapter`` does.
+        """
+        self._loading = True
+        try:
+            with self._others_as_frozen():
+                result = super().load_adapter(str(model_id), adapter_name, is_trainable)
+        finally:
+            self._loading = False
+        self.base_model.measure()
+        return result
+
     def _restore(
         self, adapter_name: str, stored: storage.StoredPosterior, key_mapping: dict[str, str] | None
     ) -> AdapterPosterior:
@@ -307,7 +321,7 @@ _BY_TASK: dict[str | None, type[MonteCLoRAModel]] = {
 }
 
 
-def _build(model: nn.Module, config: MonteCLoRAConfig, adapter_name: str, **kwargs: Any) -> MonteCLoRAModel:
+def build(model: nn.Module, config: MonteCLoRAConfig, adapter_name: str, **kwargs: Any) -> MonteCLoRAModel:
     """Wrap ``model`` in the class for the configuration's task; what peft refuses is a ConfigError."""
     of_task = _BY_TASK.get(config.task_type, MonteCLoRAModel)
     try:
@@ -346,7 +360,7 @@ def get_peft_model(
     config.revision = kwargs.pop("revision", None) or config.revision
     check_target_names(config, model)
     with unchanged_on_error(model, adapter_name):
-        return _build(model, config, adapter_name, **kwargs)
+        return build(model, config, adapter_name, **kwargs)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -409,7 +423,7 @@ def from_pretrained(
         key_mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
     options = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype", "low_cpu_mem_usage") if name in kwargs}
     with unchanged_on_error(model, adapter_name), checks.adapter_errors(model_id):
-        wrapped = _build(model, config, adapter_name, **options)
+        wrapped = build(model, config, adapter_name, **options)
         missing = wrapped.load_adapter(
             model_id, adapter_name, is_trainable, key_mapping=key_mapping, **options, **kwargs
         ).missing_keys

@@ -1,7 +1,8 @@
 """The posterior scale of a saved adapter: eps of every layer times one number c (docs/method.md section 9).
 
 It is changed in ``posterior.safetensors`` itself, so that whatever loads the posterior draws at the new scale. The
-scales that training ended with stay in the file, for the way back.
+scales that training ended with stay in the file, for the way back. A posterior that training did not make
+(:mod:`monteclora.adapters.grafting`) goes on the way back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import torch
 from monteclora.adapters import storage
 from monteclora.errors import ConfigError
 
-__all__ = ["posterior_scale", "rescale_posterior", "restore_posterior"]
+__all__ = ["PLAIN_WEIGHTS", "posterior_scale", "rescale_posterior", "restore_posterior"]
+
+_GRAFTED = "grafted"  # how the rows of a posterior are scaled that training did not make
+PLAIN_WEIGHTS = "adapter_model.safetensors.plain"
+"""An adapter's weights before a posterior was given to it that needs other ones; no loader takes it for weights."""
 
 
 def posterior_scale(folder: Path) -> Mapping[str, Any]:
@@ -45,12 +50,16 @@ def rescale_posterior(folder: Path, factor: float, facts: Mapping[str, Any]) -> 
         raise ConfigError(f"the posterior scale is {factor}, expected a finite number of at least 0", "Choose another.")
     document, tensors = storage.read_document(_file(folder))
     trained = torch.tensor(_trained(document, tensors), dtype=torch.float32)
-    calibration = {**facts, "factor": factor, "trained_scale": trained.tolist()}
+    known = {key: value for key, value in (document.get("calibration") or {}).items() if key == _GRAFTED}
+    calibration = {**known, **facts, "factor": factor, "trained_scale": trained.tolist()}
     storage.write_document(folder, {**document, "calibration": calibration}, {**tensors, "scale": trained * factor})
 
 
 def restore_posterior(folder: Path) -> bool:
-    """Put the scales of training back; whether there was anything to undo.
+    """Put the scales of training back, or take away a posterior that training did not make.
+
+    Returns:
+        Whether there was anything to undo.
 
     Raises:
         CheckpointError: the posterior is missing or damaged.
@@ -58,10 +67,20 @@ def restore_posterior(folder: Path) -> bool:
     document, tensors = storage.read_document(_file(folder))
     if "calibration" not in document:
         return False
+    if _GRAFTED in document["calibration"]:
+        _remove(folder)
+        return True
     trained = torch.tensor(_trained(document, tensors), dtype=torch.float32)
     kept = {key: value for key, value in document.items() if key != "calibration"}
     storage.write_document(folder, kept, {**tensors, "scale": trained})
     return True
+
+
+def _remove(folder: Path) -> None:
+    """First the posterior, which belongs to the weights beside it."""
+    _file(folder).unlink()
+    if (folder / PLAIN_WEIGHTS).exists():
+        (folder / PLAIN_WEIGHTS).replace(folder / storage.WEIGHTS_FILE)
 
 
 def _trained(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[float]:

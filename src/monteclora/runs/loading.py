@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from monteclora.adapters.checks import adapter_errors, check_adapter, check_head
+from monteclora.adapters.model import MonteCLoRAModel, from_pretrained
+from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import Columns
 from monteclora.data.encoding import collator
@@ -34,9 +37,9 @@ from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LoadedRun", "check_finished", "load_run"]
+__all__ = ["LoadedRun", "check_finished", "load_run", "with_adapter"]
 
 _RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
 
@@ -74,7 +77,9 @@ class LoadedRun:
     @property
     def has_posterior(self) -> bool:
         """Whether predictions can be drawn."""
-        return not self.is_base and get_method(self.recipe.method.name).has_posterior
+        if self.is_base:
+            return False
+        return get_method(self.recipe.method.name).has_posterior or isinstance(self.model, MonteCLoRAModel)
 
     @property
     def collate(self) -> Collate:
@@ -200,6 +205,8 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     model: nn.Module
     if base:
         model = base_model(recipe, kind, labels, tokenizer)
+    elif run.is_adapter or _was_given_a_posterior(recipe, adapter):
+        model = with_adapter(base_model(recipe, kind, labels, tokenizer), adapter)
     else:  # as training had it, which draws anew what neither the model's files nor the saved ones hold
         model = prepare_model(recipe, kind, labels, tokenizer)
         get_method(recipe.method.name).load(model, adapter)
@@ -208,6 +215,29 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     trained = () if base else tuple(name for name, each in model.named_parameters() if each.requires_grad)
     model.requires_grad_(False).eval()
     return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, data.columns, trained=trained)
+
+
+def _was_given_a_posterior(recipe: Recipe, adapter: Path) -> bool:
+    """Whether an adapter has a posterior that its method did not make."""
+    return not get_method(recipe.method.name).has_posterior and (adapter / POSTERIOR_FILE).is_file()
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path) -> nn.Module:
+    """The base model with what the files of a LoRA adapter say, whatever made them; with its posterior if it has one.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not fit the model.
+        UnsafeCodeError: the weights are a pickle.
+    """
+    if (adapter / POSTERIOR_FILE).is_file():
+        return from_pretrained(model, adapter)
+    from peft import PeftModel
+
+    check_adapter(adapter)
+    check_head(adapter / WEIGHTS_FILE, model)
+    with adapter_errors(adapter):
+        loaded: nn.Module = PeftModel.from_pretrained(model, str(adapter))
+    return loaded
 
 
 def check_finished(run: RunFolder) -> None:

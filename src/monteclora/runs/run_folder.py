@@ -48,7 +48,10 @@ class RunFolder:
         run = cls(Path(path))
         if not run.recipe_file.is_file():
             what = "has no recipe.yaml: it is not a run" if run.path.is_dir() else "does not exist"
-            raise CheckpointError(f"the folder {run.path} {what}", "Give a folder that `monteclora train` made.")
+            hint = "Give a folder that `monteclora train` made."
+            if run.is_adapter:
+                hint = f"It is an adapter: run `monteclora calibrate {run.path} --base MODEL --data FILE` on it first."
+            raise CheckpointError(f"the folder {run.path} {what}", hint)
         return run
 
     @property
@@ -57,9 +60,14 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the folder is itself an adapter, trained elsewhere; see :mod:`monteclora.runs.adoption`."""
+        return (self.path / "adapter_config.json").is_file()
+
+    @property
     def adapter(self) -> Path:
         """The trained adapter, as ``save_pretrained`` writes it."""
-        return self.path / "adapter"
+        return self.path if self.is_adapter else self.path / "adapter"
 
     @property
     def checkpoints(self) -> Path:
@@ -106,7 +114,9 @@ class RunFolder:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The last line of the metrics of a run that came to its end, else None."""
+        """The last line of the metrics of a run that came to its end, else None; an adapter from elsewhere did."""
+        if self.is_adapter:
+            return {"event": "finished"}
         events = self.metrics.read()
         done = bool(events) and events[-1]["event"] == "finished" and self.adapter.is_dir()
         return events[-1] if done else None

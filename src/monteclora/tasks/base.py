@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Predicted", "Predictor", "Scored", "TaskKind"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -52,6 +54,8 @@ class Predictor:
         posterior: how draws are made, whatever they are draws of; None for predictions at the mean alone.
         progress: told how many rows are done, by each sampler.
         calibrators: of class and option probabilities, by the name of the sampler that they were fitted for.
+        at_mean: keeps what is predicted at the mean, for predictors that score the same rows under other draws; None
+            keeps nothing.
     """
 
     model: nn.Module
@@ -66,6 +70,7 @@ class Predictor:
     progress: Progress | None = None
     truncation: Truncation = "prompt_start"
     calibrators: Mapping[str, Calibrator] = field(default_factory=dict)
+    at_mean: list[Any] | None = None
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:
@@ -76,6 +81,15 @@ class Predictor:
         """Predictions of a sampler, corrected where there is a calibrator for it."""
         calibrator = self.calibrators.get(sampler.name)
         return found if calibrator is None else calibrator.apply(found)
+
+    def once(self, sampler: Sampler, predict: Callable[[Sampler], T]) -> T:
+        """What ``predict`` gives for a sampler; that of the mean is kept in ``at_mean``, where there is such a list."""
+        if sampler is not MEAN or self.at_mean is None:
+            return predict(sampler)
+        if not self.at_mean:
+            self.at_mean.append(predict(sampler))
+        found: T = self.at_mean[0]
+        return found
 
     def arguments(self) -> dict[str, Any]:
         """What every function of ``prediction`` takes besides model, rows and sampler."""

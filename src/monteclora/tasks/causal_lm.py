@@ -15,10 +15,11 @@ from monteclora.data.truncation import Truncation
 from monteclora.errors import DataError
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.classes import predict_classes
-from monteclora.prediction.completions import score_completions
+from monteclora.prediction.completions import CompletionScores, score_completions
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete, encode_prompts
-from monteclora.prediction.options import OptionRow, score_options
+from monteclora.prediction.options import OptionRow, OptionScores, score_options
+from monteclora.prediction.sampler import Sampler
 from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
 from monteclora.tasks.commonsense import option_completions
 from monteclora.tasks.measures import Measures, TokenMeasures
@@ -98,18 +99,19 @@ def _score_options(predictor: Predictor, rows: Dataset, *, per_byte: bool) -> Sc
         labels.append(options.index(row["answer"]))
         lengths.append([len(option.encode()) for option in options])
         cut += excess > 0
+
+    def likelihoods(sampler: Sampler) -> OptionScores:
+        return score_options(
+            predictor.model,
+            encoded,
+            ends=frozenset(predictor.tokenizer.all_special_ids),
+            sampler=sampler,
+            batch_size=predictor.batch_size,
+            progress=predictor.progress,
+        )
+
     with predictor.precision():
-        scores = [
-            score_options(
-                predictor.model,
-                encoded,
-                ends=frozenset(predictor.tokenizer.all_special_ids),
-                sampler=sampler,
-                batch_size=predictor.batch_size,
-                progress=predictor.progress,
-            )
-            for sampler in predictor.samplers
-        ]
+        scores = [predictor.once(sampler, likelihoods) for sampler in predictor.samplers]
     found = [
         predictor.calibrated(each.predictions(), sampler)
         for each, sampler in zip(scores, predictor.samplers, strict=True)
@@ -157,11 +159,12 @@ def _score_completions(predictor: Predictor, rows: Dataset) -> Scored:
             "Remove rows without an answer.",
         )
     inputs = encoded.dataset.to_list()
+
+    def completions(sampler: Sampler) -> CompletionScores:
+        return score_completions(predictor.model, inputs, sampler=sampler, **predictor.arguments())
+
     with predictor.precision():
-        found = [
-            score_completions(predictor.model, inputs, sampler=sampler, **predictor.arguments())
-            for sampler in predictor.samplers
-        ]
+        found = [predictor.once(sampler, completions) for sampler in predictor.samplers]
     columns = {
         **{name: rows[name] for name in ("prompt", "completion", "messages") if name in rows.column_names},
         "nll": found[-1].nll,

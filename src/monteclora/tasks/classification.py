@@ -72,13 +72,12 @@ def classify(
     """The classes of rows of texts under each sampler; also what was truncated, in words."""
     encoded = encode(rows, "classification", predictor.tokenizer, predictor.max_length)
     inputs = encoded.dataset.to_list()
+
+    def predict(sampler: Sampler) -> Predictions:
+        return predict_classes(predictor.model, inputs, sampler=sampler, **predictor.arguments())
+
     with predictor.precision():
-        found = [
-            predictor.calibrated(
-                predict_classes(predictor.model, inputs, sampler=sampler, **predictor.arguments()), sampler
-            )
-            for sampler in samplers
-        ]
+        found = [predictor.calibrated(predictor.once(sampler, predict), sampler) for sampler in samplers]
     return found, truncated(encoded.shortened, len(rows), predictor.max_length)
 
 
