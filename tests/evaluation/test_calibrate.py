@@ -193,6 +193,7 @@ def test_a_temperature_of_completions_is_refused_before_anything_is_measured(tra
 def test_a_plain_lora_run_gets_a_posterior_that_evaluation_uses_until_undone(assets, tmp_path, rows):
     recipe = tiny_recipe(assets, tmp_path / "run", method="lora")
     recipe["data"]["validation_fraction"] = 0.4
+    recipe["training"] |= {"max_steps": 25, "learning_rate": 5e-2}
     run = train(recipe, progress=False).folder
     files = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
     plain = quietly(run)
