@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from monteclora.cli.output import Json, note, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from monteclora.studies.summary import Summary
 
 __all__ = ["study"]
 
@@ -51,21 +55,33 @@ def study(
                 "left": result.left,
                 "notes": list(result.plan.notes),
                 "outcomes": [vars(outcome) for outcome in result.outcomes.values()],
-                "summaries": [
-                    {**vars(s), "statistics": {name: vars(e) for name, e in s.statistics.items()}}
-                    for s in result.summaries
-                ],
+                "summaries": _plain(result.summaries),
+                "centred": {
+                    "windows": [vars(window) for window in result.centred.windows],
+                    "notes": list(result.centred.notes),
+                    "summaries": _plain(result.centred_summaries),
+                },
             }
         )
         return
+    _print_summaries(f"{result.folder}: {len(result.outcomes)} of {len(result.plan.trials)} trials", result.summaries)
+    if result.centred_summaries:
+        _print_summaries("Centred: each method around its own best value", result.centred_summaries)
+    print_line(f"written: {result.folder / 'results.parquet'}, summary.md, summary.tex, paired.parquet")
+    if result.left:
+        note(f"{result.left} trials are left: the same command goes on")
+
+
+def _plain(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    return [{**vars(s), "statistics": {name: vars(e) for name, e in s.statistics.items()}} for s in summaries]
+
+
+def _print_summaries(title: str, summaries: Sequence[Summary]) -> None:
     columns = ["method", "condition", "metric", "best", "median", "spread", "regret", "diverged", "collapsed", "failed"]
     rows = []
-    for s in result.summaries:
+    for s in summaries:
         numbers = [f"{s.statistics[name].value:.4f}" for name in ("best", "median", "spread", "regret")]
         condition = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in s.condition.items())
         counts = [f"{n} of {s.trials}" for n in (s.diverged, s.collapsed, s.failed)]
         rows.append([s.arm, condition or "all", s.metric, *numbers, *counts])
-    print_table(columns, rows, f"{result.folder}: {len(result.outcomes)} of {len(result.plan.trials)} trials", left=3)
-    print_line(f"written: {result.folder / 'results.parquet'}, summary.md, summary.tex, paired.parquet")
-    if result.left:
-        note(f"{result.left} trials are left: the same command goes on")
+    print_table(columns, rows, title, left=3)

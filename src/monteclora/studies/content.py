@@ -25,9 +25,10 @@ _OF_A_MODEL = frozenset((".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".
 
 @dataclass(frozen=True)
 class _Data:
-    """The checksum of each split's content, and the metrics that the evaluated split has."""
+    """The checksum of each split's content, the split that is evaluated, and the metrics that it has."""
 
     checksums: str
+    split: str
     metrics: tuple[str, ...]
 
 
@@ -64,6 +65,10 @@ class Contents:
             found["chat_template"] = _sha256(Path(template))
         return found
 
+    def split(self, recipe: Recipe) -> str:
+        """The split that a recipe is evaluated on. Raises as :meth:`of`."""
+        return self._checked_data(recipe.data).split
+
     def _checked_data(self, spec: DataSpec) -> _Data:
         key = json.dumps(dataclasses.asdict(spec), sort_keys=True)
         if key not in self._data:
@@ -78,10 +83,11 @@ class Contents:
     def _read(self, spec: DataSpec) -> _Data:
         with quiet_libraries():
             data = load(spec)
-        rows = data.split(self._study.split or ("test" if "test" in data.splits else "validation"))
+        split = self._study.split or ("test" if "test" in data.splits else "validation")
+        rows = data.split(split)
         metrics = [metric.name for of in KINDS[data.kind].scorings(rows) for metric in metrics_for(of)]
         checksums = {split: source.sha256 for split, source in data.sources.items()}
-        return _Data(json.dumps(checksums, sort_keys=True), tuple(metrics))
+        return _Data(json.dumps(checksums, sort_keys=True), split, tuple(metrics))
 
 
 def _model_sha256(name: str) -> str | None:

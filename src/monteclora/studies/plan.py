@@ -39,6 +39,7 @@ class Trial:
         seed: of the run.
         recipe: of the run, with the trial's own evaluation section; its name is the run's id.
         sampler, calibrator: the trial's, see :class:`~monteclora.studies.recipe.StudyRecipe`.
+        split: that is evaluated.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Trial:
     recipe: Recipe
     sampler: str | None = None
     calibrator: str = NO_CALIBRATOR
+    split: str = "test"
 
     @property
     def run(self) -> str:
@@ -251,7 +253,8 @@ def _trial(
     }
     settings = {key: value for key, value in own.items() if key not in conditions and key != "seed"}
     recipe = dataclasses.replace(recipe, name=run, output=str(study.folder / "trials" / run))
-    return Trial(identity, arm, conditions, settings, recipe.seed, recipe, sampler, calibrator)
+    split = contents.split(recipe)
+    return Trial(identity, arm, conditions, settings, recipe.seed, recipe, sampler, calibrator, split)
 
 
 def _says_how_to_evaluate(key: str) -> bool:

@@ -16,7 +16,7 @@ from monteclora.metrics.registry import METRICS
 from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, SAMPLERS
 from monteclora.runs.bundled import bundled_studies
 
-__all__ = ["Arm", "StudyRecipe", "load_study"]
+__all__ = ["Arm", "Centre", "StudyRecipe", "load_study"]
 
 _WAYS: Mapping[str, Sequence[str]] = {
     "sampler": [name for name, kind in SAMPLERS.items() if not kind.needs_several_runs],  # a trial is of one run
@@ -38,6 +38,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Centre:
+    """How each arm is seen around its own best value of a setting, see :mod:`monteclora.studies.centring`.
+
+    Args:
+        key: of the setting, a number above 0.
+        values: how many values of it count of each arm, its best one included; fewer where an arm has fewer.
+    """
+
+    key: str = "training.learning_rate"
+    values: int = 3
+
+
+@dataclass(frozen=True)
 class StudyRecipe:
     """One study.
 
@@ -56,6 +69,8 @@ class StudyRecipe:
         sampler: of predictions, by name (:mod:`monteclora.prediction.registry`); null is ``posterior`` for methods that
             have one, else ``mean``.
         calibrator: ``temperature``, fitted to the validation rows of each trial, or ``none``.
+        centre: the second view of the results, in which every arm has as many values of a setting, around its own best
+            one; null for none.
         max_trials: run at most so many, whole comparisons of all arms; the others are said to be left out.
         max_hours: start no trial after so many hours of one command; the same command goes on later.
         known: files ``results.parquet`` of earlier studies, by their path from the study recipe's folder or from the
@@ -74,6 +89,7 @@ class StudyRecipe:
     metric: str | None = None
     sampler: str | None = None
     calibrator: str = NO_CALIBRATOR
+    centre: Centre | None = field(default_factory=Centre)
     max_trials: int | None = None
     max_hours: float | None = None
     known: list[str] = field(default_factory=list)
@@ -104,6 +120,11 @@ class StudyRecipe:
         found += [
             (place, f"has no value for {key}") for place, grid in grids.items() for key, v in grid.items() if not v
         ]
+        if self.centre is not None:
+            if self.centre.values < 2:
+                found.append(("centre.values", f"is {self.centre.values}, expected at least 2"))
+            if self.centre.key != Centre.key and not any(self.centre.key in grid for grid in grids.values()):
+                found.append(("centre.key", f"is {brief(self.centre.key)}, and no grid has it"))
         if self.arms and "method.name" in self.grid:
             found.append(("grid", "has method.name, and arms are given: name the method in each arm"))
         return found

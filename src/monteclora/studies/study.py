@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from monteclora.studies.centring import Centred, centre
 from monteclora.studies.execution import tidy
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.known import read_known, take_known
@@ -31,12 +32,16 @@ class StudyResult:
         plan: its trials.
         outcomes: of those that are done, by id.
         summaries: of each arm under each condition; empty while nothing is done.
+        centred: which trials are near to each arm's best learning rate, or another setting.
+        centred_summaries: of these, as ``summaries``.
     """
 
     folder: Path
     plan: Plan = field(repr=False)
     outcomes: Mapping[str, Outcome] = field(repr=False)
     summaries: tuple[Summary, ...]
+    centred: Centred = field(repr=False)
+    centred_summaries: tuple[Summary, ...] = ()
 
     @property
     def left(self) -> int:
@@ -102,6 +107,7 @@ def read_study(folder: str | Path) -> StudyResult:
 def _result(folder: StudyFolder, plan: Plan) -> StudyResult:
     outcomes = folder.outcomes(plan.trials)
     summaries = summarise(plan, outcomes)
+    centred = centre(plan, outcomes)
     if outcomes:
-        write_tables(folder.path, plan, outcomes, summaries)
-    return StudyResult(folder.path, plan, outcomes, summaries)
+        write_tables(folder.path, plan, outcomes, summaries, centred)
+    return StudyResult(folder.path, plan, outcomes, summaries, centred, summarise(centred.plan, outcomes, plan))

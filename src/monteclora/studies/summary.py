@@ -129,21 +129,30 @@ def primary_metric(plan: Plan, outcomes: Mapping[str, Outcome]) -> Metric:
     return METRICS["nll" if measured and "accuracy" not in measured else "accuracy"]
 
 
-def summarise(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Summary, ...]:
-    """Each arm under each condition, in the leading metric, NLL and ECE; what is not done yet is left out."""
+def summarise(plan: Plan, outcomes: Mapping[str, Outcome], whole: Plan | None = None) -> tuple[Summary, ...]:
+    """Each arm under each condition, in the leading metric, NLL and ECE; what is not done yet is left out.
+
+    Args:
+        plan: of the trials that count.
+        outcomes: of the study.
+        whole: the plan that these are a part of; its trials say what the best run is and what diverged ones are worth.
+    """
     found = []
+    all_trials = {_text(group[0].conditions): group for group in by_condition(whole or plan, outcomes)}
     for group in by_condition(plan, outcomes):
+        everything = all_trials[_text(group[0].conditions)]
         for metric in _metrics(plan, outcomes):
-            values = trial_values(group, outcomes, metric)
-            best = _best(group, values, metric)
+            values = trial_values(everything, outcomes, metric)
+            best = _best(everything, values, metric)
             for arm in dict.fromkeys(trial.arm for trial in group):
                 found.append(_summary(arm, [t for t in group if t.arm == arm], outcomes, metric, values, best))
     return tuple(summary for summary in found if summary is not None)
 
 
-def compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Comparison, ...]:
-    """Every pair of arms on the cells that both have."""
+def compare(plan: Plan, outcomes: Mapping[str, Outcome], whole: Plan | None = None) -> tuple[Comparison, ...]:
+    """Every pair of arms on the cells that both have. Arguments as :func:`summarise`."""
     found = []
+    all_trials = {_text(group[0].conditions): group for group in by_condition(whole or plan, outcomes)}
     for group in by_condition(plan, outcomes):
         by_arm: dict[str, list[Trial]] = {}
         for trial in group:
@@ -151,7 +160,7 @@ def compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[Comparison, ..
                 by_arm.setdefault(trial.arm, []).append(trial)
         pairs = {names: _pairs(by_arm[names[0]], by_arm[names[1]]) for names in itertools.combinations(by_arm, 2)}
         for metric in _metrics(plan, outcomes):
-            values = trial_values(group, outcomes, metric)
+            values = trial_values(all_trials[_text(group[0].conditions)], outcomes, metric)
             for names, cells in pairs.items():
                 measured = [(a.seed, values[a.id], values[b.id]) for a, b in cells if {a.id, b.id} <= values.keys()]
                 if measured:

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monteclora.metrics.registry import METRICS
+from monteclora.studies.centring import Centred, Window, shown
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan
 from monteclora.studies.results import write_results
-from monteclora.studies.summary import Estimate, Summary, compare
+from monteclora.studies.summary import Comparison, Estimate, Summary, compare, summarise
 from monteclora.system.atomic import replacing, write_file
 
 __all__ = ["write_tables"]
@@ -31,32 +32,63 @@ _HEADERS = {
 }
 
 
-def write_tables(folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary]) -> None:
-    """Write ``results.parquet`` (a row a trial), ``paired.parquet``, and ``summary`` as Parquet, Markdown and LaTeX."""
+def write_tables(
+    folder: Path, plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary], centred: Centred
+) -> None:
+    """Write ``results.parquet`` (a row a trial), ``paired.parquet``, and ``summary`` as Parquet, Markdown and LaTeX.
+
+    Summaries and comparisons are those of all trials, as given, and of those near to each arm's best value, centred.
+    """
     write_results(folder / "results.parquet", plan, outcomes)
-    _parquet(folder / "summary.parquet", [_flat(summary) for summary in summaries])
-    paired = [
-        {
-            "first": c.first,
-            "second": c.second,
-            "condition": json.dumps(c.condition),
-            "metric": c.metric,
-            "cells": c.cells,
-            "better": c.better,
-            "worse": c.worse,
-            "seeds": c.seeds,
-            **_ends("difference", c.difference),
-            **_ends("spread_difference", c.spread_difference),
-        }
-        for c in compare(plan, outcomes)
-    ]
-    _parquet(folder / "paired.parquet", paired)
+    of_centred = summarise(centred.plan, outcomes, plan)
+    views = {"as given": summaries, "centred": of_centred}
+    _parquet(folder / "summary.parquet", [{"view": view, **_flat(s)} for view, found in views.items() for s in found])
+    pairs = {"as given": compare(plan, outcomes), "centred": compare(centred.plan, outcomes, plan)}
+    _parquet(folder / "paired.parquet", [{"view": view, **_pair(c)} for view, found in pairs.items() for c in found])
     header = ["Condition", "Arm", "Metric", *_HEADERS.values(), "Diverged", "Collapsed", "Failed", "Trials"]
-    rows = [_texts(summary) for summary in summaries]
-    notes = _notes(plan, summaries)
-    table = _markdown(header, rows) + ("\n" + "".join(f"- {note}\n" for note in notes) if notes else "")
-    write_file(folder / "summary.md", table.encode())
-    write_file(folder / "summary.tex", _latex(header, rows).encode())
+    notes = [*_notes(plan, summaries), *centred.notes]
+    text = _markdown(header, [_texts(summary) for summary in summaries]) + _bullets(notes)
+    write_file(folder / "summary.tex", _latex(header, [_texts(summary) for summary in summaries]).encode())
+    second = folder / "summary_centred.tex"
+    if of_centred:
+        rows = [_texts(summary) for summary in of_centred]
+        text += f"\nCentred: each arm around its own best value\n\n{_markdown(header, rows)}"
+        text += _bullets([*map(_window, centred.windows), *_notes(centred.plan, of_centred)])
+        write_file(second, _latex(header, rows).encode())
+    else:
+        second.unlink(missing_ok=True)
+    write_file(folder / "summary.md", text.encode())
+
+
+def _pair(found: Comparison) -> dict[str, Any]:
+    return {
+        "first": found.first,
+        "second": found.second,
+        "condition": json.dumps(found.condition),
+        "metric": found.metric,
+        "cells": found.cells,
+        "better": found.better,
+        "worse": found.worse,
+        "seeds": found.seeds,
+        **_ends("difference", found.difference),
+        **_ends("spread_difference", found.spread_difference),
+    }
+
+
+def _bullets(notes: Sequence[str]) -> str:
+    return "\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+
+
+def _window(window: Window) -> str:
+    """Which values of an arm count, for people."""
+    place = f"{window.arm} ({shown(window.condition)})"
+    low, high, name = window.values[0], window.values[-1], window.key.rpartition(".")[2]
+    beyond = {"lowest": "below", "highest": "above"}
+    text = f"{place}: {len(window.values)} values of {name} around {window.best}, from {low} to {high}, "
+    text += f"chosen by validation {METRICS[window.metric].label}"
+    if window.edge:
+        text += f"; the best one is the {window.edge} of the grid, and a better one may lie {beyond[window.edge]}"
+    return text
 
 
 def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -90,7 +122,7 @@ def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
     """What a reader of the summary must know: seeds that do not count, and what trials did differently."""
     found: dict[str, None] = {}
     for summary in summaries:
-        place = f"{summary.arm} ({_condition(summary)})"
+        place = f"{summary.arm} ({shown(summary.condition)})"
         seeds = {t.seed for t in plan.trials if t.arm == summary.arm and t.conditions == summary.condition}
         if unused := sorted(seeds - set(summary.seeds)):
             metric = METRICS[summary.metric].label
@@ -101,14 +133,10 @@ def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
     return list(found)
 
 
-def _condition(summary: Summary) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary.condition.items()) or "all"
-
-
 def _texts(summary: Summary) -> list[str]:
     numbers = [_text(summary.statistics[name]) for name in _HEADERS]
     counts = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
-    return [_condition(summary), summary.arm, METRICS[summary.metric].label, *numbers, *map(str, counts)]
+    return [shown(summary.condition), summary.arm, METRICS[summary.metric].label, *numbers, *map(str, counts)]
 
 
 def _text(estimate: Estimate) -> str:
