@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import monteclora
 from monteclora import MonteCLoRAConfig, posterior_sampling
-from monteclora.adapters.scope import RowOrderError
+from monteclora.adapters.row_checks import RowOrderError
 from monteclora.errors import ConfigError
 from tests.models import posterior_of, stir
 

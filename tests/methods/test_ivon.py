@@ -57,3 +57,15 @@ def test_a_weight_that_no_batch_reaches_has_a_gradient_of_zero() -> None:
         found.append(values(model))
         assert not torch.equal(before[0], found[-1][0])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_ivons_private_names_are_what_they_are_taken_for() -> None:
+    model, optimizer = optimised()
+    assert optimizer._device == torch.device("cpu")
+    assert all(group["momentum"].device == optimizer._device for group in optimizer.param_groups)
+    with Ivon().gradient_context(optimizer):
+        model["used"](torch.ones(1, 3)).sum().backward()
+    assert optimizer.state["count"] == 1
+    optimizer._reset_samples()
+    assert optimizer.state["count"] == 0
+    assert optimizer.state["avg_grad"] is None

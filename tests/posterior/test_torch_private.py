@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monteclora.posterior.torch_private import (
+    MovableModule,
     add_to_each,
     in_backward,
+    parameters_of,
+    parts_of,
     standard_gamma,
     standard_gamma_slope,
     versions,
@@ -61,3 +65,37 @@ def test_a_tensors_version_counts_what_was_done_to_it_in_place() -> None:
     after = versions([one, two])
     assert after[0] > before[0]
     assert after[1] == before[1]
+
+
+def test_the_dictionaries_of_a_module() -> None:
+    linear = nn.Linear(2, 3, bias=False)
+    assert parts_of(nn.Sequential(linear))["0"] is linear
+    assert parameters_of(linear)["weight"] is linear.weight
+    assert parameters_of(linear).get("other") is None
+    assert parameters_of(linear)["bias"] is None
+
+
+class Stubborn(MovableModule):
+    """Keeps its parameter in single precision, and counts conversions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.conversions = 0
+
+    def converted(self, before: Tensor, after: Tensor) -> Tensor:
+        return before
+
+    def after_conversion(self) -> None:
+        self.conversions += 1
+
+
+def test_a_module_has_a_say_in_every_conversion() -> None:
+    stubborn, plain = Stubborn(), MovableModule()
+    plain.register_buffer("value", torch.ones(1))
+    model = nn.Sequential(nn.Linear(2, 2), stubborn, plain)
+    for convert in (model.double, model.half, lambda: model.to(torch.bfloat16), lambda: model.to_empty(device="cpu")):
+        convert()
+    assert stubborn.conversions == 4
+    assert stubborn.weight.dtype == torch.float32
+    assert plain.value.dtype == torch.bfloat16

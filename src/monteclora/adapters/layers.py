@@ -1,4 +1,4 @@
-"""The LoRA variant: a LoRA layer whose A is drawn. This file and tuner.py alone touch peft's internals."""
+"""The LoRA variant: a LoRA layer whose A is drawn."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from monteclora.adapters.functional import drawn_lora, grouped_lora
+from monteclora.adapters.peft_private import cast_input
 from monteclora.adapters.scope import DrawScope
 from monteclora.posterior import AdapterPosterior
-from monteclora.posterior.torch_private import in_backward
+from monteclora.posterior.torch_private import in_backward, parts_of
 
 __all__ = ["DrawnLayer", "DrawnLinear", "supported_types"]
 
@@ -76,9 +77,7 @@ class DrawnLayer(LoraVariant):
             result: the frozen layer's output, shape (..., m).
             **kwargs: what other variants need.
         """
-        # looked up in dictionaries, for every layer asks in every step: a torch module looks for an attribute in vain
-        # before it looks for a part of itself
-        parts = module._modules
+        parts = parts_of(module)
         lora_b, dropout = _part(parts, "lora_B", active_adapter), _part(parts, "lora_dropout", active_adapter)
         scaling, posterior = module.scaling[active_adapter], self.posterior
         if not isinstance(dropout, nn.Identity):
@@ -96,7 +95,7 @@ class DrawnLayer(LoraVariant):
             layer = None if draw is None else draw.layers[self.slot.index]
         if layer is None or not posterior.enabled:
             lora_a = _part(parts, "lora_A", active_adapter)
-            x = module._cast_input_dtype(x, lora_a.weight.dtype)
+            x = cast_input(module, x, lora_a.weight.dtype)
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)
         mu = None
         if not layer.has_mean:
@@ -116,7 +115,7 @@ class DrawnLayer(LoraVariant):
 
 def _part(modules: Mapping[str, Any], kind: str, adapter_name: str) -> Any:
     """An adapter's module of a kind, as ``lora_A``."""
-    return modules[kind]._modules[adapter_name]
+    return parts_of(modules[kind])[adapter_name]
 
 
 class DrawnLinear(Linear):
@@ -128,12 +127,12 @@ class DrawnLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in peft; inputs of shape (..., n), outputs of shape (..., m)."""
-        active = self._active_adapter
+        active = self.active_adapter
         name = active if isinstance(active, str) else active[0] if len(active) == 1 else None
-        if name is not None and not (args or kwargs or self._disable_adapters or self.merged_adapters):
+        if name is not None and not (args or kwargs or self.disable_adapters or self.merged_adapters):
             variant = self.lora_variant.get(name)
             if isinstance(variant, DrawnLayer):
-                result: Tensor = self._modules["base_layer"](x)
+                result: Tensor = parts_of(self)["base_layer"](x)
                 output: Tensor = variant.forward(self, name, x, result)
                 return output if output.dtype == result.dtype else output.to(result.dtype)
         return cast(Tensor, super().forward(x, *args, **kwargs))

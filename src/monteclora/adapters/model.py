@@ -18,6 +18,7 @@ from torch import nn
 from monteclora.adapters import card, checks, storage
 from monteclora.adapters.config import OWN_TYPE, MonteCLoRAConfig
 from monteclora.adapters.snapshot import unchanged_on_error
+from monteclora.adapters.transformers_private import earlier_names
 from monteclora.adapters.tuner import TUNER_TYPE, MonteCLoRATuner, check_target_names
 from monteclora.errors import CheckpointError, ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior
@@ -419,8 +420,7 @@ def from_pretrained(
     if weights is not None:
         checks.check_head(weights, model)
     if key_mapping is None:
-        # transformers' map from the names of earlier versions, which peft applies too and which has no public name
-        key_mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
+        key_mapping = earlier_names(model)
     options = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype", "low_cpu_mem_usage") if name in kwargs}
     with unchanged_on_error(model, adapter_name), checks.adapter_errors(model_id):
         wrapped = build(model, config, adapter_name, **options)

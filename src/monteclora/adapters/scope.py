@@ -8,7 +8,7 @@ of the forward pass it repeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -19,20 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from monteclora.adapters.rows import RowOrder, batch_tensor, batch_tensors, row_order
+from monteclora.adapters import checkpointing
+from monteclora.adapters.row_checks import AdaptedLayers, RowChecks, batch_size, probing
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.posterior.torch_private import in_backward
 from monteclora.system.devices import process_index
 
-__all__ = ["BoundCheckpoint", "DrawScope", "DrawSource", "PosteriorSampler", "RowOrderError", "holding"]
+__all__ = ["DrawScope", "DrawSource", "PosteriorSampler"]
 
 
-class RowOrderError(ConfigError):
-    """Several draws were asked of one forward pass, of a model whose layers cannot tell them apart."""
-
-
-class DrawSource(Protocol):
+class DrawSource(AdaptedLayers, Protocol):
     """Whoever knows which posteriors take part in the next forward pass."""
 
     def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
@@ -49,14 +46,6 @@ class DrawSource(Protocol):
 
     def means(self, posterior: AdapterPosterior) -> Sequence[Tensor] | None:
         """Means of a posterior's layers, to be drawn with the noise; None where layers add their own."""
-        ...
-
-    def adapted_layers(self, posterior: AdapterPosterior) -> Mapping[str, nn.Module]:
-        """A posterior's layers by name."""
-        ...
-
-    def known_posteriors(self) -> Sequence[AdapterPosterior]:
-        """Those of all adapters, active or not."""
         ...
 
     def hook_everything(self) -> None:
@@ -92,59 +81,6 @@ class PosteriorSampler:
 
 
 @contextmanager
-def holding(posteriors: Sequence[AdapterPosterior], draws: Sequence[Draw | None]) -> Iterator[None]:
-    """Repeat a forward pass inside the block: ``draws`` are the current ones."""
-    before = [(posterior.current, posterior.repeating, posterior.drawn) for posterior in posteriors]
-    for posterior, draw in zip(posteriors, draws, strict=True):
-        posterior.current, posterior.repeating, posterior.drawn = draw, True, True
-    try:
-        yield
-    finally:
-        for posterior, state in zip(posteriors, before, strict=True):
-            posterior.current, posterior.repeating, posterior.drawn = state
-
-
-class BoundCheckpoint:
-    """A checkpointing function that repeats a block under the draws of its forward pass."""
-
-    def __init__(self, checkpoint: Callable[..., Any], source: DrawSource) -> None:
-        self.checkpoint = checkpoint
-        self.source = source
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint ``function`` with the draws that are current now."""
-        if torch.compiler.is_compiling():
-            # the draw is an input of the compiled graph, whose repetition reads the same input
-            return self.checkpoint(function, *args, **kwargs)
-        posteriors = list(self.source.drawn_posteriors())
-        draws = [posterior.current for posterior in posteriors]
-
-        def repeat(*inputs: Any, **keywords: Any) -> Any:
-            with holding(posteriors, draws):
-                return function(*inputs, **keywords)
-
-        return self.checkpoint(repeat, *args, **kwargs)
-
-
-def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """The first dimension of what the model is called with."""
-    tensor = batch_tensor(args, kwargs)
-    return None if tensor is None else tensor.shape[0]
-
-
-def _check_repeated(count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise unless a batch is its first rows ``count`` times over: row i would get draw i without a word."""
-    for batch in batch_tensors(args, kwargs):
-        parts = batch.detach().unflatten(0, (count, -1)) if batch.shape[0] % count == 0 else None
-        if parts is None or not torch.equal(parts, parts[:1].expand_as(parts)):
-            raise ConfigError(
-                f"{count} draws at once met a batch of {batch.shape[0]} rows that is not its first rows {count} times "
-                "over",
-                "Repeat the batch along its first dimension, or draw one at a time with num_samples=1.",
-            )
-
-
-@contextmanager
 def _outside_transforms() -> Iterator[None]:
     """Raise ConfigError for a draw that is made inside a transform of ``torch.func``."""
     try:
@@ -172,7 +108,6 @@ def _outside_checkpoints() -> Iterator[None]:
 # what is going on in a context, by scope: threads that call one model at the same time do not meet
 _levels: ContextVar[Mapping[DrawScope, int]] = ContextVar("levels", default=MappingProxyType({}))
 _samplers: ContextVar[Mapping[DrawScope, PosteriorSampler]] = ContextVar("samplers", default=MappingProxyType({}))
-_probing: ContextVar[bool] = ContextVar("probing", default=False)
 
 
 class DrawScope:
@@ -191,7 +126,7 @@ class DrawScope:
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
         self._everywhere = False  # whether every module around a layer that is known is hooked
-        self._order: dict[Any, RowOrder] = {}  # what is known of the layers' rows, by kind of call
+        self._rows = RowChecks(source)
 
     def install(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
         """Hook ``modules``, outermost first; ``blocks`` are those that may be checkpointed.
@@ -199,7 +134,7 @@ class DrawScope:
         Modules that are hooked already are left as they are.
         """
         self._blocks, self._everywhere = list(blocks), False
-        self._order.clear()
+        self._rows.forget()
         known = {id(module) for module in self._hooked}
         if all(id(module) in known for module in modules):
             return
@@ -223,10 +158,7 @@ class DrawScope:
         """Take every hook away."""
         for handle in self._handles:
             handle.remove()
-        for block in self._blocks:
-            function = getattr(block, "_gradient_checkpointing_func", None)
-            if isinstance(function, BoundCheckpoint):
-                block.__dict__["_gradient_checkpointing_func"] = function.checkpoint
+        checkpointing.unbind(self._blocks)
         self._hooked, self._within, self._handles, self._blocks = [], (), [], []
         self._everywhere = False
 
@@ -278,20 +210,20 @@ class DrawScope:
 
     @torch.compiler.disable
     def _draw(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if in_backward() or _probing.get():
+        if in_backward() or probing():
             return
         posteriors = self.source.drawn_posteriors()
         for posterior in posteriors:
             self.source.check_here(posterior)
         training = [self._in_training(posterior) for posterior in posteriors]
         if any(training):
-            self._bind_checkpoints()
+            checkpointing.bind(self._blocks, self.source.drawn_posteriors)
             each = [posterior for posterior in posteriors if posterior.settings.noise == "per_example"]
             if each:
-                self._check_examples(number, args, kwargs, each)
+                self._rows.check_examples(self._hooked[number], args, kwargs, each)
             for posterior, trains in zip(posteriors, training, strict=True):
                 if trains:
-                    self._draw_for_training(posterior, _batch_size(args, kwargs))
+                    self._draw_for_training(posterior, batch_size(args, kwargs))
         sampler = _samplers.get().get(self)
         if sampler is not None and not all(training):
             self._draw_for_prediction(sampler, number, args, kwargs)
@@ -327,15 +259,10 @@ class DrawScope:
     ) -> None:
         posteriors = self.source.drawn_posteriors()
         if sampler.count > 1 and (sampler.resample or not sampler.checked):
-            _check_repeated(sampler.count, args, kwargs)
+            self._rows.check_repeated(sampler.count, args, kwargs)
             sampler.checked = True
         if sampler.count > 1:
-            disorder = self._disorder(number, args, kwargs, sampler.count, posteriors)
-            if disorder is not None:
-                raise RowOrderError(
-                    f"{sampler.count} draws at once cannot be told apart in layer {disorder}",
-                    "Draw one at a time with num_samples=1, as monteclora.predict does for such models.",
-                )
+            self._rows.check_draws(self._hooked[number], args, kwargs, sampler.count, posteriors)
         if sampler.resample:
             sampler.advance()
             for posterior in self.source.known_posteriors():
@@ -345,44 +272,6 @@ class DrawScope:
                 elif posterior.predictive is not None:
                     posterior.predict_with(None)
 
-    def _check_examples(
-        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], posteriors: Sequence[AdapterPosterior]
-    ) -> None:
-        batch = _batch_size(args, kwargs)
-        if batch is None or batch < 2:
-            return
-        disorder = self._disorder(number, args, kwargs, batch, posteriors)
-        if disorder is not None:
-            raise ConfigError(
-                f"noise='per_example' cannot tell the {batch} examples of a batch apart in layer {disorder}",
-                "Use noise='shared', or leave that layer out of target_modules.",
-            )
-
-    def _disorder(
-        self,
-        number: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        groups: int,
-        posteriors: Sequence[AdapterPosterior],
-    ) -> str | None:
-        """What :func:`~monteclora.adapters.rows.row_order` finds, for each kind of call until every layer ran once."""
-        given = tuple(sorted(name for name, value in kwargs.items() if value is not None))
-        kind = (number, len(args), given, tuple(id(posterior) for posterior in posteriors))
-        known = self._order.get(kind, RowOrder())
-        if not known.settled:
-            layers = {k: v for posterior in posteriors for k, v in self.source.adapted_layers(posterior).items()}
-            token = _probing.set(True)
-            try:
-                with in_force.restored():
-                    for posterior in self.source.known_posteriors():
-                        in_force.put(posterior, None)
-                    known = row_order(self._hooked[number], args, kwargs, layers, groups, known)
-            finally:
-                _probing.reset(token)
-            self._order[kind] = known
-        return known.disorder
-
     @torch.compiler.disable
     def draw_late(self, posterior: AdapterPosterior) -> None:
         """A layer in training mode runs, and its posterior was not drawn in the pass that goes on, if one does.
@@ -391,7 +280,7 @@ class DrawScope:
         layer is reached without any of the hooked modules around it: then it has a draw of its own, and from the next
         call on every module around an adapted layer is hooked.
         """
-        if in_backward() or _probing.get() or not posterior.enabled:
+        if in_backward() or probing() or not posterior.enabled:
             return
         running = self._running is not None
         if posterior.settings.noise == "per_example" and self._draws_in_training(posterior):
@@ -413,7 +302,7 @@ class DrawScope:
     @torch.compiler.disable(reason="a compiled block was called outside its model under posterior_sampling")
     def refuse_alone(self) -> None:
         """Raises ConfigError: a compiled layer predicts, and no module around it was there to draw."""
-        if not _probing.get():
+        if not probing():
             raise ConfigError(
                 "posterior_sampling met a compiled block outside a forward pass of its model, where nothing draws",
                 "Call the model, compile the whole of it, or sample with resample=False.",
@@ -424,16 +313,10 @@ class DrawScope:
         draw = posterior.predictive
         if draw is None:
             sampler = _samplers.get().get(self)
-            if sampler is not None and posterior.enabled and not _probing.get():
+            if sampler is not None and posterior.enabled and not probing():
                 draw = sampler(posterior)
                 posterior.predict_with(draw)
         return draw
-
-    def _bind_checkpoints(self) -> None:
-        for block in self._blocks:
-            function = getattr(block, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, BoundCheckpoint):
-                block.__dict__["_gradient_checkpointing_func"] = BoundCheckpoint(function, self.source)
 
     @contextmanager
     def holding(

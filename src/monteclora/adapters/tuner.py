@@ -29,6 +29,7 @@ from monteclora.adapters.scope import DrawScope
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape
+from monteclora.posterior.torch_private import parameters_of, parts_of
 
 __all__ = ["TUNER_TYPE", "MonteCLoRATuner", "check_target_names"]
 
@@ -81,16 +82,17 @@ class MonteCLoRATuner(LoraModel):
     def __init__(self, model: nn.Module, peft_config: dict[str, PeftConfig], adapter_name: str, **kwargs: Any) -> None:
         for config in peft_config.values():
             config.peft_type = PeftType.LORA
+        # peft's constructor injects the first adapter, with methods of this class that need these: a torch module takes
+        # no attribute before its constructor has run
+        self.__dict__.update(
+            posteriors=nn.ModuleDict(),
+            mean_modules={},
+            hooked_layers={},
+            trainable_later=None,
+            scope=DrawScope(self),
+            begun=False,
+        )
         super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Initialise what this class adds; peft calls it once, before the first adapter's layers are made."""
-        self.__dict__["posteriors"] = nn.ModuleDict()
-        self.mean_modules = {}
-        self.hooked_layers = {}
-        self.trainable_later = None
-        self.scope = DrawScope(self)
-        self.begun = False
 
     def begin(self, outermost: nn.Module, adapter_name: str) -> None:
         """Attach the posterior of the first adapter, when the ``PeftModel`` around this tuner is complete.
@@ -134,8 +136,7 @@ class MonteCLoRATuner(LoraModel):
     def check_here(self, posterior: AdapterPosterior) -> None:
         """Raise ConfigError for an adapter of which anything was offloaded since it was made."""
         name = self._name_of(posterior)
-        pairs = zip(self.hooked_layers[name], self.mean_modules[name], strict=True)
-        check_here(posterior, ((layer, of._modules[name]._parameters.get("weight")) for layer, of in pairs))
+        check_here(posterior, zip(self.hooked_layers[name], self._mean_weights(name), strict=True))
 
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
@@ -144,11 +145,12 @@ class MonteCLoRATuner(LoraModel):
         """
         name = self._name_of(posterior)
         device = posterior.rho.device
-        # asked once a step of hundreds of layers, so without a Python frame for each
-        weights = [of._modules[name]._parameters.get("weight") for of in self.mean_modules[name]]
-        means = cast(list[Tensor], weights)
+        means = cast(list[Tensor], self._mean_weights(name))
         plain = {*map(type, means)} <= {nn.Parameter, Tensor} and {*map(_device_of, means)} == {device}
         return means if plain and sum(map(Tensor.numel, means)) == posterior.cells else None
+
+    def _mean_weights(self, adapter_name: str) -> list[Tensor | None]:
+        return [parameters_of(parts_of(of)[adapter_name]).get("weight") for of in self.mean_modules[adapter_name]]
 
     def attach(self, adapter_name: str, posterior: AdapterPosterior | None = None) -> None:
         """Give an injected adapter its posterior: a new one at the prior, or one restored from a file.
@@ -382,23 +384,39 @@ class MonteCLoRATuner(LoraModel):
         if replaced:
             self.set_trainable({p: True for posterior in self.active_posteriors() for p in posterior.parameters()})
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse, as peft's method of this name does, what merging would get wrong.
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in peft.
 
         Raises:
             ConfigError: a target's weight is also another layer's, which would change along with it.
         """
-        super()._check_merge_allowed()
+        self._check_merge()
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in peft; the base model is left without hooks.
+
+        Raises:
+            ConfigError: a target's weight is also another layer's, which would change along with it.
+        """
+        self._check_merge()
+        merged = cast(nn.Module, super().merge_and_unload(*args, **kwargs))
+        self.scope.remove()
+        return merged
+
+    def unload(self) -> nn.Module:
+        """As in peft; the base model is left without hooks."""
+        base = cast(nn.Module, super().unload())
+        self.scope.remove()
+        return base
+
+    def _check_merge(self) -> None:
         shared = shared_targets(self.model)
         if shared:
             raise ConfigError(
                 f"target module '{shared[0]}' shares its weight with another layer, which merging would change too",
                 "Use monteclora.export_merged, which separates the two in what it writes.",
             )
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self.scope.remove()
-        return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
 
 
 def _is_here(weight: Tensor) -> bool:

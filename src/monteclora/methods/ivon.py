@@ -115,6 +115,8 @@ def _optimizer_class() -> Any:
 
     from monteclora.system.randomness import preserved_generators
 
+    # two names of ivon are private, and have no public counterpart: _device, where it draws its noise, and
+    # _reset_samples, which forgets the gradients of a step that is not made. tests/methods/test_ivon.py checks both
     class Optimizer(ivon.IVON):
         def __init__(self, groups: list[dict[str, Any]], seed: int, **options: Any) -> None:
             self._seed = seed

@@ -95,11 +95,10 @@ class PeftMonteCLoRA(LoRAMethod):
         return wrapped
 
     def added_loss(self, model: Any) -> Added | None:
-        """The mean over layers of the weighted divergences and of the entropy term.
+        """The mean over layers of the weighted divergences and of the entropy term."""
+        from monteclora.adapters.peft_private import monteclora_loss
 
-        The private name is the one that peft's documentation tells training loops to call; there is no public one.
-        """
-        loss = model.base_model._get_monteclora_loss()
+        loss = monteclora_loss(model.base_model)
         return Added(loss, {"regulariser": loss.detach()})
 
     def extra_memory(self, model: nn.Module, options: PeftMonteCLoRAOptions) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,12 @@ from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
 from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
-from monteclora.posterior.torch_private import add_to_each, versions
+from monteclora.posterior.torch_private import MovableModule, add_to_each, versions
 
 __all__ = ["AdapterPosterior"]
 
 
-class AdapterPosterior(nn.Module):
+class AdapterPosterior(MovableModule):
     """Learned ``rho`` (R,) and ``eta`` (L, N) of an adapter's L layers, R the sum of their ranks.
 
     Both stay in float32 whatever the model is cast to: log-gamma and digamma need it.
@@ -129,21 +129,19 @@ class AdapterPosterior(nn.Module):
             integers = torch.tensor(values, dtype=torch.long, device=self.rho.device)
             self.register_buffer(name, integers, persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterPosterior:
+    def converted(self, before: Tensor, after: Tensor) -> Tensor:
         """Follow the model to another device, and to float64, but never below float32."""
+        low = after.dtype in (torch.float16, torch.bfloat16)
+        return before.to(after.device) if low and before.dtype != after.dtype else after
 
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            low = moved.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(moved.device) if low and tensor.dtype != moved.dtype else moved
+    def after_conversion(self) -> None:
+        """Forget the draws, which have another device or dtype, and compute the constants again.
 
+        No state dict holds the constants: computed again, they are right after ``to_empty`` and exact after ``double``.
+        """
         self.current = None
-        for slot in self.slots:
-            slot.predictive = None
-        super()._apply(keep_precision, recurse)
-        # no state dict holds the constants: made again, they are right after to_empty and exact after double
+        self.mirror(None)
         self._set_constants()
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own draws: the noise of the current forward pass can be as large as the adapter

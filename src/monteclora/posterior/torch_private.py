@@ -1,17 +1,27 @@
-"""Functions of torch without a public name, each with what it stands in for; a test fails when one changes.
+"""Private names of torch, each with what it stands in for; a test fails when one changes.
 
-Beside these, adapters/layers.py and adapters/tuner.py read ``_modules`` and ``_parameters`` of modules where attributes
-would be too slow, and use private names of peft and transformers: tests/adapters/test_private_names.py has them all.
+The tests are in tests/posterior/test_torch_private.py. peft's and transformers' private names are in
+``adapters/peft_private.py`` and ``adapters/transformers_private.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["add_to_each", "in_backward", "standard_gamma", "standard_gamma_slope", "versions"]
+__all__ = [
+    "MovableModule",
+    "add_to_each",
+    "in_backward",
+    "parameters_of",
+    "parts_of",
+    "standard_gamma",
+    "standard_gamma_slope",
+    "versions",
+]
 
 
 def standard_gamma(shape: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -40,3 +50,36 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 def in_backward() -> bool:
     """Whether this thread runs inside a backward pass, as recomputation does. torch has no public name for it."""
     return torch._C._current_graph_task_id() != -1
+
+
+def parts_of(module: nn.Module) -> Mapping[str, nn.Module]:
+    """The modules registered in a module, by name.
+
+    For what every layer asks in every step: attribute access tries everything else before it looks here. The four
+    lookups of a LoRA layer take 12 microseconds as attributes and 1 microsecond in these dictionaries.
+    """
+    return cast(Mapping[str, nn.Module], module._modules)
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, Tensor | None]:
+    """The parameters registered in a module, by name; for the same reason as :func:`parts_of`."""
+    return module._parameters
+
+
+class MovableModule(nn.Module):
+    """A module that has a say in how ``to``, ``cuda``, ``double`` and the like change its tensors.
+
+    All of them, and ``to_empty``, go through ``nn.Module._apply``; torch has no public hook for it.
+    """
+
+    def converted(self, before: Tensor, after: Tensor) -> Tensor:
+        """What a tensor becomes: ``after``, the result of the conversion, unless a subclass decides otherwise."""
+        return after
+
+    def after_conversion(self) -> None:
+        """Called when all tensors are converted."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(lambda tensor: self.converted(tensor, fn(tensor)), recurse)
+        self.after_conversion()
+        return self

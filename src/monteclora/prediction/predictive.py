@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monteclora.adapters.active import posterior_sampling, sampled_posteriors
-from monteclora.adapters.scope import RowOrderError
+from monteclora.adapters.row_checks import RowOrderError
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
 from monteclora.prediction.forward import base_of, placed, text_mask

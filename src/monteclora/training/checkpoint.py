@@ -165,7 +165,7 @@ def _restore_optimizer(loop: Loop, optimizer: dict[str, Any], scheduler: dict[st
     loop.optimizer.load_state_dict({**optimizer, "state": moments})
     factors = [factor(scheduler["last_epoch"]) for factor in schedule.lr_lambdas]  # type: ignore[attr-defined]
     rates = [rate * factor for rate, factor in zip(peaks, factors, strict=True)]
-    schedule.load_state_dict({**scheduler, "base_lrs": peaks, "_last_lr": rates})
+    schedule.load_state_dict({**scheduler, "base_lrs": peaks})
     for group, own, rate in zip(loop.optimizer.param_groups, options, rates, strict=True):
         group.update(own, lr=rate)
 

@@ -201,7 +201,7 @@ class Loop:
         if self.scaler.get_scale() >= scale:  # else fp16 passed over this step to find its scale
             if finite and type(self.method).after_step is not Method.after_step:
                 self.method.after_step(self._unwrapped, self.state.step + 1, self.steps)
-            self.state.learning_rate = float(self.scheduler.get_last_lr()[0])
+            self.state.learning_rate = float(self.optimizer.param_groups[0]["lr"])
             self.scheduler.step()
         self._forget_gradients()
         self.state.step += 1
