@@ -59,6 +59,39 @@ def copy(name: str, to: Path | None = None, /) -> None:
     print_line(str(target))
 
 
+@app.command
+def keys(*, markdown: bool = False, as_json: Json = False) -> None:
+    """List every key of a recipe with its type, range, default and meaning.
+
+    Args:
+        markdown: as the page of the documentation.
+    """
+    from monteclora.runs.recipe_reference import default_text, recipe_keys, type_text
+    from monteclora.runs.recipe_reference import markdown as page
+
+    found = recipe_keys()
+    if markdown:
+        print_line(page(found).rstrip())
+    elif as_json:
+        print_json(
+            [
+                {**vars(key), "type": type_text(key), "default": default_text(key), "required": key.required}
+                for key in found
+            ]
+        )
+    else:
+        rows = [[key.name, type_text(key), default_text(key), key.description] for key in found]
+        print_table(["key", "type", "default", "meaning"], rows, left=4)
+
+
+@app.command
+def schema() -> None:
+    """Print a JSON schema of recipes, for editors."""
+    from monteclora.runs.recipe_reference import json_schema, recipe_keys
+
+    print_json(json_schema(recipe_keys()))
+
+
 def _find(name: str) -> Path:
     bundled = {**bundled_recipes(), **bundled_studies()}
     if name not in bundled:

@@ -30,10 +30,12 @@ _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:
 class MethodOptions:
     """The ``method`` section of a recipe; every method has its own subclass, with its own fields.
 
-    ``renamed`` gives the present name of each field that earlier versions called otherwise.
+    ``renamed`` gives the present name of each field that earlier versions called otherwise, ``described_by`` classes
+    whose docstrings say what fields are that no base class has.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {}
+    described_by: ClassVar[tuple[type, ...]] = ()
 
     name: str
 

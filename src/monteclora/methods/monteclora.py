@@ -35,6 +35,7 @@ class MonteCLoRAOptions(LoRAFields):
     """LoRA's options and those of :class:`~monteclora.posterior.settings.PosteriorSettings`."""
 
     renamed: ClassVar[Mapping[str, str]] = {"num_samples": "num_components"}
+    described_by: ClassVar[tuple[type, ...]] = (PosteriorSettings,)
 
     name: Literal["monteclora"] = "monteclora"
 
