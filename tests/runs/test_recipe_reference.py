@@ -1,4 +1,4 @@
-"""The reference of recipe keys: complete, the same as the docs page, and a JSON schema that takes what the package takes."""
+"""The reference of recipe keys: complete, equal to the docs page, and a JSON schema that takes what is valid."""
 
 from __future__ import annotations
 
