@@ -18,6 +18,7 @@ from monteclora.evaluation.run import evaluate
 from monteclora.methods import get_method
 from monteclora.runs.loading import load_run
 from monteclora.runs.run_folder import RunFolder
+from monteclora.training import range_test
 from monteclora.training.run import train
 from tests.models import batch_for, bert
 from tests.training.conftest import StopAfter, train_until
@@ -108,6 +109,16 @@ class MethodSuite:
 
         whole, parts = first_step(), first_step(micro_batch_size=4)
         assert parts == pytest.approx(whole, rel=1e-4)
+
+    def test_finds_its_learning_rate_without_a_trace(
+        self, made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """The run after a range test is bitwise that of the rate given by hand, whatever state the method keeps."""
+        monkeypatch.setattr(range_test, "STEPS_PER_DECADE", 2)
+        monkeypatch.setattr(range_test, "MOST_STEPS", 15)
+        found = quietly(made("auto", learning_rate="auto", max_steps=6)).learning_rate
+        quietly(made("given", learning_rate=found, max_steps=6))
+        assert saved(tmp_path / "auto") == saved(tmp_path / "given")
 
     def test_merges_where_it_can(self, made: Any) -> None:
         loaded = load_run(quietly(made()).folder)

@@ -26,7 +26,7 @@ from monteclora.training import run
 from monteclora.training.loop import Loop
 original_step, kill_at = Loop.step, int(sys.argv[3])
 def step(loop, batches):
-    if loop.saver.first_step + loop.state.step == kill_at:
+    if kill_at >= 0 and loop.saver.first_step + loop.state.step == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     original_step(loop, batches)
 Loop.step = step

@@ -37,7 +37,7 @@ class Planted:
         self.batches: dict[int, list[list[int]]] = {}
         self.loop: Any = None
         self.rows: list[list[int]] = []
-        build, step = phases._loop, Loop.step
+        build, step = phases.assemble, Loop.step
 
         def build_with_hooks(*args: Any) -> Loop:
             self.loop = loop = build(*args)
@@ -55,7 +55,7 @@ class Planted:
             step(loop, batches)
 
         regulariser = AdapterPosterior.regulariser
-        monkeypatch.setattr(phases, "_loop", build_with_hooks)
+        monkeypatch.setattr(phases, "assemble", build_with_hooks)
         monkeypatch.setattr(Loop, "step", note_rows)
 
         def poisoned(posterior: AdapterPosterior) -> Regulariser:

@@ -52,7 +52,8 @@ def _facts(report: CheckReport) -> list[tuple[str, str]]:
     parts = (
         f"weights {size(memory.weights)}, optimiser {size(memory.optimizer)}, activations {size(memory.activations)}"
     )
-    time = f"{report.steps:,} steps, {report.operations:.1e} operations"
+    test = f" and a learning-rate range test of at most {n}" if (n := report.range_test_steps) else ""
+    time = f"{report.steps:,} steps{test}, {report.operations:.1e} operations"
     if report.seconds is not None:
         time += f", about {duration(report.seconds)} on this machine (a step was measured)"
     share = sizes.trained / sizes.parameters

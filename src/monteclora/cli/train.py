@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from monteclora.cli.output import Flag, Json, print_facts, print_json
 from monteclora.cli.overrides import Overrides, parse_overrides
+
+if TYPE_CHECKING:
+    from monteclora.runs.result import RunResult
 
 __all__ = ["train"]
 
@@ -42,6 +47,8 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
                 "tokens": result.tokens,
                 "trained_parameters": result.trained_parameters,
                 "skipped_steps": result.skipped_steps,
+                "learning_rate": result.learning_rate,
+                "range_test_steps": result.range_test_steps,
             }
         )
         return
@@ -51,8 +58,15 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
     print_facts(
         [
             ("trained", f"{result.steps} steps{kept} in {cost}, {result.trained_parameters:,} parameters"),
+            *_learning_rate(result),
             *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))] if metrics else []),
             ("adapter", str(result.adapter)),
             ("next", f"monteclora evaluate {result.folder}"),
         ]
     )
+
+
+def _learning_rate(result: RunResult) -> list[tuple[str, str]]:
+    if not result.range_test_steps:
+        return []
+    return [("learning rate", f"{result.learning_rate:g}, found by a range test of {result.range_test_steps} steps")]

@@ -101,10 +101,17 @@ def _trained(recipe: Recipe, finished: Mapping[str, Any], result: EvaluationResu
     listed = ", ".join(f"{METRICS[name].label} {value:.3f}" for name, value in metrics.items())
     return [
         f"Method {recipe.method.name}, {finished['step']:,} steps at batch size {training.batch_size}, peak learning "
-        f"rate {training.learning_rate:g}, seed {recipe.seed}.{best}",
+        f"rate {_rate(recipe, finished)}, seed {recipe.seed}.{best}",
         f"Measured on {result.source.rows:,} rows of the {result.split} split ({result.source.origin}).{drawn} "
         f"{listed}.",
     ]
+
+
+def _rate(recipe: Recipe, finished: Mapping[str, Any]) -> str:
+    """The peak learning rate, and how it was found."""
+    if steps := finished.get("range_test_steps"):
+        return f"{finished['learning_rate']:g} (found by a range test of {steps} steps)"
+    return f"{recipe.training.learning_rate:g}"
 
 
 def _most_uncertain(result: EvaluationResult) -> list[UncertainExample]:

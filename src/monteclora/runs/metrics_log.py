@@ -14,13 +14,16 @@ __all__ = ["MetricsLog"]
 
 
 class MetricsLog:
-    """Events: mappings with ``event`` (``train``, ``skipped``, ``eval``, ``phase``, ``finished``), ``phase``, ``step``.
+    """Events: mappings with ``event`` (``range_test``, ``train``, ``skipped``, ``eval``, ``phase``, ``finished``),
+    ``phase``, ``step``.
 
     Steps are counted over all phases. A ``train`` line holds means since the line before: ``loss``, the task's
     negative log-likelihood in nats, and with a posterior ``objective`` (loss and regulariser), ``kl`` (nats) and
     ``pi_squared_norm``; besides ``learning_rate``, ``grad_norm``, ``tokens`` seen so far and ``tokens_per_second``. A
     ``skipped`` line names the ``part`` of a step that was not finite and its training ``rows``; no mean counts it. An
-    ``eval`` line holds validation metrics. A ``phase`` line closes a phase, the ``finished`` line the run.
+    ``eval`` line holds validation metrics. A ``phase`` line closes a phase, the ``finished`` line the run. A
+    ``range_test`` line, before the first step, has the ``learning_rate`` that was found, the ``rates`` and ``losses``
+    that it was found by, and the test's ``test_steps``, ``tokens`` and ``seconds``.
 
     Args:
         path: the file.

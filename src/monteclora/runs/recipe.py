@@ -96,7 +96,7 @@ class TrainingSpec:
         micro_batch_size: rows per forward pass; the gradients of ``batch_size / micro_batch_size`` passes are added up.
             null takes all rows of a step at once.
         eval_batch_size: rows per forward pass of evaluation.
-        learning_rate: the peak learning rate.
+        learning_rate: the peak learning rate; ``auto`` finds it by a learning-rate range test before the first step.
         schedule: of the learning rate after warm-up: ``linear`` or ``cosine`` decay to zero, or ``constant``.
         warmup_ratio: the fraction of the steps over which the learning rate rises linearly from zero.
         weight_decay: AdamW's; never applied to biases, norms and the posterior.
@@ -123,7 +123,7 @@ class TrainingSpec:
     group_by_length: bool = False
     micro_batch_size: int | None = None
     eval_batch_size: int = 64
-    learning_rate: float = 5e-4
+    learning_rate: float | Literal["auto"] = 5e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.06
     weight_decay: float = 0.01
@@ -373,4 +373,5 @@ def _at_least(section: Any, bounds: Mapping[str, float]) -> list[tuple[str, str]
 
 def _above_zero(section: Any, *names: str) -> list[tuple[str, str]]:
     values = {name: getattr(section, name) for name in names}
-    return [(n, f"is {v}, expected above 0") for n, v in values.items() if v is not None and v <= 0]
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return [(name, f"is {value}, expected above 0") for name, value in numbers.items() if value <= 0]

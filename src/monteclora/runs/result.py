@@ -27,6 +27,9 @@ class RunResult:
         tokens: seen in training, without padding.
         trained_parameters: how many numbers were trained.
         skipped_steps: how many were not finite and changed nothing (``training.non_finite: skip``).
+        learning_rate: the peak: of the recipe, or what a range test found (``training.learning_rate: auto``); None for
+            a run that an earlier version finished.
+        range_test_steps: of that test; its seconds and tokens are counted in those of the run.
     """
 
     folder: Path
@@ -39,6 +42,8 @@ class RunResult:
     tokens: int
     trained_parameters: int
     skipped_steps: int = 0
+    learning_rate: float | None = None
+    range_test_steps: int = 0
 
     @property
     def adapter(self) -> Path:

@@ -23,7 +23,8 @@ from monteclora.system.devices import PeakMemory, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks.kinds import KINDS
 from monteclora.training.estimate import Memory, Sizes, operations, required_memory
-from monteclora.training.phases import Phase, batches, phases_of, plan_of
+from monteclora.training.plans import Phase, batches, phases_of, plan_of
+from monteclora.training.range_test import MOST_STEPS, NOMINAL
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,13 +88,18 @@ class CheckReport:
         return sum(phase.steps for phase in self.phases)
 
     @property
+    def range_test_steps(self) -> int:
+        """At most, before the first step; 0 where the recipe gives a learning rate."""
+        return MOST_STEPS if self.recipe.training.learning_rate == "auto" else 0
+
+    @property
     def seconds(self) -> float | None:
         """Estimated time of the run on this machine, validation included; None where no step was measured."""
         if self.measured is None:
             return None
         row = self.measured.seconds / self.measured.rows
         spec = self.recipe.training
-        trained_rows = self.steps * spec.batch_size
+        trained_rows = (self.steps + self.range_test_steps) * spec.batch_size
         validated = [phase for phase in self.phases if phase.validates]
         per_epoch = max(self.rows["train"] // spec.batch_size, 1)
         evaluations = sum(-(-phase.steps // (spec.eval_every or per_epoch)) for phase in validated)
@@ -107,6 +113,7 @@ class CheckReport:
             **facts,
             "shown_rows": [str(view) for view in self.views],
             "steps": self.steps,
+            "range_test_steps": self.range_test_steps,
             "seconds": self.seconds,
         }
 
@@ -131,7 +138,8 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         sizes = Sizes.of(model)
         trained = _trained_names(model)
         lengths = [len(ids) for ids in data.train["input_ids"]]
-        phases = tuple(phases_of(recipe, len(lengths)))
+        given = recipe.training.learning_rate
+        phases = tuple(phases_of(recipe, len(lengths), NOMINAL if given == "auto" else given))
         micro = min(batches(recipe.training)[0], len(lengths))
         method = get_method(recipe.method.name)
         virtual = method.virtual_tokens(recipe.method)
@@ -146,7 +154,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         )
         for phase in phases:  # what training would refuse at its start
             method.begin_phase(model, plan_of(recipe, phase, len(lengths)))
-        rows = sum(phase.steps for phase in phases) * recipe.training.batch_size
+        steps = sum(phase.steps for phase in phases) + (MOST_STEPS if given == "auto" else 0)
         measured = None
         if memory.weights <= _LARGEST_TO_LOAD and _weights_at_hand(resolve_model(recipe.model.name)):
             del model
@@ -164,7 +172,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
             trained=trained,
             phases=phases,
             memory=memory,
-            operations=operations(recipe, sizes, rows * (mean + virtual)),
+            operations=operations(recipe, sizes, steps * recipe.training.batch_size * (mean + virtual)),
             measured=measured,
         )
 

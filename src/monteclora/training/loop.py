@@ -25,13 +25,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from monteclora.methods.base import Method
 from monteclora.tasks.measures import Measures
 from monteclora.training.batches import Batch, Batches
-from monteclora.training.divergence import NonFiniteSteps, Part
+from monteclora.training.divergence import Part
 from monteclora.training.interruption import Interruption
 from monteclora.training.reporting import Reporting
 from monteclora.training.state import TrainingState
 from monteclora.training.validation import Interrupted, Validation
 
-__all__ = ["Intervals", "Loop", "Saver"]
+__all__ = ["Intervals", "Loop", "NonFinite", "Saver"]
 
 
 class Saver(Protocol):
@@ -43,6 +43,20 @@ class Saver(Protocol):
 
     def restore_generators(self) -> None:
         """Put the generators into the checkpoint's state."""
+        ...
+
+
+class NonFinite(Protocol):
+    """What happens at a step that is not finite."""
+
+    def met(self, state: TrainingState, part: Part, indices: Sequence[int]) -> None:
+        """Take note of such a step, or raise what ends the loop.
+
+        Args:
+            state: where the phase stands, before the step.
+            part: what is not finite.
+            indices: of this process's training rows in the step.
+        """
         ...
 
 
@@ -119,7 +133,7 @@ class Loop:
     max_grad_norm: float
     intervals: Intervals
     saver: Saver
-    non_finite: NonFiniteSteps
+    non_finite: NonFinite
     reporting: Reporting
     interruption: Interruption
     kept_whole: Sequence[nn.Parameter] = ()

@@ -26,7 +26,9 @@ from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
 from monteclora.tasks import load
 from monteclora.training import sharding
-from monteclora.training.phases import phases_of, train_phase
+from monteclora.training.phases import train_phase
+from monteclora.training.plans import Phase, phases_of
+from monteclora.training.range_test import range_test, recorded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,19 +93,47 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         for note in overrides_of(folder.environment):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         folder.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
-    model = _train_phases(recipe, folder, data, model, frozenset(trained), checkpoint, console)
+    rate = _known_rate(recipe, folder)
+    if rate is None:
+        rate = _found_rate(recipe, folder, data, model, console)
+        del model  # before another one takes its place
+        model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
+    phases = phases_of(recipe, len(data.train), rate)
+    model = _train_phases(recipe, phases, folder, data, model, frozenset(trained), checkpoint, console)
     with sharding.gathered(model, trained):
         if is_main_process():
             with new_folder(folder.adapter) as stage:
                 get_method(recipe.method.name).save(model, stage)
     if is_main_process():
-        folder.metrics.append(_conclusion(folder, sum(trained.values()), memory))
+        folder.metrics.append(_conclusion(folder, rate, sum(trained.values()), memory))
     PartialState().wait_for_everyone()
     return folder.metrics.read()[-1]
 
 
+def _known_rate(recipe: Recipe, run: RunFolder) -> float | None:
+    """The peak learning rate, the recipe's or the one that the run has found; None where it is still to be found.
+
+    A run that resumes goes by what its log says. All processes read it: nothing is added before all have taken part in
+    the test.
+    """
+    given = recipe.training.learning_rate
+    return recorded(run) if given == "auto" else given
+
+
+def _found_rate(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Module, console: Console) -> float:
+    """The peak learning rate by a range test, whose line is in the metrics afterwards; ``model`` is used up."""
+    found = range_test(recipe, run, data, model, console)
+    if is_main_process():
+        run.metrics.append(found.event(phases_of(recipe, len(data.train), found.learning_rate)[0].name))
+    console.print(
+        f"note: learning rate {found.learning_rate:g}, found by a range test of {found.steps} steps", highlight=False
+    )
+    return found.learning_rate
+
+
 def _train_phases(
     recipe: Recipe,
+    phases: list[Phase],
     run: RunFolder,
     data: PreparedData,
     model: nn.Module,
@@ -112,7 +142,6 @@ def _train_phases(
     console: Console,
 ) -> nn.Module:
     """Train the phases that are left, with a line of metrics for each; gives the model with the weights to keep."""
-    phases = phases_of(recipe, len(data.train))
     first_step = 0
     if checkpoint is not None:
         phases = list(dropwhile(lambda phase: phase.name != checkpoint.phase, phases))
@@ -132,9 +161,10 @@ def _train_phases(
     return model
 
 
-def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> dict[str, Any]:
-    """The last line of the metrics."""
+def _conclusion(run: RunFolder, rate: float, trained_parameters: int, memory: PeakMemory) -> dict[str, Any]:
+    """The last line of the metrics; its costs count those of a range test."""
     events = run.metrics.read()
+    tests = [event for event in events if event["event"] == "range_test"]
     phases = [event for event in events if event["event"] == "phase"]
     kept_steps = {phase["kept_step"] for phase in phases}
     # of the last validated step whose weights a phase ended with
@@ -145,7 +175,9 @@ def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> 
         "event": "finished",
         **{name: phases[-1][name] for name in ("phase", "step", "kept_step")},
         "metrics": metrics,
-        **{name: sum(phase.get(name, 0) for phase in phases) for name in ("seconds", "tokens", "skipped_steps")},
+        "learning_rate": rate,
+        "range_test_steps": sum(test["test_steps"] for test in tests),
+        **{name: sum(e.get(name, 0) for e in (*tests, *phases)) for name in ("seconds", "tokens", "skipped_steps")},
         "peak_memory_bytes": memory.bytes,
         "trained_parameters": trained_parameters,
     }
@@ -154,6 +186,7 @@ def _conclusion(run: RunFolder, trained_parameters: int, memory: PeakMemory) -> 
 def _result(run: Run, finished: Mapping[str, Any]) -> RunResult:
     same = ("kept_step", "metrics", "seconds", "peak_memory_bytes", "tokens", "trained_parameters")
     values = {name: finished[name] for name in same}
-    return RunResult(
-        run.folder.path, run.recipe, finished["step"], **values, skipped_steps=finished.get("skipped_steps", 0)
-    )
+    since = {
+        name: finished[name] for name in ("skipped_steps", "learning_rate", "range_test_steps") if name in finished
+    }
+    return RunResult(run.folder.path, run.recipe, finished["step"], **values, **since)
