@@ -18,6 +18,7 @@ from monteclora.adapters.card import portable_name
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.merging import merged_copy
 from monteclora.adapters.model import MonteCLoRAModel
+from monteclora.adapters.names import plain_name, plain_patterns
 from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
@@ -52,6 +53,7 @@ def export_samples(
     config = cast(MonteCLoRAConfig, model.peft_config[drawn.name]).plain_lora()
     config.base_model_name_or_path = portable_name(config.base_model_name_or_path)
     config.inference_mode = True
+    plain_patterns(config)
     folders = []
     for number in range(num_samples):
         folder = Path(directory) / f"sample-{number}"
@@ -88,7 +90,8 @@ class DrawnAdapters:
                 f"active adapters are {names}, expected one MonteCLoRA adapter",
                 "Choose it with model.set_adapter(name).",
             )
-        return cls(names[0], posterior, get_peft_model_state_dict(model, adapter_name=names[0]))
+        mean = get_peft_model_state_dict(model, adapter_name=names[0])
+        return cls(names[0], posterior, {plain_name(key): value for key, value in mean.items()})
 
     def weights(self, seed: int, number: int) -> dict[str, Tensor]:
         """The weights under draw ``number`` of the stream ``seed``, in the mean's dtypes, on the CPU."""
@@ -120,6 +123,7 @@ def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer
         ConfigError: the base model is not a transformers model.
     """
     base = model.get_base_model()
+    base = getattr(base, "_orig_mod", base)
     if not isinstance(base, PreTrainedModel):
         raise ConfigError(f"{type(base).__name__} is not a transformers model", "Use model.merge_and_unload() instead.")
     target = Path(directory)

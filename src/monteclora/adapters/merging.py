@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from monteclora.errors import ConfigError
 
-__all__ = ["merged_copy", "shared_targets"]
+__all__ = ["merged_copy", "shared_targets", "uncompiled"]
 
 
 def _uses(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -32,7 +32,7 @@ def shared_targets(model: nn.Module) -> list[str]:
     counts: dict[int, int] = {}
     for _, _, parameter in _uses(model):
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     return [name for name, layer in layers if counts.get(id(getattr(layer.get_base_layer(), "weight", None)), 0) > 1]
 
 
@@ -53,7 +53,21 @@ def merged_copy(model: PeftModel) -> nn.Module:
         _separate(copied.get_base_model())
     with torch.no_grad():
         merged: nn.Module = copied.merge_and_unload(safe_merge=True)
-    return merged
+    return uncompiled(merged)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """A model without the wrappers that ``torch.compile`` put around it or its parts, which are removed in place.
+
+    Saved with them, it would have weights of other names, which nothing finds again.
+    """
+    model = cast(nn.Module, getattr(model, "_orig_mod", model))
+    for module in list(model.modules()):
+        for name, part in module.named_children():
+            inner = getattr(part, "_orig_mod", part)
+            if inner is not part:
+                module.register_module(name, inner)
+    return model
 
 
 def _check_separable(base: nn.Module, target: str) -> None:

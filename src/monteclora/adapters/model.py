@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from monteclora.adapters import card, checks, storage
+from monteclora.adapters import card, checks, names, storage
 from monteclora.adapters.config import OWN_TYPE, MonteCLoRAConfig
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.adapters.transformers_private import earlier_names
@@ -131,7 +131,7 @@ class MonteCLoRAModel(PeftModel):
                 "safe_serialization=False asks for a pickle, which monteclora does not load", "Leave it out."
             )
         converted = path_initial_model_for_weight_conversion is not None
-        names = selected_adapters or list(self.peft_config)
+        selected = selected_adapters or list(self.peft_config)
         target = Path(save_directory)
         with atomic.staged(target, write=is_main_process) as folder:
             with self._plain_configurations():
@@ -145,14 +145,15 @@ class MonteCLoRAModel(PeftModel):
                     **kwargs,
                 )
             if is_main_process:
-                for name in names:
+                for name in selected:
+                    names.plain_file(_place(folder, name) / storage.WEIGHTS_FILE)
                     self._save_posterior(name, _place(folder, name), None if converted else kwargs.get("state_dict"))
                     if converted:
                         (_place(folder, name) / storage.POSTERIOR_FILE).unlink(missing_ok=True)
             if is_main_process and tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
         if is_main_process:
-            for name in names:
+            for name in selected:
                 if converted or self.base_model.posterior(name) is None:
                     # one that an earlier adapter of this name left
                     (_place(target, name) / storage.POSTERIOR_FILE).unlink(missing_ok=True)
@@ -179,6 +180,7 @@ class MonteCLoRAModel(PeftModel):
         for name, config in given.items():
             plain = config.plain_lora() if isinstance(config, MonteCLoRAConfig) else copy.copy(config)
             plain.base_model_name_or_path = card.portable_name(plain.base_model_name_or_path or self._base_name())
+            names.plain_patterns(plain)
             configs[name] = plain
         try:
             yield
@@ -214,34 +216,37 @@ class MonteCLoRAModel(PeftModel):
         path = storage.find_posterior(model_id, **kwargs)
         stored = None if path is None else storage.load_posterior(path)
         existing = self.base_model.posterior(adapter_name)
+        weights = storage.find_file(model_id, storage.WEIGHTS_FILE, **kwargs)
         if stored is not None:
-            stored.check_mean(storage.find_file(model_id, storage.WEIGHTS_FILE, **kwargs))
+            stored.check_mean(weights)
             if existing is not None:
-                stored.check_fits(existing, key_mapping)
+                stored.check_fits(existing, self._layer_names(adapter_name, stored, key_mapping))
         elif existing is not None:
             raise CheckpointError(
                 f"{model_id} has no {storage.POSTERIOR_FILE}, and adapter '{adapter_name}' has a posterior",
                 "Load it under another name.",
             )
         known = adapter_name in self.peft_config
+        local = self._local_mapping(weights, key_mapping)
         self._loading = stored is not None
         try:
             with self._others_as_frozen():
-                result = super().load_adapter(
-                    model_id, adapter_name, is_trainable, *args, key_mapping=key_mapping, **kwargs
-                )
+                result = super().load_adapter(model_id, adapter_name, is_trainable, *args, key_mapping=local, **kwargs)
         finally:
             self._loading = False
         if stored is None:
             return result
-        if existing is None:
-            try:
+        try:
+            if result.missing_keys:
+                raise CheckpointError(f"{weights} has no {result.missing_keys[0]}", storage.RESTORE)
+            existing = self.base_model.posterior(adapter_name)
+            if existing is None:
                 existing = self._restore(adapter_name, stored, key_mapping)
-            except MonteCLoRAError:
-                if not known:
-                    self.delete_adapter(adapter_name)
-                raise
-            self.base_model.set_trainable(dict.fromkeys(existing.parameters(), is_trainable))
+                self.base_model.set_trainable(dict.fromkeys(existing.parameters(), is_trainable))
+        except MonteCLoRAError:
+            if not known:
+                self.delete_adapter(adapter_name)
+            raise
         stored.copy_into(existing)
         return result
 
@@ -253,17 +258,33 @@ class MonteCLoRAModel(PeftModel):
         self._loading = True
         try:
             with self._others_as_frozen():
-                result = super().load_adapter(str(model_id), adapter_name, is_trainable)
+                local = self._local_mapping(storage.find_file(model_id, storage.WEIGHTS_FILE), None)
+                result = super().load_adapter(str(model_id), adapter_name, is_trainable, key_mapping=local)
         finally:
             self._loading = False
         self.base_model.measure()
         return result
 
+    def _local_mapping(self, weights: Path | None, key_mapping: dict[str, str] | None) -> dict[str, str] | None:
+        """The ``key_mapping`` with which peft finds the tensors of a file in this model."""
+        if weights is None:
+            return key_mapping
+        return names.key_mapping_for(self.get_base_model(), names.names_in(weights), key_mapping)
+
+    def _layer_names(
+        self, adapter_name: str, stored: storage.StoredPosterior, key_mapping: dict[str, str] | None
+    ) -> list[str]:
+        """What this model calls the layers of a stored posterior."""
+        stored_names = [layer.name for layer in stored.layers]
+        return names.current_names(self, self.peft_config[adapter_name], stored_names, key_mapping, stored.path)
+
     def _restore(
         self, adapter_name: str, stored: storage.StoredPosterior, key_mapping: dict[str, str] | None
     ) -> AdapterPosterior:
         """Give an adapter that was loaded as a plain LoRA its configuration and posterior."""
-        stored.check_layers(self.base_model.layer_shapes(adapter_name), key_mapping)
+        stored.check_layers(
+            self.base_model.layer_shapes(adapter_name), self._layer_names(adapter_name, stored, key_mapping)
+        )
         plain = self.peft_config[adapter_name]
         self.peft_config[adapter_name] = stored.config(plain).of_type(PeftType.LORA)
         try:
@@ -359,6 +380,7 @@ def get_peft_model(
     config = peft_config.of_type(OWN_TYPE)
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config.revision = kwargs.pop("revision", None) or config.revision
+    names.localised(config, model)
     check_target_names(config, model)
     with unchanged_on_error(model, adapter_name):
         return build(model, config, adapter_name, **kwargs)
@@ -417,6 +439,7 @@ def from_pretrained(
         config = stored.config(config)
     config = config.of_type(OWN_TYPE)
     config.inference_mode = not is_trainable
+    names.localised(config, model)
     if weights is not None:
         checks.check_head(weights, model)
     if key_mapping is None:
@@ -424,11 +447,7 @@ def from_pretrained(
     options = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype", "low_cpu_mem_usage") if name in kwargs}
     with unchanged_on_error(model, adapter_name), checks.adapter_errors(model_id):
         wrapped = build(model, config, adapter_name, **options)
-        missing = wrapped.load_adapter(
-            model_id, adapter_name, is_trainable, key_mapping=key_mapping, **options, **kwargs
-        ).missing_keys
-        if missing:
-            raise CheckpointError(f"{weights} has no {missing[0]}", storage.RESTORE)
+        wrapped.load_adapter(model_id, adapter_name, is_trainable, key_mapping=key_mapping, **options, **kwargs)
         checks.check_finite(model_id, get_peft_model_state_dict(wrapped, adapter_name=adapter_name))
     _name_labels(model, stored.labels)
     return wrapped

@@ -11,8 +11,7 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from monteclora.adapters.config import MonteCLoRAConfig
+from monteclora.adapters.names import plain_name
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings
 from monteclora.posterior.bounds import BOUND, at_bound
@@ -98,7 +98,7 @@ def save_posterior(
             logger.warning(what, name, BOUND)
     fields = {
         "format": _FORMAT,
-        "layers": [(_plain_name(layer.name), *layer[1:]) for layer in posterior.layers],
+        "layers": [(plain_name(layer.name), *layer[1:]) for layer in posterior.layers],
         "config": config.method_fields(),
         "resolved": config.resolved().given(),
         "seed": posterior.seed,
@@ -162,11 +162,6 @@ def find_posterior(model_id: str | os.PathLike[str], **kwargs: Any) -> Path | No
     return find_file(model_id, POSTERIOR_FILE, **kwargs)
 
 
-def _plain_name(layer: str) -> str:
-    """A layer's name without what ``torch.compile`` puts into it."""
-    return layer.replace("_orig_mod.", "")
-
-
 def missing_posterior(model_id: str | os.PathLike[str]) -> CheckpointError:
     """The error for an adapter without a sidecar."""
     return CheckpointError(
@@ -227,18 +222,20 @@ class StoredPosterior:
                 f"Save both with model.save_pretrained, or delete {self.path.name} to keep a plain LoRA.",
             )
 
-    def check_layers(self, layers: list[LayerShape], key_mapping: Mapping[str, str] | None = None) -> None:
+    def check_layers(self, layers: list[LayerShape], names: Sequence[str] | None = None) -> None:
         """Check that the posterior belongs to an adapter with these layers.
 
         Args:
             layers: of the model.
-            key_mapping: of peft, from names at the time of saving to names of the model.
+            names: what the model calls the stored layers, where it is not what they are stored as.
 
         Raises:
             CheckpointError: it belongs to another one.
         """
-        found = [LayerShape(_plain_name(name), *shape) for name, *shape in layers]
-        stored = [LayerShape(_mapped(name, key_mapping or {}), *shape) for name, *shape in self.layers]
+        found = [LayerShape(plain_name(name), *shape) for name, *shape in layers]
+        stored = self.layers
+        if names is not None:
+            stored = [LayerShape(name, *layer[1:]) for name, layer in zip(names, stored, strict=True)]
         if found != stored:
             changed = sorted(set(found) ^ set(stored)) or stored
             raise CheckpointError(
@@ -247,13 +244,13 @@ class StoredPosterior:
                 "Load it onto the base model it was trained on, with the same target_modules.",
             )
 
-    def check_fits(self, posterior: AdapterPosterior, key_mapping: Mapping[str, str] | None = None) -> None:
-        """Check that ``posterior`` has the layers and the number of components of this one.
+    def check_fits(self, posterior: AdapterPosterior, names: Sequence[str] | None = None) -> None:
+        """Check that ``posterior`` has the layers and the number of components of this one; see :meth:`check_layers`.
 
         Raises:
             CheckpointError: it has others.
         """
-        self.check_layers(posterior.layers, key_mapping)
+        self.check_layers(posterior.layers, names)
         for name in _TENSORS:
             expected, found = getattr(posterior, name).shape, self.tensors[name].shape
             if expected != found:
@@ -350,15 +347,6 @@ def _sealed(metadata: Mapping[str, str]) -> tuple[str, str]:
         return metadata[_KEY], metadata["sha256"]
     envelope = json.loads(metadata[_KEY])
     return envelope["document"], envelope["sha256"]
-
-
-def _mapped(layer: str, key_mapping: Mapping[str, str]) -> str:
-    """A layer's stored name as the model has it, after the first pattern of peft's ``key_mapping`` that applies."""
-    for pattern, replacement in key_mapping.items():
-        name, count = re.subn(pattern, replacement, layer)
-        if count:
-            return name
-    return layer
 
 
 def _current_names(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.layers import DrawnLayer, DrawnLinear, supported_types
 from monteclora.adapters.merging import shared_targets
+from monteclora.adapters.names import plain_name
 from monteclora.adapters.offloading import check_base, check_here
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.adapters.scope import DrawScope
@@ -425,7 +426,7 @@ def _is_here(weight: Tensor) -> bool:
 
 
 def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[LayerShape]:
-    return [LayerShape(name, layer.r[adapter_name], layer.in_features) for name, layer in layers]
+    return [LayerShape(plain_name(name), layer.r[adapter_name], layer.in_features) for name, layer in layers]
 
 
 def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
