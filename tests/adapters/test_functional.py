@@ -12,6 +12,7 @@ from torch import Tensor
 from monteclora.adapters.functional import drawn_lora, grouped_lora
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings, dirichlet, noise, wishart
+from tests.posterior import formulas
 from tests.posterior.building import raw_normals
 
 BATCH, LENGTH, IN, OUT, RANK, COMPONENTS = 3, 4, 6, 5, 3, 4
@@ -73,7 +74,7 @@ def noise_of_a(posterior: AdapterPosterior, rho: Tensor, eta: Tensor, index: int
         wishart.raw_bartlett(float(SHAPES[0].rank), SHAPES[0].rank, 1, posterior.rho, generator)
         drawn = (spread * wishart.raw_bartlett(float(RANK), RANK, 1, posterior.rho, generator)[0]) @ xi
     raw = dirichlet.raw(posterior.eta, s.dirichlet, stream(noise.Kind.DIRICHLET))
-    pi = dirichlet.sample(eta, raw)[LAYER]
+    pi = formulas.weights(eta, raw)[LAYER]
     return SCALES[LAYER] * torch.linalg.vector_norm(pi) * drawn / RANK**0.5  # normalised: nu = r
 
 

@@ -378,7 +378,7 @@ def test_drawn_weights_have_the_published_variance(covariance: str) -> None:
             noise = layer(torch.eye(12))[:, :3].t() - mu
             total += noise
             square += noise.square()
-    squared_norm = dirichlet.moments(posterior.eta[0]).squared_norm
+    squared_norm = dirichlet.mean_squared_norm(posterior.eta[0])
     expected = 0.09 * squared_norm * (2 * posterior.rho[:3]).exp()
     # columns share Sigma and pi: a row's mean square varies by about 100 % from draw to draw, so that 13 % are five
     # standard errors

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from monteclora.posterior import dirichlet, mixture, wishart
 from tests import reference
+from tests.posterior import formulas
 from tests.posterior.building import LAWS, reference_statistics, statistics
 from tests.posterior.checks import COUNT, SEEDS, assert_law, assert_mean
 from tests.reference import Law, name_of
 
 
 def collapsed(law: Law, seed: int, count: int = COUNT) -> Tensor:
-    """``A - mu``, shape (count, r, n), in float64: each draw one call of ``mixture.sample``."""
+    """``A - mu``, shape (count, r, n), in float64: each draw one call of ``formulas.draw``."""
     generator = torch.Generator().manual_seed(seed)
     rho = torch.tensor(law.rho, dtype=torch.float64).expand(count, -1)
     eta = torch.tensor(law.alpha, dtype=torch.float64).log().expand(count, -1).contiguous()
@@ -27,11 +28,11 @@ def collapsed(law: Law, seed: int, count: int = COUNT) -> Tensor:
         raw = wishart.raw_bartlett(law.dof, len(law.rho), count, rho, generator)
     else:
         raw = wishart.raw_chi_square(torch.full_like(rho, law.dof), generator)
-    factor = wishart.sample(rho, raw, law.dof, normalised=law.normalised)
-    pi = dirichlet.sample(eta, dirichlet.raw(eta, "laplace" if law.laplace else "exact", generator))
+    factor = formulas.wishart_factor(rho, raw, law.dof, normalised=law.normalised)
+    pi = formulas.weights(eta, dirichlet.raw(eta, "laplace" if law.laplace else "exact", generator))
     xi = torch.randn(count, len(law.rho), law.columns, dtype=torch.float64, generator=generator)
     mu = torch.full((len(law.rho), law.columns), 0.25, dtype=torch.float64)
-    return torch.vmap(mixture.sample, in_dims=(None, None, 0, 0, 0))(mu, law.scale, pi, factor, xi) - mu
+    return torch.vmap(formulas.draw, in_dims=(None, None, 0, 0, 0))(mu, law.scale, pi, factor, xi) - mu
 
 
 # -- the collapsed draw against the N-draw sampler -----------------------------------------------------------------
@@ -95,7 +96,7 @@ def test_entries_have_the_closed_form_laws(seed, normalised):
 @pytest.mark.parametrize("law", [law for law in LAWS if not law.laplace], ids=name_of)
 def test_entries_are_centred_and_have_the_documented_variance(law):
     a = collapsed(law, 4)
-    variance = mixture.moments(
+    variance = formulas.variance(
         torch.tensor(law.rho, dtype=torch.float64),
         torch.tensor(law.alpha, dtype=torch.float64).log(),
         law.scale,
@@ -116,7 +117,7 @@ def test_the_variance_falls_with_the_number_of_components():
     previous = math.inf
     for size in (1, 2, 4, 16, 64):
         law = Law(rho=(0.0,), alpha=(1.0,) * size, scale=1.0, dof=1, columns=1)
-        variance = mixture.moments(rho, torch.zeros(size, dtype=torch.float64), 1.0, 1.0)
+        variance = formulas.variance(rho, torch.zeros(size, dtype=torch.float64), 1.0, 1.0)
         assert variance.item() == pytest.approx(2.0 / (size + 1))
         assert_mean(collapsed(law, 5, COUNT // 4).square().flatten(), variance)
         assert variance.item() < previous
@@ -151,7 +152,7 @@ def test_the_sampled_divergence_is_that_of_gaussians(full):
     generator = torch.Generator().manual_seed(0)
     t = wishart.raw_bartlett(3, 3, 100, rho, generator)
     raw = t if full else t.diagonal(dim1=-1, dim2=-2).square()
-    root = wishart.sample(rho, raw, 3.0)
+    root = formulas.wishart_factor(rho, raw, 3.0)
     root = root if full else torch.diag_embed(root)
     norms, log_determinants = (t.square().sum(-1), t.diagonal(dim1=-1, dim2=-2).square()) if full else (raw, raw)
     actual = mixture.kl_divergence_terms(rho, norms / 3.0, (log_determinants / 3.0).log(), 5).sum(-1)
@@ -215,7 +216,9 @@ def test_the_published_law_cannot_bring_its_divergences_below_170_nats(full, nor
     if normalised:
         # zero gradient exactly at the prior, where KL_Sigma is 0 and the rest is Jensen's gap
         assert best.x == pytest.approx(0.0, abs=1e-5)
-        gap = wishart.moments(torch.zeros(rank), rank, covariance="full" if full else "diagonal").log_determinant
+        gap = formulas.wishart_moments(
+            torch.zeros(rank), rank, covariance="full" if full else "diagonal"
+        ).log_determinant
         assert best.fun == pytest.approx(-num / 2 * gap.item(), rel=1e-6)
         assert best.fun < (75.0 if full else 5.0)
     else:
@@ -226,7 +229,7 @@ def test_the_published_law_cannot_bring_its_divergences_below_170_nats(full, nor
 def test_constants_are_the_rows_share_of_the_log_determinant():
     for covariance, normalised in itertools.product(("diagonal", "full"), (True, False)):
         constants = mixture.log_determinant_constants(5.0, 4, covariance=covariance, normalised=normalised)
-        whole = wishart.moments(torch.zeros(4).double(), 5.0, covariance=covariance, normalised=normalised)
+        whole = formulas.wishart_moments(torch.zeros(4).double(), 5.0, covariance=covariance, normalised=normalised)
         assert sum(constants) == pytest.approx(whole.log_determinant.item(), rel=1e-12)
 
 
@@ -242,12 +245,12 @@ def test_gradients(full):
 
     mu, scale, factor, xi = number(3, 4), number(), number(3, 3) if full else number(3), number(3, 4)
     pi = number(5).softmax(-1).detach().requires_grad_()
-    assert torch.autograd.gradcheck(mixture.sample, (mu, scale, pi, factor, xi))
+    assert torch.autograd.gradcheck(formulas.draw, (mu, scale, pi, factor, xi))
     rho, eta = number(3), number(5)
     for normalised in (True, False):
         assert torch.autograd.gradcheck(
             lambda r, c=normalised: expected_divergence(r, 3.0, 5, full=full, normalised=c), rho
         )
         assert torch.autograd.gradcheck(
-            lambda r, e, s, c=normalised: mixture.moments(r, e, s, 3.0, normalised=c), (rho, eta, scale)
+            lambda r, e, s, c=normalised: formulas.variance(r, e, s, 3.0, normalised=c), (rho, eta, scale)
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from monteclora.posterior import dirichlet, noise, wishart
+from tests.posterior import formulas
 from tests.posterior.building import (
     LAWS,
     posterior_of,
@@ -86,11 +87,11 @@ def test_full_covariance_is_composed_of_its_three_streams(normalised):
     twos = iter(wishart.raw_bartlett(2, 2, 2, cells, stream))
     threes = iter(wishart.raw_bartlett(3, 3, 1, cells, stream))
     weights = dirichlet.raw(posterior.eta, "exact", generator(noise.Kind.DIRICHLET))
-    pi = dirichlet.sample(posterior.eta, weights)
+    pi = formulas.weights(posterior.eta, weights)
     row = 0
     for i, (rank, _) in enumerate(shapes):
         t = next(twos if rank == 2 else threes)
-        root = wishart.sample(posterior.rho[row : row + rank], t, float(rank), normalised=normalised)
+        root = formulas.wishart_factor(posterior.rho[row : row + rank], t, float(rank), normalised=normalised)
         expected = posterior.scale[i] * pi[i].norm() * root @ xi[i]
         torch.testing.assert_close(draw.layers[i].matrix, expected)
         sigma = root @ root.mT / (2 * posterior.rho[row : row + rank]).exp()

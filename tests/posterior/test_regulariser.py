@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings, dirichlet, mixture, wishart
+from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings, dirichlet
 from monteclora.posterior.bounds import bounded
+from tests.posterior import formulas
 from tests.posterior.building import posterior_of, random_posterior, row_scales
 from tests.posterior.checks import assert_mean
 from tests.reference import Law
@@ -63,7 +64,7 @@ def test_the_parts_are_means_over_layers_of_the_documented_formulas(covariance, 
         expected["kl_pi"].append(torch.distributions.kl_divergence(torch.distributions.Dirichlet(alpha), prior))
         v = (2 * rho).exp()
         expected["kl_sigma"].append(rank / 2 * (v.sum() - v.log().sum() - rank))
-        sigma = wishart.moments(rho, rank, covariance=covariance, normalised=normalised)
+        sigma = formulas.wishart_moments(rho, rank, covariance=covariance, normalised=normalised)
         expected["kl_z"].append(3 / 2 * (sigma.trace - sigma.log_determinant - rank))
         expected["coop"].append((alpha * (alpha + 1)).sum() / (alpha.sum() * (alpha.sum() + 1)))
     for name, values in expected.items():
@@ -169,12 +170,12 @@ def test_divergences_are_zero_or_at_their_minimum_at_the_prior(dtype):
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("normalised", [True, False])
 def test_noise_carries_the_gradient_of_the_mixture(normalised, law, covariance):
-    """That of mixture.sample through dirichlet.sample and wishart.sample, under autograd, with the same raw draws."""
+    """That of formulas.draw, under autograd, with the same raw draws."""
     shapes = ((2, 5), (3, 4), (1, 7))
     posterior = random_posterior(shapes=shapes, covariance=covariance, dirichlet=law, normalised=normalised).double()
     draw = posterior.draw()
     rho, eta = parameters(posterior)
-    pi = dirichlet.sample(eta, draw.weights)
+    pi = formulas.weights(eta, draw.weights)
     generator = torch.Generator().manual_seed(0)
     actual = expected = torch.zeros((), dtype=torch.float64)
     of_layers = zip(draw.layers, row_scales(posterior, draw), rho.split([rank for rank, _ in shapes]), strict=True)
@@ -183,7 +184,7 @@ def test_noise_carries_the_gradient_of_the_mixture(normalised, law, covariance):
         # L = diag(exp(rho)) T: whatever T is, rows scale with exp(rho)
         unit = (row_scale / (draw.squared_norm[i].sqrt() * posterior.scale[i])).squeeze(-1)
         factor, xi = unit * (rows - rows.detach()).exp(), (part.matrix / row_scale).detach()
-        expected = expected + (probe * mixture.sample(0.0 * xi, posterior.scale[i], pi[i], factor, xi)).sum()
+        expected = expected + (probe * formulas.draw(0.0 * xi, posterior.scale[i], pi[i], factor, xi)).sum()
         actual = actual + (probe * part.matrix).sum()
     torch.testing.assert_close(actual, expected)
     wanted = torch.autograd.grad(expected, (rho, eta))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from monteclora.posterior import wishart
+from tests.posterior import formulas
 from tests.posterior.checks import COUNT, SEEDS, assert_law, assert_mean
 
 RHO = (0.3, -0.5, 0.1)
@@ -24,9 +25,9 @@ def factors(rho: tuple[float, ...], nu: float, *, full: bool, normalised: bool, 
     log_std = torch.tensor(rho, dtype=torch.float64).expand(count, -1)
     if full:
         raw = wishart.raw_bartlett(nu, len(rho), count, log_std, generator(seed))
-        return wishart.sample(log_std, raw, nu, normalised=normalised)
+        return formulas.wishart_factor(log_std, raw, nu, normalised=normalised)
     raw = wishart.raw_chi_square(torch.full_like(log_std, nu), generator(seed))
-    return torch.diag_embed(wishart.sample(log_std, raw, nu, normalised=normalised))
+    return torch.diag_embed(formulas.wishart_factor(log_std, raw, nu, normalised=normalised))
 
 
 # -- laws ----------------------------------------------------------------------------------------------------------
@@ -136,7 +137,9 @@ def test_rank_one_is_a_chi_square_variable():
 def test_moments_are_those_of_the_draws(nu, covariance, normalised):
     full = covariance == "full"
     root = factors(RHO, nu, full=full, normalised=normalised, seed=5, count=COUNT)
-    moments = wishart.moments(torch.tensor(RHO, dtype=torch.float64), nu, covariance=covariance, normalised=normalised)
+    moments = formulas.wishart_moments(
+        torch.tensor(RHO, dtype=torch.float64), nu, covariance=covariance, normalised=normalised
+    )
     assert_mean(root.square().sum((-1, -2)), moments.trace, "tr Sigma")
     log_determinant = 2.0 * root.diagonal(dim1=-1, dim2=-2).log().sum(-1)
     assert_mean(log_determinant, moments.log_determinant, "log|Sigma|")
@@ -150,8 +153,8 @@ def test_moments_are_the_documented_formulas():
     diagonal = log_v + rank * math.log(2) + rank * scipy.special.digamma(nu / 2)
     full = log_v + rank * math.log(2) + sum(scipy.special.digamma((nu - i + 1) / 2) for i in range(1, rank + 1))
     for covariance, expected in (("diagonal", diagonal), ("full", full)):
-        published = wishart.moments(rho, nu, covariance=covariance, normalised=False)
-        ours = wishart.moments(rho, nu, covariance=covariance, normalised=True)
+        published = formulas.wishart_moments(rho, nu, covariance=covariance, normalised=False)
+        ours = formulas.wishart_moments(rho, nu, covariance=covariance, normalised=True)
         assert published.log_determinant.item() == pytest.approx(expected, rel=1e-14)
         assert ours.log_determinant.item() == pytest.approx(expected - rank * math.log(nu), rel=1e-14)
         assert published.trace.item() == pytest.approx(nu * ours.trace.item(), rel=1e-14)
@@ -215,11 +218,13 @@ def test_gradients(normalised):
     chi_square = wishart.raw_chi_square(torch.full((2, 3), 3.0, dtype=torch.float64), generator(1))
     bartlett = wishart.raw_bartlett(3.0, 3, 2, rho.detach(), generator(2))
     for raw in (chi_square, bartlett):
-        assert torch.autograd.gradcheck(lambda r, raw=raw: wishart.sample(r, raw, 3.0, normalised=normalised), rho)
+        assert torch.autograd.gradcheck(
+            lambda r, raw=raw: formulas.wishart_factor(r, raw, 3.0, normalised=normalised), rho
+        )
     assert torch.autograd.gradcheck(lambda r: wishart.kl_divergence(r, 3.0), rho)
     for covariance in ("diagonal", "full"):
         assert torch.autograd.gradcheck(
-            lambda r, c=covariance: wishart.moments(r, 3.0, covariance=c, normalised=normalised), rho
+            lambda r, c=covariance: formulas.wishart_moments(r, 3.0, covariance=c, normalised=normalised), rho
         )
 
 
@@ -227,7 +232,9 @@ def test_draws_of_many_layers_are_batched_like_those_of_one():
     rho = torch.randn(5, 3, dtype=torch.float64, generator=generator(0))
     raw = wishart.raw_bartlett(3.0, 3, 5, rho, generator(1))
     nu = torch.full((5, 3), 3.0, dtype=torch.float64)
-    together = wishart.sample(rho, raw.square().sum(-1), nu)
+    together = formulas.wishart_factor(rho, raw.square().sum(-1), nu)
     for i in range(5):
-        torch.testing.assert_close(together[i], wishart.sample(rho[i], raw[i].square().sum(-1), 3.0))
-        torch.testing.assert_close(wishart.sample(rho, raw, 3.0)[i], wishart.sample(rho[i], raw[i], 3.0))
+        torch.testing.assert_close(together[i], formulas.wishart_factor(rho[i], raw[i].square().sum(-1), 3.0))
+        torch.testing.assert_close(
+            formulas.wishart_factor(rho, raw, 3.0)[i], formulas.wishart_factor(rho[i], raw[i], 3.0)
+        )

@@ -22,22 +22,14 @@ from monteclora.posterior.settings import Approximation
 from monteclora.posterior.torch_private import standard_gamma, standard_gamma_slope
 
 __all__ = [
-    "Moments",
     "Raw",
     "kl_divergence",
     "log_norm",
     "log_norm_with_slope",
-    "moments",
+    "log_weights",
+    "mean_squared_norm",
     "raw",
-    "sample",
 ]
-
-
-class Moments(NamedTuple):
-    """``E[pi]``, shape (..., N), and ``E||pi||^2``, shape (...), of the exact Dirichlet."""
-
-    mean: Tensor
-    squared_norm: Tensor
 
 
 class Raw(NamedTuple):
@@ -54,7 +46,7 @@ class Raw(NamedTuple):
 
 @torch.no_grad()
 def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Generator | None = None) -> Raw:
-    """Draw what :func:`sample` needs, at the current ``eta``.
+    """Draw what :func:`log_weights` needs, at the current ``eta``.
 
     Args:
         eta: log concentrations, shape (..., N), float32 or float64.
@@ -89,19 +81,19 @@ def _logits(eta: Tensor, draw: Raw) -> Tensor:
     return gamma.log() - draw.exponential / alpha
 
 
-def sample(eta: Tensor, draw: Raw) -> Tensor:
-    """The weights ``pi``, shape (..., N), summing to 1, differentiable in ``eta``; N = 1 gives 1.
+def log_weights(eta: Tensor, draw: Raw) -> Tensor:
+    """``log pi``, shape (..., N), differentiable in ``eta``; the weights sum to 1, and N = 1 gives 0.
 
     Args:
         eta: log concentrations, shape (..., N), with the values they had when ``draw`` was made.
         draw: from :func:`raw`.
     """
-    return _logits(eta, draw).softmax(-1)
+    return _logits(eta, draw).log_softmax(-1)
 
 
 def log_norm(eta: Tensor, draw: Raw) -> Tensor:
     """``log ||pi||_2``, shape (...), differentiable in ``eta``: between ``-log(N)/2`` and 0."""
-    return 0.5 * (2.0 * _logits(eta, draw).log_softmax(-1)).logsumexp(-1)
+    return 0.5 * (2.0 * log_weights(eta, draw)).logsumexp(-1)
 
 
 @torch.no_grad()
@@ -118,13 +110,13 @@ def log_norm_with_slope(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
     Returns:
         ``log ||pi||_2``, shape (...), and the derivative, shape (..., N), zero for N = 1.
     """
-    log_weights = _logits(eta, draw).log_softmax(-1)
-    log_squares = 2.0 * log_weights
+    log_pi = log_weights(eta, draw)
+    log_squares = 2.0 * log_pi
     value, count = 0.5 * log_squares.logsumexp(-1), eta.shape[-1]
     if count == 1:
         return value, torch.zeros_like(eta)
     # in the logits, of which a common shift changes nothing: these sum to zero
-    slope = log_squares.softmax(-1) - log_weights.exp()
+    slope = log_squares.softmax(-1) - log_pi.exp()
     if draw.gamma_grad is not None and draw.exponential is not None:
         alpha = eta.exp()
         return value, slope * (alpha * draw.gamma_grad / draw.gamma + draw.exponential / alpha)
@@ -209,9 +201,16 @@ class _SquaredNorm(torch.autograd.Function):
         return slope
 
 
-def moments(eta: Tensor) -> Moments:
-    """Closed forms of the exact Dirichlet: ``E||pi||^2 = sum alpha_k (alpha_k + 1) / (alpha_0 (alpha_0 + 1))``.
+def mean_squared_norm(eta: Tensor) -> Tensor:
+    """``E||pi||^2 = sum alpha_k (alpha_k + 1) / (alpha_0 (alpha_0 + 1))`` of the exact Dirichlet.
 
-    docs/method.md section 3. ``E||pi||^2`` is differentiable once.
+    docs/method.md section 3.
+
+    Args:
+        eta: log concentrations, shape (..., N).
+
+    Returns:
+        Shape (...), differentiable once.
     """
-    return Moments(eta.softmax(-1), _SquaredNorm.apply(eta))
+    value: Tensor = _SquaredNorm.apply(eta)
+    return value

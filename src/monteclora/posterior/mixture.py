@@ -14,28 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from monteclora.posterior import dirichlet, wishart
+from monteclora.posterior import wishart
 from monteclora.posterior.settings import Covariance
 
-__all__ = ["kl_divergence_terms", "log_determinant_constants", "moments", "sample"]
-
-
-def sample(mu: Tensor, scale: float | Tensor, pi: Tensor, factor: Tensor, xi: Tensor) -> Tensor:
-    """One draw of ``A``, differentiable in every argument.
-
-    Args:
-        mu: mean, shape (r, n).
-        scale: eps.
-        pi: mixture weights, shape (N,).
-        factor: the diagonal of ``L``, shape (r,), or ``L``, shape (r, r).
-        xi: standard normal draws, shape (r, n).
-
-    Returns:
-        Shape (r, n). docs/method.md section 2.
-    """
-    noise = factor.unsqueeze(-1) * xi if factor.dim() == 1 else factor @ xi
-    norm: Tensor = torch.linalg.vector_norm(pi)
-    return mu + scale * norm * noise
+__all__ = ["kl_divergence_terms", "log_determinant_constants"]
 
 
 def log_determinant_constants(nu: float, rank: int, *, covariance: Covariance, normalised: bool) -> list[float]:
@@ -62,10 +44,3 @@ def kl_divergence_terms(rho: Tensor, row_squared_norm: Tensor, row_log_determina
     log_variance = 2.0 * rho + log_squared_norm
     variance_part = (torch.expm1(log_variance) - log_variance).clamp_min(0.0)
     return num / 2.0 * (variance_part + (log_squared_norm - row_log_determinant).clamp_min(0.0))
-
-
-def moments(rho: Tensor, eta: Tensor, scale: float | Tensor, nu: float, *, normalised: bool = True) -> Tensor:
-    """``Var(A_ij) = eps^2 E||pi||^2 c exp(2 rho_i)``, shape (..., r), one for all columns: docs/method.md section 3."""
-    c = 1.0 if normalised else nu
-    squared_norm = dirichlet.moments(eta).squared_norm
-    return scale**2 * squared_norm.unsqueeze(-1) * c * (2.0 * rho).exp()

@@ -405,7 +405,7 @@ class AdapterPosterior(MovableModule):
             row_squared_norm, row_log_determinant = self.current.row_squared_norm, self.current.row_log_determinant
             coop = (2.0 * dirichlet.log_norm(eta, self.current.weights)).exp()
         else:
-            coop = dirichlet.moments(eta).squared_norm
+            coop = dirichlet.mean_squared_norm(eta)
         kl_sigma, kl_z = row_divergences(rho, self._nu, row_squared_norm, row_log_determinant, s.num_components)
         return Regulariser(
             kl_pi=dirichlet.kl_divergence(eta, s.alpha_prior).mean(),
@@ -423,7 +423,7 @@ class AdapterPosterior(MovableModule):
         ``squared_norm`` is E||pi||^2 and ``noise_std`` the root mean square of A - mu.
         """
         rho, eta = bounded(self.rho, self.eta)
-        squared_norm = dirichlet.moments(eta).squared_norm
+        squared_norm = dirichlet.mean_squared_norm(eta)
         variance = self._c * (2.0 * rho).exp()
         mean = torch.segment_reduce(variance, "mean", lengths=self._ranks)
         return {"squared_norm": squared_norm, "noise_std": self.scale * (squared_norm * mean).sqrt()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +20,12 @@ from monteclora.posterior.settings import Covariance
 from monteclora.posterior.torch_private import standard_gamma
 
 __all__ = [
-    "Moments",
     "bartlett_log_diagonal_mean",
     "kl_divergence",
     "kl_divergence_terms",
-    "moments",
     "raw_bartlett",
     "raw_chi_square",
-    "sample",
 ]
-
-
-class Moments(NamedTuple):
-    """Expectations of a Wishart draw: ``E[tr Sigma]`` and ``E[log|Sigma|]``, both of shape (...)."""
-
-    trace: Tensor
-    log_determinant: Tensor
 
 
 def raw_chi_square(nu: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -75,23 +64,6 @@ def raw_bartlett(nu: float, rank: int, count: int, like: Tensor, generator: torc
     return factor.tril(-1) + torch.diag_embed(diagonal)
 
 
-def sample(rho: Tensor, raw: Tensor, nu: float | Tensor, *, normalised: bool = True) -> Tensor:
-    """Turn raw draws into the factor ``L`` of ``Sigma``, differentiably in ``rho``.
-
-    Args:
-        rho: log standard deviations, shape (..., r).
-        raw: chi-square draws of shape (..., r) (diagonal covariance) or Bartlett factors of shape (..., r, r) (full).
-        nu: degrees of freedom, a number or shape (..., r).
-        normalised: whether ``E[Sigma] = diag(exp(2 rho))`` (else ``nu`` times that).
-
-    Returns:
-        The diagonal of ``L``, shape (..., r), or ``L``, shape (..., r, r). docs/method.md section 2.
-    """
-    root_c = torch.as_tensor(nu, dtype=rho.dtype, device=rho.device).rsqrt() if normalised else rho.new_ones(())
-    std = rho.exp() * root_c
-    return std.unsqueeze(-1) * raw if raw.dim() > rho.dim() else std * raw.sqrt()
-
-
 def kl_divergence_terms(rho: Tensor, nu: float | Tensor) -> Tensor:
     """The summands of :func:`kl_divergence`, shape (..., r); each is non-negative."""
     # expm1 keeps the difference exact where V is close to the prior, and the clamp takes away the last rounding
@@ -122,21 +94,3 @@ def bartlett_log_diagonal_mean(nu: float, rank: int, covariance: Covariance) -> 
     # on the CPU by name: the default device is "meta" while a model without weights is being built
     steps = torch.arange(rank, dtype=torch.float64, device="cpu") * (covariance == "full")
     return tuple((math.log(2.0) + torch.digamma((nu - steps) / 2.0)).tolist())
-
-
-def moments(rho: Tensor, nu: float, *, covariance: Covariance = "diagonal", normalised: bool = True) -> Moments:
-    """``E[tr Sigma] = c tr V`` and ``E[log|Sigma|]`` in closed form, docs/method.md section 3.
-
-    Args:
-        rho: log standard deviations, shape (..., r).
-        nu: degrees of freedom.
-        covariance: which law of ``T``.
-        normalised: whether ``c = 1`` (else ``c = nu``).
-    """
-    rank = rho.shape[-1]
-    log_diagonal = sum(bartlett_log_diagonal_mean(nu, rank, covariance))
-    c = 1.0 if normalised else nu
-    return Moments(
-        trace=c * (2.0 * rho).exp().sum(-1),
-        log_determinant=2.0 * rho.sum(-1) + log_diagonal - (rank * math.log(nu) if normalised else 0.0),
-    )
