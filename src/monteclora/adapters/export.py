@@ -25,7 +25,7 @@ from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior
 from monteclora.system.atomic import staged
 
-__all__ = ["DrawnAdapters", "export_merged", "export_samples"]
+__all__ = ["DrawnAdapters", "export_merged", "export_samples", "write_model"]
 
 
 def export_samples(
@@ -126,10 +126,23 @@ def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer
     base = getattr(base, "_orig_mod", base)
     if not isinstance(base, PreTrainedModel):
         raise ConfigError(f"{type(base).__name__} is not a transformers model", "Use model.merge_and_unload() instead.")
+    return write_model(cast(PreTrainedModel, merged_copy(model)), directory, tokenizer)
+
+
+def write_model(model: PreTrainedModel, directory: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Write an ordinary transformers folder, whose files appear whole.
+
+    Args:
+        model: without adapters.
+        directory: the folder to write.
+        tokenizer: saved along, if given.
+
+    Returns:
+        The folder.
+    """
     target = Path(directory)
-    merged = cast(PreTrainedModel, merged_copy(model))
     with staged(target) as stage:
-        merged.save_pretrained(str(stage), safe_serialization=True)
+        model.save_pretrained(str(stage), safe_serialization=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(stage))
     return target

@@ -34,8 +34,9 @@ def export(
         num_samples: how many adapters to draw; by default 8, of gguf 0 for a method without a posterior.
         seed: of the draws.
     """
-    from monteclora.adapters.export import export_merged, export_samples
+    from monteclora.adapters.export import export_samples, write_model
     from monteclora.adapters.gguf import export_gguf
+    from monteclora.methods import get_method
     from monteclora.runs.loading import load_run
     from monteclora.system.quiet import quiet_libraries
 
@@ -50,14 +51,15 @@ def export(
             "Export it with --format merged or --format gguf; its adapter folder is a plain LoRA adapter.",
         )
     model: Any = loaded.model
-    if not hasattr(model, "peft_config"):
+    if kind == "gguf" and not hasattr(model, "peft_config"):
         raise ConfigError(
-            f"the method {loaded.recipe.method.name} of {loaded.folder} leaves nothing to merge",
-            f"Use {loaded.folder / 'adapter'}, an ordinary transformers folder.",
+            f"the method {loaded.recipe.method.name} of {loaded.folder} has no adapter to convert",
+            "Export it with --format merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
     with quiet_libraries():
         if kind == "merged":
-            written = [export_merged(model, target, loaded.tokenizer)]
+            merged: Any = get_method(loaded.recipe.method.name).merge(model)
+            written = [write_model(merged, target, loaded.tokenizer)]
         elif kind == "samples":
             written = export_samples(model, target, count, seed)
         else:
