@@ -219,11 +219,6 @@ class MonteCLoRATuner(LoraModel):
         """
         return _shapes(self._layers_of(adapter_name), adapter_name)
 
-    def device_of(self, adapter_name: str) -> torch.device:
-        """Where an adapter's first layer is, and so its posterior."""
-        _, layer = self._layers_of(adapter_name)[0]
-        return cast(torch.device, layer.get_base_layer().weight.device)
-
     def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
         supported = supported_types()
         layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r]

@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from monteclora.config import nearest
-from monteclora.errors import ConfigError
 from monteclora.metrics.calibration import DEFAULT_BINS, expected_calibration_error
 from monteclora.metrics.classification import accuracy, brier, f1, matthews, nll
 
-__all__ = ["METRICS", "Metric", "Scoring", "TokenSums", "get_metric", "measure", "metrics_for"]
+__all__ = ["METRICS", "Metric", "Scoring", "TokenSums", "measure", "metrics_for"]
 
 Scoring = Literal["classes", "options", "options_per_byte", "tokens"]
 """What is scored: classes; answer options, whose order carries no meaning; options by their log-likelihood per byte; or
@@ -92,23 +90,6 @@ METRICS: Mapping[str, Metric] = {
 def metrics_for(scoring: Scoring) -> tuple[Metric, ...]:
     """The metrics that apply, in the order in which they are shown."""
     return tuple(metric for metric in METRICS.values() if scoring in metric.functions)
-
-
-def get_metric(name: str, scoring: Scoring | None = None) -> Metric:
-    """The metric of that name.
-
-    Raises:
-        ConfigError: there is none, or it does not apply to ``scoring``; names the nearest or those that do.
-    """
-    metric = METRICS.get(name)
-    if metric is None:
-        near = nearest(name, METRICS)
-        hint = f"Did you mean {near}?" if near else f"Choose one of {', '.join(METRICS)}."
-        raise ConfigError(f"there is no metric {name!r}", hint)
-    if scoring is not None and scoring not in metric.functions:
-        known = ", ".join(metric.name for metric in metrics_for(scoring))
-        raise ConfigError(f"the metric {name} does not apply to {scoring}", f"Choose one of {known}.")
-    return metric
 
 
 def measure(scoring: Scoring, *arguments: Any, bins: int = DEFAULT_BINS) -> dict[str, float]:
