@@ -326,6 +326,20 @@ def test_lora_has_no_samples_to_export(run_main, trained):
     assert "has no posterior to draw from" in one_line(err)
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "full"])
+def test_what_a_method_does_decides_whether_its_run_can_be_merged(run_main, recipe_file, tmp_path, method):
+    status, _, err = run_main("train", recipe_file, "--method.name", method, "--training.max_steps", 1)
+    assert status == 0, err
+    status, out, err = run_main("export", tmp_path / "run", "--format", "merged")
+    if method == "full":
+        assert (status, out.strip()) == (0, str(tmp_path / "run" / "merged"))
+        assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    else:
+        assert (status, out) == (2, "")
+        assert "the method prompt_tuning cannot be merged" in one_line(err)
+        assert not (tmp_path / "run" / "merged").exists()
+
+
 def test_a_language_model_is_exported_for_llama_cpp(run_main, trained, tmp_path):
     out = tmp_path / "gguf"
     status, written, _ = run_main("export", trained["questions"], "--format", "gguf", "--num-samples", 1, "--out", out)
