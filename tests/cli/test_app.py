@@ -129,7 +129,7 @@ def test_a_reader_that_has_enough_is_no_error():
         (["evaluate", "."], "is not a run. Give a folder that `monteclora train` made."),
         (["predict", ".", "rows.csv"], "is not a run"),
         (["predict", ".", "rows.csv", "--out", "rows.xlsx"], "Name it with one of .parquet, .jsonl."),
-        (["predict", ".", "rows.csv", "--text", "w1"], "both the file rows.csv and --text are given. Give one"),
+        (["predict", ".", "rows.csv", "--text", "w1"], "both rows.csv and --text are given. Give texts or a file"),
         (["predict", ".", "--text", "w1", "--keep", "id"], "--keep is for a file, and --text is given"),
         (["predict", "."], "there is nothing to predict. Give a file, or texts"),
         (["predict", ".", "rows.csv", "--keep", "total"], "the predictions have a column 'total' of their own"),

@@ -190,16 +190,16 @@ def test_members_of_another_base_model_or_length_are_refused(copied, assets, tmp
 
 
 def test_a_file_is_not_predicted_by_an_ensemble_of_one(trained, assets, tmp_path):
-    with pytest.raises(ConfigError, match="the sampler ensemble needs several runs"):
+    with pytest.raises(ConfigError, match="an ensemble needs two runs or more"):
         predict_file(trained["texts"], assets / "texts-test.jsonl", tmp_path / "out.jsonl", sampler="ensemble")
 
 
 def test_the_sampler_of_several_runs_says_what_is_wrong(trained):
     loaded = ensemble.load_ensemble([trained["texts"], trained["lora"]])
-    with pytest.raises(ConfigError, match="2 runs were given, and no sampler was named") as caught:
+    with pytest.raises(ConfigError, match="2 runs predict together, and no sampler was named") as caught:
         loaded.sampler()
     assert "ensemble" in caught.value.hint
-    with pytest.raises(ConfigError, match="2 runs were given, and the sampler posterior is for one"):
+    with pytest.raises(ConfigError, match="2 runs predict together, and the sampler posterior is for one"):
         loaded.sampler("posterior", 4)
     with pytest.raises(ConfigError, match="num_samples is 3, and an ensemble of 2 draws each run once"):
         loaded.sampler("ensemble", 3)

@@ -43,6 +43,7 @@ def export(
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file", "Give the name of a folder.")
     loaded = load_run(run)
+    loaded.check_single("export")
     target = out or loaded.folder / kind
     count = num_samples if num_samples is not None else 8 if kind == "samples" or loaded.has_posterior else 0
     if not loaded.has_posterior and (kind == "samples" or (kind == "gguf" and count)):

@@ -19,9 +19,8 @@ __all__ = ["predict"]
 
 def predict(
     run: str,
-    file: Path | None = None,
     /,
-    *,
+    *others: str,
     text: Annotated[list[str] | None, Parameter(negative=())] = None,
     out: Path | None = None,
     keep: str | None = None,
@@ -43,11 +42,13 @@ def predict(
 
     Args:
         run: a run folder.
-        file: csv, tsv, jsonl or Parquet with the columns of texts that the run was trained on.
+        others: the file: csv, tsv, jsonl or Parquet with the columns of texts that the run was trained on; before it,
+            for the sampler ensemble, the folders of more runs.
         text: a text to predict instead of a file; repeat it for several. The answers are printed.
         out: a .parquet or .jsonl file; by default the file's name with -predictions.parquet, in this folder.
         keep: columns of the file to write beside the predictions, separated by commas: id,date.
-        sampler: mean, posterior, mc_dropout or laplace; by default posterior for a method that has one, else mean.
+        sampler: mean, posterior, mc_dropout, laplace or ensemble; by default posterior for a method that has one, else
+            mean.
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
@@ -58,17 +59,19 @@ def predict(
     """
     if text:
         only_files = {"out": out, "keep": keep, "sampler": sampler, "calibrator": calibrator, "batch-size": batch_size}
-        _check_alone(file, [name for name, value in only_files.items() if value is not None])
+        _check_alone(others, [name for name, value in only_files.items() if value is not None])
         _print_answers(run, text, num_samples, seed, max_new_tokens, risk, level, as_json)
         return
-    if file is None:
+    if not others:
         raise ConfigError("there is nothing to predict", 'Give a file, or texts: --text "...".')
+    *more, last = others
+    file = Path(last)
     from monteclora.evaluation.prediction import predict_file
 
     name = file.name.removesuffix(".gz")
     target = out or Path(f"{Path(name).stem}-predictions.parquet")
     found = predict_file(
-        run,
+        [run, *more],
         file,
         target,
         sampler=sampler,
@@ -99,9 +102,9 @@ def predict(
         note(words)
 
 
-def _check_alone(file: Path | None, options: Sequence[str]) -> None:
-    if file is not None:
-        raise ConfigError(f"both the file {file} and --text are given", "Give one of them.")
+def _check_alone(others: Sequence[str], options: Sequence[str]) -> None:
+    if others:
+        raise ConfigError(f"both {' '.join(others)} and --text are given", "Give texts or a file, of one run.")
     if options:
         raise ConfigError(f"--{options[0]} is for a file, and --text is given", "Leave one of them out.")
 

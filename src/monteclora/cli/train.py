@@ -49,6 +49,7 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
                 "skipped_steps": result.skipped_steps,
                 "learning_rate": result.learning_rate,
                 "range_test_steps": result.range_test_steps,
+                "members": list(result.members),
             }
         )
         return
@@ -60,7 +61,9 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
             ("trained", f"{result.steps} steps{kept} in {cost}, {result.trained_parameters:,} parameters"),
             *_learning_rate(result),
             *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))] if metrics else []),
-            ("adapter", str(result.adapter)),
+            ("members", f"{len(result.members)} runs in {result.members[0].parent}")
+            if result.members
+            else ("adapter", str(result.adapter)),
             ("next", f"monteclora evaluate {result.folder}"),
         ]
     )

@@ -139,7 +139,9 @@ def calibrate(
     _check_arguments(tolerance, num_samples, rows)
     folder = Path(run.folder if isinstance(run, RunResult) else run)
     with _described(folder, base, data, label_names) as notes:
-        loaded, grafted = with_posterior(load_run(folder), rows)
+        loaded = load_run(folder)
+        loaded.check_single("calibration")
+        loaded, grafted = with_posterior(loaded, rows)
         fit, held_out, origin = _halves(loaded, temperature)
         sampler = loaded.sampler("posterior", num_samples, seed)
         assert sampler is not None

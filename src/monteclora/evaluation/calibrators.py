@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +102,7 @@ def fit_calibrators(
     """
     found = [(MEAN, scored.at_mean), *([] if sampler is None else [(sampler, scored.predictions)])]
     about = {"split": FIT_SPLIT, "rows": len(rows), "origin": Path(origin).name, "rows_sha256": content_sha256(rows)}
-    about["weights_sha256"] = weights_sha256(RunFolder(loaded.folder).adapter)
+    about["weights_sha256"] = weights_sha256(RunFolder(loaded.first).adapter)
     fits, calibrators = {}, {}
     for each, predictions in found:
         if not isinstance(predictions, Predictions):
@@ -120,14 +119,13 @@ def fit_calibrators(
 def _key(name: str, sampler: Sampler, seed: int, loaded: LoadedRun) -> str:
     if sampler is MEAN:
         return f"{name}/{sampler.name}"
-    if loaded.members:  # whichever comes first; the weights that are compared on reading are the first run's alone
-        weights = sorted(weights_sha256(RunFolder(member).adapter) for member in loaded.members)
-        return f"{name}/{sampler.name}/{hashlib.sha256(''.join(weights).encode()).hexdigest()}"
+    if loaded.members:  # the weights that are compared on reading are the first run's alone
+        return f"{name}/{sampler.name}/{loaded.weights_sha256()}"
     return f"{name}/{sampler.name}/{sampler.num_samples} draws/seed {seed}"
 
 
 def _kept(loaded: LoadedRun) -> dict[str, dict[str, Any]]:
     """What was fitted to the weights that the run has now, by key."""
-    weights = weights_sha256(RunFolder(loaded.folder).adapter)
+    weights = weights_sha256(RunFolder(loaded.first).adapter)
     stored = read_calibration(loaded.folder).get(_SECTION, {})
     return {key: fit for key, fit in stored.items() if fit.get("weights_sha256") == weights}

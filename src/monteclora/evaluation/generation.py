@@ -141,6 +141,7 @@ def generate(
             f"samples is {samples} at temperature 0, which gives one answer", "Set a temperature, as 0.8."
         )
     loaded = load_run(run.folder if isinstance(run, RunResult) else run, base=base)
+    loaded.check_single("generation")
     asked = _asked(loaded, task, allow_code_execution)
     assert asked.generation is not None
     longest = asked.generation.max_new_tokens if max_new_tokens is None else max_new_tokens

@@ -113,6 +113,7 @@ def harness(
             f"lm-evaluation-harness is not at hand ({error})", 'Install it with pip install "monteclora[harness]".'
         ) from None
     loaded = load_run(run.folder if isinstance(run, RunResult) else run, base=base)
+    loaded.check_single("the harness")
     if loaded.kind != "causal_lm":
         raise ConfigError(f"{loaded.folder} trained a classifier", "The harness measures language models.")
     drawn = loaded.sampler(num_samples=num_samples, seed=seed)

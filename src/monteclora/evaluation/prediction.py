@@ -21,8 +21,7 @@ from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.reference import Judge, promise
 from monteclora.prediction.registry import NO_CALIBRATOR
 from monteclora.prediction.sampler import MEAN
-from monteclora.runs.loading import load_run
-from monteclora.runs.result import RunResult
+from monteclora.runs.ensemble import Runs, load_runs
 from monteclora.system.atomic import replacing
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
@@ -67,7 +66,7 @@ class _Writer(Protocol):
 
 
 def predict_file(
-    run: str | Path | RunResult,
+    run: Runs,
     file: str | Path,
     out: str | Path,
     *,
@@ -90,7 +89,7 @@ def predict_file(
     (confidence). Both give the prediction's total, aleatoric and epistemic uncertainty in nats.
 
     Args:
-        run: a run folder, or what ``train`` gave.
+        run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``.
         file: csv, tsv, jsonl or Parquet with the columns of the run's texts; labels are not read.
         out: ``.parquet`` or ``.jsonl``; written at once when every row is predicted.
         sampler: of the draws, by name; by default ``posterior`` for a method that has one, else ``mean``.
@@ -114,7 +113,7 @@ def predict_file(
     target = _checked_target(Path(out), Path(file))
     check_at_least_one(max_new_tokens=max_new_tokens)
     _check_kept(keep)
-    loaded = load_run(run.folder if isinstance(run, RunResult) else run)
+    loaded = load_runs(run, sampler, num_samples)
     promised = promise(loaded, risk, level)
     rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
     kept = _kept(file, keep)

@@ -20,6 +20,7 @@ from monteclora.data.splitting import subset
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.own_rows import FIT_SPLIT, halves, own_rows
 from monteclora.metrics.selective import Abstention, abstention_threshold, check_promise, least_examples
+from monteclora.prediction.ensemble import Members
 from monteclora.prediction.novelty import NOVELTY_FILE, Novelty, Seen, look_at, most_rows
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.calibration import weights_sha256
@@ -119,10 +120,14 @@ def promise(loaded: LoadedRun, risk: float | None, level: float | None) -> tuple
 
 
 def see(loaded: LoadedRun, rows: Dataset) -> Seen:
-    """Features and energies of rows of texts; see :func:`monteclora.prediction.novelty.look_at`."""
+    """Features and energies of rows of texts; see :func:`monteclora.prediction.novelty.look_at`.
+
+    Of an ensemble they are the first member's.
+    """
     encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset.to_list()
+    model = loaded.model.members[0] if isinstance(loaded.model, Members) else loaded.model
     with loaded.precision():
-        return look_at(loaded.model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)
+        return look_at(model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)
 
 
 def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) -> Novelty:
@@ -140,8 +145,8 @@ def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) ->
         CheckpointError: the stored file is damaged.
         DataError: the run's rows are gone or changed, or there are no validation rows.
     """
-    path = loaded.folder / NOVELTY_FILE
-    weights = weights_sha256(RunFolder(loaded.folder).adapter, posterior=False)  # what is measured is the mean's
+    path = loaded.first / NOVELTY_FILE
+    weights = weights_sha256(RunFolder(loaded.first).adapter, posterior=False)  # what is measured is the mean's
     if path.exists() and (stored := Novelty.load(path)).weights == weights:
         return stored
     data = rows() if rows else own_rows(loaded, "train", FIT_SPLIT)
@@ -187,7 +192,7 @@ def abstention_of(
         "risk": risk,
         "level": level,
         "rows": "the half of the validation rows that did not choose the posterior's scale" if halved else FIT_SPLIT,
-        "weights_sha256": weights_sha256(RunFolder(loaded.folder).adapter),  # the posterior's scale is one of them
+        "weights_sha256": loaded.weights_sha256(),  # the posterior's scale is one of them
     }
     stored = read_document(path, _FORMAT, lambda document: _stored(document, how), _AGAIN)
     if stored is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +26,10 @@ from monteclora.prediction.cost import Metered, metered
 from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
 from monteclora.prediction.sampler import MEAN
-from monteclora.runs.ensemble import load_ensemble
-from monteclora.runs.loading import LoadedRun, load_run
+from monteclora.runs.ensemble import Runs, load_runs
+from monteclora.runs.loading import LoadedRun
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
-from monteclora.runs.result import RunResult
 from monteclora.runs.resumption import overrides_of
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import progress_bar
@@ -104,7 +103,8 @@ class EvaluationResult:
 
         An evaluation in the run folder is replaced by the next one of the same split and variant.
         """
-        sampler = () if self.sampler in (MEAN.name, "posterior") else (self.sampler,)
+        own = self.sampler in (MEAN.name, "posterior") or (self.sampler == ENSEMBLE and self.folder not in self.members)
+        sampler = () if own else (self.sampler,)
         calibrator = () if self.calibrator == NO_CALIBRATOR else (self.calibrator,)
         return "+".join((self.model, *sampler, *calibrator))
 
@@ -148,7 +148,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    run: str | Path | RunResult | Sequence[str | Path | RunResult],
+    run: Runs,
     split: str | None = None,
     *,
     task: str | None = None,
@@ -171,7 +171,8 @@ def evaluate(
     posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
-        run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``, which writes to the first.
+        run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``, which writes to the first. One
+            that is an ensemble (recipe field ``ensemble``) predicts as one by default.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
         task: another task with a name than the run was trained on, of the same kind; records then have it before the
             split, as in ``piqa:validation``.
@@ -192,12 +193,9 @@ def evaluate(
         ConfigError: an argument does not fit the run.
         DataError: the split is missing or wrong.
     """
-    given = [run] if isinstance(run, str | Path | RunResult) else run
-    folders = [each.folder if isinstance(each, RunResult) else each for each in given]
-    if ensemble := len(folders) != 1 or sampler == ENSEMBLE:
-        unfit = {"base": base, "allow_unfinished": allow_unfinished, "ood": ood is not None}
-        _check_ensemble(folders, sampler, num_samples, unfit)
-    loaded = load_ensemble(folders) if ensemble else load_run(folders[0], base=base, allow_unfinished=allow_unfinished)
+    if ood is not None and sampler == ENSEMBLE:
+        raise ConfigError(f"ood does not go with the sampler {ENSEMBLE}", "Leave it out.")
+    loaded = load_runs(run, sampler, num_samples, base=base, allow_unfinished=allow_unfinished)
     return evaluate_loaded(
         loaded,
         split,
@@ -232,6 +230,8 @@ def evaluate_loaded(
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     drawn = loaded.sampler(sampler, num_samples, seed)
     check_calibrator(calibrator or NO_CALIBRATOR)
+    if ood is not None:
+        loaded.check_single("ood")
     outside = outside_rows(loaded, ood)
     data, split = _load_split(loaded, split, task)
     chosen = subset(data.split(split), rows, seed=0)
@@ -283,28 +283,6 @@ def evaluate_loaded(
     )
     _keep(loaded, result)
     return result
-
-
-def _check_ensemble(
-    folders: Sequence[str | Path], sampler: str | None, num_samples: int | None, unfit: Mapping[str, bool]
-) -> None:
-    """Raises ConfigError for arguments that do not fit an ensemble, before any of its models is loaded.
-
-    ``unfit`` says of arguments that never do whether they are given.
-    """
-    count = len(folders)
-    if sampler != ENSEMBLE:
-        asked = "no sampler" if sampler is None else f"the sampler {sampler}"
-        raise ConfigError(
-            f"{count} runs were given with {asked}", f"Add --sampler {ENSEMBLE}, or evaluate one run at a time."
-        )
-    if num_samples not in (None, count):
-        raise ConfigError(
-            f"num_samples is {num_samples}, and an {ENSEMBLE} of {count} draws each run once", "Leave it out."
-        )
-    for name, value in unfit.items():
-        if value:
-            raise ConfigError(f"{name} does not go with the sampler {ENSEMBLE}", "Leave it out.")
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:

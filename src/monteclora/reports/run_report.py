@@ -51,7 +51,7 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
         method=loaded.recipe.method.name,
         status=FINISHED,
         evaluation=evaluation,
-        training=training_curve(run),
+        training=None if run.members else training_curve(run),
         uncertainty={result.split: Uncertainty(predictions.total, predictions.epistemic)},
         uncertain_examples=examples,
         seconds=finished["seconds"],
@@ -96,7 +96,8 @@ def environment_facts(run: RunFolder) -> dict[str, str]:
 def _trained(recipe: Recipe, finished: Mapping[str, Any], result: EvaluationResult) -> Sequence[str]:
     training, kept = recipe.training, finished["kept_step"]
     best = f" Kept are the weights of step {kept:,}." if kept != finished["step"] else ""
-    drawn = f" The predictions are means over {result.num_samples} posterior draws." if result.num_samples else ""
+    of = "runs" if result.members else "posterior draws"
+    drawn = f" The predictions are means over {result.num_samples} {of}." if result.num_samples else ""
     metrics = result.posterior or result.point
     listed = ", ".join(f"{METRICS[name].label} {value:.3f}" for name, value in metrics.items())
     return [

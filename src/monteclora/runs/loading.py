@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from monteclora.data.kinds import Kind
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.calibrator import Calibrator
-from monteclora.prediction.ensemble import ENSEMBLE
+from monteclora.prediction.ensemble import ENSEMBLE, Members
 from monteclora.prediction.forward import Collate
 from monteclora.prediction.registry import SamplerKind, get_sampler
 from monteclora.prediction.sampler import MEAN, Checked, Sampler
+from monteclora.runs.calibration import weights_sha256
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.prepare import base_model, prepare_model, tokenizer_of
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LoadedRun", "check_finished", "load_run", "with_adapter"]
+__all__ = ["LoadedRun", "check_finished", "combined", "load_run", "with_adapter"]
 
 _RESTORE = "Take the folder from a backup, or remove it and run `monteclora train` again."
 
@@ -59,7 +61,8 @@ class LoadedRun:
         unfinished: how far a run came that did not come to its end; None for a finished one.
         is_base: whether this is the pretrained model alone.
         trained: names of the model's parameters that training changed; empty for the base model.
-        members: the folders of an ensemble, of which ``folder`` is the first; see :mod:`monteclora.runs.ensemble`.
+        members: the folders of the runs that an ensemble combines, of which ``folder`` is the first, or whose
+            ``ensemble`` they are; see :mod:`monteclora.runs.ensemble`. Empty for a single run.
     """
 
     folder: Path
@@ -82,6 +85,28 @@ class LoadedRun:
         return get_method(self.recipe.method.name).has_posterior or isinstance(self.model, MonteCLoRAModel)
 
     @property
+    def first(self) -> Path:
+        """The folder of the run, of an ensemble the first member's."""
+        return self.members[0] if self.members else self.folder
+
+    def weights_sha256(self, *, posterior: bool = True) -> str:
+        """The checksum of the weights, see :func:`monteclora.runs.calibration.weights_sha256`; of all members.
+
+        Whichever of them comes first.
+        """
+        parts = self.members or (self.folder,)
+        found = sorted(weights_sha256(RunFolder(part).adapter, posterior=posterior) for part in parts)
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+    def check_single(self, what: str) -> None:
+        """Raises ConfigError for an ensemble; ``what`` cannot be done with one, in words."""
+        if self.members:
+            raise ConfigError(
+                f"{self.folder} is an ensemble of {len(self.members)} runs, and {what} takes one",
+                f"Give one of its members, such as {self.first}.",
+            )
+
+    @property
     def collate(self) -> Collate:
         """Makes a batch of encoded rows."""
         return collator(self.kind, self.tokenizer)
@@ -90,8 +115,8 @@ class LoadedRun:
         """How predictions are drawn; None for the mean alone.
 
         Args:
-            name: of the sampler, see :mod:`monteclora.prediction.registry`; None is ``posterior`` for a method that
-                has one, else ``mean``.
+            name: of the sampler, see :mod:`monteclora.prediction.registry`; None is ``ensemble`` for a run that is
+                one, ``posterior`` for a method that has one, else ``mean``.
             num_samples: draws; by default the recipe's number. 0 asks for the mean alone.
             seed: the stream of draws.
 
@@ -112,6 +137,8 @@ class LoadedRun:
         """Which sampler :meth:`sampler` makes of these arguments. Raises ConfigError where they do not fit the run."""
         if num_samples is not None and num_samples < 0:
             raise ConfigError(f"num_samples is {num_samples}, expected 0 or more", "Use 0 for the mean alone.")
+        if name is None and self.members and self.recipe.ensemble > 1:
+            name = ENSEMBLE
         what = "the pretrained model" if self.is_base else f"the method {self.recipe.method.name}"
         if self.members and (name, num_samples) not in ((ENSEMBLE, None), (ENSEMBLE, len(self.members))):
             count = len(self.members)
@@ -119,7 +146,7 @@ class LoadedRun:
                 wrong = f"num_samples is {num_samples}, and an ensemble of {count} draws each run once"
                 raise ConfigError(wrong, "Leave it out.")
             given = "no sampler was named" if name is None else f"the sampler {name} is for one"
-            raise ConfigError(f"{count} runs were given, and {given}", f"Ask for the sampler {ENSEMBLE}.")
+            raise ConfigError(f"{count} runs predict together, and {given}", f"Ask for the sampler {ENSEMBLE}.")
         chosen = get_sampler(name or ("posterior" if self.has_posterior else MEAN.name))
         if num_samples and chosen.name == MEAN.name:
             if name is None:
@@ -180,7 +207,7 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
     Args:
         folder: made by ``monteclora train``.
         base: load the pretrained model without the adapter, a causal LM's "before".
-        allow_unfinished: take the newest complete checkpoint of a run that did not come to its end.
+        allow_unfinished: take the newest complete checkpoint of a run that did not come to its end, and is no ensemble.
 
     Raises:
         CheckpointError: not a run, an unfinished one, or its adapter or posterior is missing, damaged or does not fit.
@@ -191,8 +218,19 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
         return _load(RunFolder.existing(folder), base, allow_unfinished)
 
 
+def combined(loaded: Sequence[LoadedRun]) -> LoadedRun:
+    """Runs that predict the same thing as one model that holds all of them; otherwise it is the first of them."""
+    model = Members([each.model for each in loaded]).eval()
+    return replace(loaded[0], model=model, members=tuple(each.folder for each in loaded))
+
+
 def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     recipe = run.recipe
+    if recipe.ensemble > 1:
+        check_finished(run)
+        members = run.members[:1] if base else run.members
+        loaded = [_load(member, base, False) for member in members]
+        return replace(loaded[0] if base else combined(loaded), folder=run.path, recipe=recipe)
     adapter, unfinished = _adapter_of(run, allow_unfinished)
     data = data_facts(run)
     kind, labels = data.kind, data.label_names
@@ -250,6 +288,8 @@ def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | Non
     if _is_finished(run):
         return run.adapter, None
     again = f"Run `monteclora train {run.recipe_file}` to finish it"
+    if run.recipe.ensemble > 1:
+        raise CheckpointError(f"the ensemble {run.path} is not finished", f"{again}.")
     if not allow_unfinished:
         raise CheckpointError(f"the run {run.path} is not finished", f"{again}, or allow unfinished runs.")
     checkpoint = newest_complete(run.checkpoints)

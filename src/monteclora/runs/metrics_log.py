@@ -24,6 +24,7 @@ class MetricsLog:
     ``eval`` line holds validation metrics. A ``phase`` line closes a phase, the ``finished`` line the run. A
     ``range_test`` line, before the first step, has the ``learning_rate`` that was found, the ``rates`` and ``losses``
     that it was found by, and the test's ``test_steps``, ``tokens`` and ``seconds``.
+    An ensemble's file begins with a ``members`` line, which names their ``seeds``.
 
     Args:
         path: the file.

@@ -30,6 +30,7 @@ __all__ = [
     "TrainingSpec",
     "changed_values",
     "differences",
+    "is_run_name",
     "load_recipe",
     "recipe_content",
     "recipe_sha256",
@@ -192,6 +193,7 @@ class Recipe:
         evaluation: how it is tested.
         seed: of the head, the adapter, dropout, data order and the posterior's noise. Runs that differ in ``method``
             alone share all of them but the last.
+        ensemble: how many runs, with the seeds ``seed``, ``seed + 1`` and so on, are trained as the members of one.
         output: the run folder; null is ``runs/<name>``.
         report_to: also log to these trackers, by the names that transformers has for them.
     """
@@ -203,6 +205,7 @@ class Recipe:
     training: TrainingSpec = field(default_factory=TrainingSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     seed: int = 0
+    ensemble: int = 1
     output: str | None = _free(None)
     report_to: list[str] = field(default_factory=list, metadata={_RESULT: False})
 
@@ -214,12 +217,15 @@ class Recipe:
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong across sections, see :mod:`monteclora.config`."""
         found = []
-        if not _is_file_name(self.name):
+        if not is_run_name(self.name):
             found.append(("name", f"is {brief(self.name)}, expected a plain file name"))
         if "\0" in (self.output or ""):
             found.append(("output", "holds a NUL, expected a path"))
-        if not 0 <= self.seed < 2**32:
-            found.append(("seed", f"is {self.seed}, expected at least 0 and below 2**32"))
+        if self.ensemble < 1:
+            found.append(("ensemble", f"is {self.ensemble}, expected at least 1"))
+        if not 0 <= self.seed <= 2**32 - max(self.ensemble, 1):
+            last = " with those of the members" if self.ensemble > 1 else ""
+            found.append(("seed", f"is {self.seed}, expected at least 0 and below 2**32{last}"))
         if self.training.mode == "post_hoc" and not get_method(self.method.name).has_posterior:
             found.append(("training.mode", f"is post_hoc, and the method {self.method.name} has no posterior"))
         return found
@@ -268,7 +274,8 @@ def recipe_content(source: str | Path) -> dict[str, Any]:
     return content
 
 
-def _is_file_name(name: str) -> bool:
+def is_run_name(name: str) -> bool:
+    """Whether a run can have this name: it is a plain file name."""
     plain = Path(name).name == name and name not in ("", "..") and "\\" not in name
     return plain and bool(name.strip()) and not re.search("[\x00-\x1f\x7f]", name) and len(name.encode()) <= 200
 

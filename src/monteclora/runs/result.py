@@ -30,6 +30,9 @@ class RunResult:
         learning_rate: the peak: of the recipe, or what a range test found (``training.learning_rate: auto``); None for
             a run that an earlier version finished.
         range_test_steps: of that test; its seconds and tokens are counted in those of the run.
+        members: the folders of an ensemble's runs; empty for an ordinary run. An ensemble's metrics are its members'
+            mean, its peak memory the largest, its learning rate the one that all have (None where each found another),
+            and its other numbers are sums; each member has kept a step of its own.
     """
 
     folder: Path
@@ -44,6 +47,7 @@ class RunResult:
     skipped_steps: int = 0
     learning_rate: float | None = None
     range_test_steps: int = 0
+    members: tuple[Path, ...] = ()
 
     @property
     def adapter(self) -> Path:

@@ -1,4 +1,7 @@
-"""A run on disk: ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``adapter/`` and ``checkpoints/``."""
+"""A run on disk: ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``adapter/`` and ``checkpoints/``.
+
+An ensemble has ``members/seed-SEED/`` in the place of the last two, a run each.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from monteclora.system.atomic import write_file
 
 __all__ = ["RunFolder", "RunInUseError"]
 
-_MARKS = frozenset((".lock", "environment.json", "metrics.jsonl", "checkpoints", "adapter"))
+_MEMBERS, _MEMBER = "members", "seed-"
+_MARKS = frozenset((".lock", "environment.json", "metrics.jsonl", "checkpoints", "adapter", _MEMBERS))
 """What training puts beside a recipe: a recipe alone in a folder may be somebody's only copy."""
 
 
@@ -75,6 +79,17 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def members(self) -> tuple[RunFolder, ...]:
+        """The runs of an ensemble (recipe field ``ensemble``), in the order of their seeds; none of an ordinary run."""
+        found = {path: path.name.removeprefix(_MEMBER) for path in (self.path / _MEMBERS).glob(f"{_MEMBER}*")}
+        seeds = {path: int(seed) for path, seed in found.items() if seed.isdecimal()}
+        return tuple(RunFolder(path) for path in sorted(seeds, key=seeds.__getitem__))
+
+    def member(self, seed: int) -> RunFolder:
+        """The member of an ensemble that has this seed, whether it is there or not."""
+        return RunFolder(self.path / _MEMBERS / f"{_MEMBER}{seed}")
+
+    @property
     def divergence_file(self) -> Path:
         """The rows of the batch that ended the run with a number that is not finite; absent where none did."""
         return self.path / "diverged.json"
@@ -118,8 +133,8 @@ class RunFolder:
         if self.is_adapter:
             return {"event": "finished"}
         events = self.metrics.read()
-        done = bool(events) and events[-1]["event"] == "finished" and self.adapter.is_dir()
-        return events[-1] if done else None
+        trained = all(part.adapter.is_dir() for part in self.members or (self,))
+        return events[-1] if events and events[-1]["event"] == "finished" and trained else None
 
     @property
     def begun(self) -> bool:

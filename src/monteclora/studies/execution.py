@@ -39,8 +39,8 @@ def attempt(folder: StudyFolder, study: StudyRecipe, trials: Sequence[Trial]) ->
     files = [folder.outcome_file(trial.id) for trial in trials]
 
     def step() -> int:
-        found = newest_complete(run.checkpoints)
-        return 0 if found is None else found.total_step
+        newest = [newest_complete(part.checkpoints) for part in run.members or (run,)]
+        return sum(found.total_step for found in newest if found is not None)
 
     taken = folder.claims.take(name, lambda: all(file.is_file() for file in files), step)
     if taken is None:
@@ -222,6 +222,7 @@ def tidy(folder: StudyFolder, study: StudyRecipe, trials: Sequence[Trial]) -> No
     outcomes = [folder.outcome(trial.id) for trial in trials]
     if all(outcome is not None and outcome.status != "failed" for outcome in outcomes):
         run = RunFolder(trials[0].recipe.folder)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        if study.keep == "numbers":
-            shutil.rmtree(run.adapter, ignore_errors=True)
+        for part in run.members or (run,):
+            shutil.rmtree(part.checkpoints, ignore_errors=True)
+            if study.keep == "numbers":
+                shutil.rmtree(part.adapter, ignore_errors=True)

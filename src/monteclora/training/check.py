@@ -94,7 +94,10 @@ class CheckReport:
 
     @property
     def seconds(self) -> float | None:
-        """Estimated time of the run on this machine, validation included; None where no step was measured."""
+        """Estimated time of the run on this machine, validation and all members of an ensemble included.
+
+        None where no step was measured.
+        """
         if self.measured is None:
             return None
         row = self.measured.seconds / self.measured.rows
@@ -103,7 +106,11 @@ class CheckReport:
         validated = [phase for phase in self.phases if phase.validates]
         per_epoch = max(self.rows["train"] // spec.batch_size, 1)
         evaluations = sum(-(-phase.steps // (spec.eval_every or per_epoch)) for phase in validated)
-        return row * (trained_rows + _EVALUATION_SHARE * evaluations * self.rows.get("validation", 0))
+        return (
+            self.recipe.ensemble
+            * row
+            * (trained_rows + _EVALUATION_SHARE * evaluations * self.rows.get("validation", 0))
+        )
 
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""

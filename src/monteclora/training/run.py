@@ -26,6 +26,7 @@ from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
 from monteclora.tasks import load
 from monteclora.training import sharding
+from monteclora.training.ensemble import train_members
 from monteclora.training.phases import train_phase
 from monteclora.training.plans import Phase, phases_of
 from monteclora.training.range_test import range_test, recorded
@@ -46,7 +47,8 @@ def train(
     """Train what a recipe says, in the run folder it names.
 
     The same call again: a finished run gives its result without training, an unfinished one goes on from its newest
-    complete checkpoint and ends as if it had never stopped. SIGINT and SIGTERM save a checkpoint first.
+    complete checkpoint and ends as if it had never stopped. SIGINT and SIGTERM save a checkpoint first. A recipe with
+    ``ensemble`` above 1 trains its members in ``members/`` of the folder, each to the bit as a run of that seed alone.
 
     Args:
         recipe: the path of a YAML file, the name of a bundled recipe, a mapping, or a recipe.
@@ -67,7 +69,9 @@ def train(
     console = Console(stderr=True, quiet=not progress or not is_main_process())
     with begin(recipe, override=override) as run:
         finished = run.finished
-        if finished is None:
+        if finished is None and recipe.ensemble > 1:
+            finished = train_members(run, lambda member: train(member, override=override, progress=progress))
+        elif finished is None:
             with preserved_generators(), quiet_libraries():
                 finished = _train(run, console)
         else:
@@ -189,4 +193,5 @@ def _result(run: Run, finished: Mapping[str, Any]) -> RunResult:
     since = {
         name: finished[name] for name in ("skipped_steps", "learning_rate", "range_test_steps") if name in finished
     }
-    return RunResult(run.folder.path, run.recipe, finished["step"], **values, **since)
+    members = tuple(member.path for member in run.folder.members)
+    return RunResult(run.folder.path, run.recipe, finished["step"], **values, **since, members=members)
