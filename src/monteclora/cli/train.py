@@ -72,4 +72,5 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
 def _learning_rate(result: RunResult) -> list[tuple[str, str]]:
     if not result.range_test_steps:
         return []
-    return [("learning rate", f"{result.learning_rate:g}, found by a range test of {result.range_test_steps} steps")]
+    rate = "each member's own" if result.learning_rate is None else f"{result.learning_rate:g}"
+    return [("learning rate", f"{rate}, found by a range test of {result.range_test_steps} steps")]
