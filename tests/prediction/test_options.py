@@ -67,9 +67,9 @@ def test_the_prompt_is_read_once_for_all_options(monkeypatch):
     model = wrapped(llama)
     row = OptionRow([5, 6, 7, 8, 9], [[20, 21, 22, END], [20, 23, 24, END], [20, 25, 26, END]])
     read = []
-    forward = module._forward
+    forward = module.step
     monkeypatch.setattr(
-        module, "_forward", lambda m, ids, *a, **k: (read.append(tuple(ids.shape)), forward(m, ids, *a, **k))[1]
+        module, "step", lambda m, ids, *a, **k: (read.append(tuple(ids.shape)), forward(m, ids, *a, **k))[1]
     )
     score_options(model, [row], ends=ENDS)
     assert read == [(1, 6), (3, 1)]  # the prompt with the token that all options begin with, then one token of each
@@ -81,7 +81,8 @@ def test_the_prompt_is_read_once_for_all_options(monkeypatch):
 def test_a_model_without_a_cache_reads_each_option_whole(monkeypatch):
     model, rows = exact(llama), rows_like_questions(6)
     expected = score_options(model, rows, ends=ENDS).log_likelihoods
-    monkeypatch.setattr(module, "_cache_name", lambda _: None)
+    monkeypatch.setattr(module, "cache_name", lambda _: None)
+    monkeypatch.setattr("monteclora.prediction.cached.cache_name", lambda _: None)
     np.testing.assert_allclose(score_options(model, rows, ends=ENDS).log_likelihoods, expected, **CLOSE)
 
 

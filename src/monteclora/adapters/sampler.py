@@ -28,3 +28,7 @@ class Posterior:
     def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Draw ``number`` of the stream, for all forward passes in the block."""
         return posterior_sampling(model, self.seed, first=number, resample=False)
+
+    def draws(self, model: nn.Module, first: int, count: int) -> AbstractContextManager[None]:
+        """Draws ``first``, ... for passes over a batch ``count`` times over; see the protocol of the same name."""
+        return posterior_sampling(model, self.seed, num_samples=count, first=first, resample=False)

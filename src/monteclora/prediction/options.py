@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -15,15 +14,14 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from monteclora.errors import DataError
+from monteclora.prediction.cached import cache_name, padded, step
 from monteclora.prediction.classes import collect
-from monteclora.prediction.forward import FloatArray, base_of, with_positions
+from monteclora.prediction.forward import FloatArray
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
 
 __all__ = ["OptionRow", "OptionScores", "score_options"]
-
-_CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def score_options(
     Raises:
         DataError: two options of a row have the same tokens.
     """
-    shares = _cache_name(model) is not None
+    shares = cache_name(model) is not None
     plans = [_plan(number, row, ends, shares) for number, row in enumerate(rows)]
     width = max(len(row.options) for row in rows)
 
@@ -141,23 +139,14 @@ def _shared_start(sequences: list[list[int]]) -> int:
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 
-def _parameters(model: nn.Module) -> Any:
-    return inspect.signature(base_of(model).forward).parameters
-
-
-def _cache_name(model: nn.Module) -> str | None:
-    """What the model's forward calls the keys and values of earlier tokens; None where it takes none."""
-    return next((name for name in _CACHES if name in _parameters(model)), None)
-
-
 def _log_likelihoods(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
     """The log-likelihood of each plan's options, float64."""
-    if _cache_name(model) is None:
+    if cache_name(model) is None:
         return _read_apart(model, plans)
-    ids, mask = _padded([plan.prefix for plan in plans], left=True)
+    ids, mask = padded([plan.prefix for plan in plans], left=True)
     long = [(i, k) for i, plan in enumerate(plans) for k, rest in enumerate(plan.rests) if len(rest) > 1]
     kept = max(len(plan.prefix) - plan.start for plan in plans) + 1
-    logits, cache = _forward(model, ids, mask, kept, use_cache=bool(long))
+    logits, cache = step(model, ids, mask, kept, use_cache=bool(long))
     found = []
     for i, plan in enumerate(plans):
         tokens = plan.prefix[plan.start :]
@@ -172,9 +161,9 @@ def _log_likelihoods(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
         # each option behind the keys and values of its prompt
         cache.batch_select_indices(torch.tensor([i for i, _ in long], device=logits.device))
         rests = [plans[i].rests[k] for i, k in long]
-        more, behind = _padded([rest[:-1] for rest in rests], left=False)
+        more, behind = padded([rest[:-1] for rest in rests], left=False)
         whole = torch.cat([mask[[i for i, _ in long]], behind], 1)
-        logits, _ = _forward(model, more, whole, more.shape[1], cache=cache)
+        logits, _ = step(model, more, whole, more.shape[1], cache=cache)
         for row, ((i, k), rest) in enumerate(zip(long, rests, strict=True)):
             found[i][k] += _sum(logits[row, : len(rest) - 1], rest[1:])
     return found
@@ -184,9 +173,9 @@ def _read_apart(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
     """Likewise, each option in a pass of its own together with its prompt."""
     found = []
     for plan in plans:
-        ids, mask = _padded([plan.prefix + rest[:-1] for rest in plan.rests], left=True)
+        ids, mask = padded([plan.prefix + rest[:-1] for rest in plan.rests], left=True)
         kept = max(map(len, plan.rests))
-        logits, _ = _forward(model, ids, mask, kept)
+        logits, _ = step(model, ids, mask, kept)
         sums = [_sum(logits[k, kept - len(rest) :], rest) for k, rest in enumerate(plan.rests)]
         found.append(torch.stack(sums))
     return found
@@ -200,41 +189,3 @@ def _sum(logits: Tensor, tokens: list[int]) -> Tensor:
 def _log_probs(logits: Tensor) -> Tensor:
     """In float32, or in float64 where the logits are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _padded(sequences: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, shape (B, T); padding is masked, so that any token serves."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(sequences):
-        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-        ids[row, place] = torch.tensor(tokens)
-        mask[row, place] = 1
-    return ids, mask
-
-
-def _forward(
-    model: nn.Module, ids: Tensor, mask: Tensor, kept: int, *, cache: Any = None, use_cache: bool = False
-) -> tuple[Tensor, Any]:
-    """Logits of the last ``kept`` columns, (B, kept, V), and the keys and values where they are asked for.
-
-    Args:
-        model: with a language-modelling head.
-        ids: new tokens, shape (B, T).
-        mask: of the cached tokens and the new ones, shape (B, T' + T).
-        kept: columns.
-        cache: keys and values of the T' tokens before them.
-        use_cache: whether those of all tokens are wanted.
-    """
-    parameters = _parameters(model)
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    inputs = with_positions(base_of(model), inputs, past=mask.shape[1] - ids.shape[1])
-    name = _cache_name(model)
-    if name is not None:
-        inputs |= {name: cache, "use_cache": use_cache or cache is not None}
-    if "logits_to_keep" in parameters:  # a large head runs on those columns alone
-        inputs["logits_to_keep"] = kept
-    found = model(**inputs)
-    return found.logits[:, -kept:], found.get(name) if name else None

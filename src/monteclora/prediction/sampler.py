@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["MEAN", "Checked", "Mean", "Sampler"]
+__all__ = ["MEAN", "Batched", "Checked", "Mean", "Sampler"]
 
 
 class Sampler(Protocol):
@@ -30,6 +30,19 @@ class Sampler(Protocol):
 
     def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Forward passes of ``model`` inside the block predict under draw ``number``, from 0 to S - 1."""
+        ...
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """A sampler whose draws can share one forward pass."""
+
+    def draws(self, model: nn.Module, first: int, count: int) -> AbstractContextManager[None]:
+        """Forward passes in the block are given their rows ``count`` times over: the copies are under the draws
+        ``first``, ``first + 1``, ...
+
+        A pass raises RowOrderError where a layer of the model mixes rows.
+        """
         ...
 
 
