@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from monteclora.cli.output import Json, note, print_json, print_line
+from monteclora.cli.output import Flag, Json, note, print_json, print_line
 from monteclora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def predict(
     batch_size: int | None = None,
     risk: float | None = None,
     level: float | None = None,
+    tokens: Flag = False,
+    answers: int = 0,
     as_json: Json = False,
 ) -> None:
     """Predict every row of a file, or texts given here, and say how uncertain each prediction is.
@@ -56,11 +58,14 @@ def predict(
         batch_size: rows a forward pass; by default the recipe's training.eval_batch_size.
         risk: the share of wrong answers wanted among those a classifier does not abstain from; by default 0.1.
         level: the probability with which that is promised; by default 0.9.
+        tokens: write of each token of a causal LM's completion how probable and how uncertain it is.
+        answers: have so many draws of a causal LM write a completion each, and say how far they agree.
     """
     if text:
         only_files = {"out": out, "keep": keep, "sampler": sampler, "calibrator": calibrator, "batch-size": batch_size}
         _check_alone(others, [name for name, value in only_files.items() if value is not None])
-        _print_answers(run, text, num_samples, seed, max_new_tokens, risk, level, as_json)
+        options = {"num_samples": num_samples, "seed": seed, "max_new_tokens": max_new_tokens, "answers": answers}
+        _print_answers(run, text, options, risk, level, tokens, as_json)
         return
     if not others:
         raise ConfigError("there is nothing to predict", 'Give a file, or texts: --text "...".')
@@ -83,6 +88,8 @@ def predict(
         keep=[column.strip() for column in keep.split(",")] if keep else (),
         risk=risk,
         level=level,
+        tokens=tokens,
+        answers=answers,
     )
     if as_json:
         print_json(
@@ -112,17 +119,18 @@ def _check_alone(others: Sequence[str], options: Sequence[str]) -> None:
 def _print_answers(
     run: str,
     texts: Sequence[str],
-    num_samples: int | None,
-    seed: int,
-    max_new_tokens: int,
+    options: Mapping[str, Any],
     risk: float | None,
     level: float | None,
+    tokens: bool,
     as_json: bool,
 ) -> None:
     from monteclora.evaluation.text import load
 
     model = load(run, risk=risk, level=level)
-    found = model.predict(texts, num_samples=num_samples, seed=seed, max_new_tokens=max_new_tokens)
+    found = model.predict(texts, **options)
+    if tokens and found.tokens is None:
+        raise ConfigError(f"{run} is a classifier, which writes no tokens", "Leave --tokens out.")
     if as_json:
         names = [{"texts": "text", "labels": "label"}.get(name, name) for name in found.to_dict()]
         answers = [dict(zip(names, values, strict=True)) for values in zip(*found.to_dict().values(), strict=True)]
@@ -130,6 +138,8 @@ def _print_answers(
         return
     for index in range(len(found.texts)):
         print_line(_answer(found, index))
+        for token in (found.tokens or [])[index] if tokens else ():
+            print_line(_token(token))
     for words in found.notes:
         note(words)
 
@@ -143,4 +153,13 @@ def _answer(found: TextPredictions, index: int) -> str:
         parts.append(f"novelty {found.novelty[index]:+.2f}")
     if found.abstain is not None:
         parts.append("abstain" if found.abstain[index] else "answer")
+    if found.agreement is not None:
+        parts.append(f"agreement {found.agreement[index]:.2f}")
     return ", ".join(parts)
+
+
+def _token(record: Mapping[str, Any]) -> str:
+    """A token in one line, as Python writes a text, so that spaces show."""
+    probability = f"log-probability {record['log_probability']:.3f}"
+    uncertainty = f"uncertainty {record['total']:.3f} nats ({record['epistemic']:.4f} epistemic)"
+    return f"  {record['text']!r:16} {probability}, {uncertainty}"

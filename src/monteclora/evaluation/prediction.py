@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +23,17 @@ from monteclora.evaluation.reference import Judge, promise
 from monteclora.prediction.registry import NO_CALIBRATOR
 from monteclora.prediction.sampler import MEAN
 from monteclora.runs.ensemble import Runs, load_runs
+from monteclora.runs.loading import LoadedRun
 from monteclora.system.atomic import replacing
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import load_inputs
+from monteclora.tasks.base import Predicted, Predictor, TokenKind
 from monteclora.tasks.kinds import KINDS
+from monteclora.tasks.token_columns import check_answers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["OUTPUT_COLUMNS", "OUTPUT_ENDINGS", "PredictedFile", "predict_file"]
 
@@ -35,6 +42,7 @@ OUTPUT_COLUMNS = frozenset(
     {
         *("index", "text", "text_pair", "prompt", "messages", "prediction", "completion", "next_token", "tools"),
         *("confidence", "probabilities", "total", "aleatoric", "epistemic", "novelty", "abstain"),
+        *("tokens", "sequence", "answers", "answer", "agreement"),
     }
 )
 """Every name that a column of the predictions can have, whatever the kind of task."""
@@ -79,6 +87,8 @@ def predict_file(
     keep: Sequence[str] = (),
     risk: float | None = None,
     level: float | None = None,
+    tokens: bool = False,
+    answers: int = 0,
     progress: bool = True,
 ) -> PredictedFile:
     """Predict every row of a file.
@@ -102,6 +112,9 @@ def predict_file(
         risk: of a classifier: the share of wrong answers wanted among those that are not abstained from, at most; by
             default 0.1.
         level: with which probability; by default 0.9.
+        tokens: of a causal LM: whether to write the columns ``tokens`` and ``sequence``, as
+            :class:`monteclora.evaluation.text.TextPredictions` has them.
+        answers: of a causal LM: so many draws write a completion each, into ``answers``, ``answer`` and ``agreement``.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -124,7 +137,8 @@ def predict_file(
             f"the calibrator {calibrator} needs probabilities of classes or options, and {loaded.folder} writes text",
             "Leave it out.",
         )
-    loaded.predictor(drawn, batch_size)  # refuses what it cannot do before anything is computed
+    # refuses what it cannot do before anything is computed
+    predict = _predicting(loaded, loaded.predictor(drawn, batch_size), max_new_tokens, tokens, answers)
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
         judge, left_out = (
@@ -142,7 +156,7 @@ def predict_file(
         predictor = loaded.predictor(drawn, batch_size, advance, calibrators)
         for first in range(0, len(rows), kind.rows_at_once):
             chunk = rows.select(range(first, min(first + kind.rows_at_once, len(rows))))
-            found = kind.predict(predictor, chunk, max_new_tokens)
+            found = predict(predictor, chunk)
             notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in found.notes]
             place = {"index": range(first, first + len(chunk)), **_slice(kept, first, len(chunk))}
             judged = judge.columns(chunk, found.columns["confidence"]) if judge else {}
@@ -155,6 +169,21 @@ def predict_file(
         drawn.name if drawn else MEAN.name,
         calibrator or NO_CALIBRATOR,
     )
+
+
+def _predicting(
+    loaded: LoadedRun, predictor: Predictor, max_new_tokens: int, tokens: bool, answers: int
+) -> Callable[[Predictor, Dataset], Predicted]:
+    """What predicts a part of the rows."""
+    kind = KINDS[loaded.kind]
+    if not (tokens or answers):
+        return lambda predictor, rows: kind.predict(predictor, rows, max_new_tokens)
+    if not isinstance(kind, TokenKind):
+        asked = "tokens" if tokens else "answers"
+        raise ConfigError(f"{asked} are of language models, and {loaded.folder} is a classifier", "Leave them out.")
+    check_answers(predictor.samplers[-1], answers)
+    more = partial(kind.predict_tokens, max_new_tokens=max_new_tokens, tokens=tokens, answers=answers)
+    return lambda predictor, rows: more(predictor, rows)
 
 
 def _check_kept(keep: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import list_tasks
+from monteclora.tasks.base import TokenKind
 from monteclora.tasks.kinds import KINDS
 
 __all__ = ["TextModel", "TextPredictions", "load"]
@@ -37,6 +38,12 @@ class TextPredictions:
         abstain: whether the answer is not to be relied on: its confidence is below the threshold of the promised risk.
             None likewise.
         notes: what was left out or shortened, in words.
+        tokens: of a language model: a record for each token of the completion, with its ``text``, ``id``,
+            ``log_probability`` and uncertainties, see :class:`monteclora.prediction.tokens.TokenScores`.
+        sequence: likewise a record for the whole of it, see :class:`monteclora.prediction.tokens.SequenceScores`.
+        answers: of as many draws as were asked for; None without.
+        answer: the one on which most of them agree, by exact match after normalisation.
+        agreement: the share of those that do.
     """
 
     texts: list[str]
@@ -48,6 +55,11 @@ class TextPredictions:
     novelty: list[float] | None
     abstain: list[bool] | None
     notes: tuple[str, ...] = ()
+    tokens: list[list[dict[str, Any]]] | None = None
+    sequence: list[dict[str, float]] | None = None
+    answers: list[list[str]] | None = None
+    answer: list[str] | None = None
+    agreement: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The columns by name, without those that are None."""
@@ -78,7 +90,14 @@ class TextModel:
     )
 
     def predict(
-        self, texts: Sequence[str], *, num_samples: int | None = None, seed: int = 0, max_new_tokens: int = 64
+        self,
+        texts: Sequence[str],
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        completions: Sequence[str] | None = None,
+        answers: int = 0,
     ) -> TextPredictions:
         """Answer texts.
 
@@ -91,6 +110,8 @@ class TextModel:
             num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
             seed: their stream.
             max_new_tokens: most tokens of a completion.
+            completions: of a language model: what each text is completed with, in place of what the model writes.
+            answers: of a language model: so many draws write a completion each.
 
         Raises:
             ConfigError: ``texts`` is no list of texts, or an argument does not fit the run.
@@ -104,10 +125,15 @@ class TextModel:
                 f"{self.run.folder} reads pairs of texts ({', '.join(columns_read)}), and predict takes single ones",
                 "Predict a file with these columns: monteclora predict RUN FILE.",
             )
+        given = _completions(self.run, len(texts), completions, answers)
         sampler = self.run.sampler(num_samples=num_samples, seed=seed)
-        rows = Dataset.from_dict({"prompt" if kind.predicts_tokens else "text": list(texts)})
+        rows = Dataset.from_dict({"prompt" if kind.predicts_tokens else "text": list(texts), **given})
         with quiet_libraries():
-            answered = kind.predict(self.run.predictor(sampler), rows, max_new_tokens)
+            predictor = self.run.predictor(sampler)
+            if isinstance(kind, TokenKind):
+                answered = kind.predict_tokens(predictor, rows, max_new_tokens, answers=answers, given=bool(given))
+            else:
+                answered = kind.predict(predictor, rows, max_new_tokens)
             columns, notes, judged = answered.columns, answered.notes, dict[str, list[Any]]()
             if not kind.predicts_tokens:
                 key = (sampler, seed)
@@ -127,7 +153,24 @@ class TextModel:
             novelty=judged.get("novelty"),
             abstain=judged.get("abstain"),
             notes=notes,
+            tokens=columns.get("tokens"),
+            sequence=columns.get("sequence"),
+            answers=columns.get("answers"),
+            answer=columns.get("answer"),
+            agreement=columns.get("agreement"),
         )
+
+
+def _completions(run: LoadedRun, count: int, completions: Sequence[str] | None, answers: int) -> dict[str, list[str]]:
+    """The column of given completions, if there are any."""
+    asked = [name for name, value in (("completions", completions), ("answers", answers)) if value]
+    if asked and not KINDS[run.kind].predicts_tokens:
+        raise ConfigError(f"{asked[0]} are of language models, and {run.folder} is a classifier", "Leave them out.")
+    if completions is None:
+        return {}
+    if isinstance(completions, str) or len(completions) != count:
+        raise ConfigError(f"completions has to be a list of {count} texts, one for each", "Give as many.")
+    return {"completion": list(completions)}
 
 
 def _text_columns(run: LoadedRun) -> tuple[str, ...]:

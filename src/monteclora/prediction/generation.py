@@ -13,12 +13,14 @@ from monteclora.data.encoding import Encoder
 from monteclora.data.truncation import Truncation
 from monteclora.errors import ConfigError
 from monteclora.prediction.predictive import evaluating
+from monteclora.prediction.sampler import Batched, Sampler
+from monteclora.prediction.tokens import one_by_one
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Decoding", "Drawn", "complete", "encode_prompts"]
+__all__ = ["Decoding", "Drawn", "complete", "complete_by_draws", "complete_tokens", "encode_prompts", "token_texts"]
 
 
 def encode_prompts(
@@ -84,7 +86,20 @@ def complete(
     decoding: Decoding,
     seeds: Sequence[int] = (),
 ) -> list[str]:
-    """The answers to a batch of prompts, with a cache of keys and values; special tokens are left out of the text.
+    """The texts of :func:`complete_tokens`, without special tokens."""
+    found = complete_tokens(model, tokenizer, prompts, decoding, seeds)
+    answers: list[str] = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return answers
+
+
+def complete_tokens(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, list[int]]],
+    decoding: Decoding,
+    seeds: Sequence[int] = (),
+) -> list[list[int]]:
+    """The answers to a batch of prompts in tokens, with the one that ends each; keys and values are cached.
 
     Args:
         model: with a language-modelling head.
@@ -96,17 +111,65 @@ def complete(
     """
     batch = tokenizer.pad(list(prompts), padding_side="left", return_tensors="pt")
     inputs = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+    ends = _end_tokens(model, tokenizer)
     with evaluating(model), torch.no_grad():
         tokens = model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=decoding.max_new_tokens,
-            eos_token_id=_end_tokens(model, tokenizer),
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
             logits_processor=_processors(decoding, seeds),
         )
-    answers: list[str] = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+    return [_until(row, ends) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to the first that is an end; what follows it is padding."""
+    length = next((number for number, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+    return tokens[:length]
+
+
+def complete_by_draws(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict[str, list[int]]],
+    decoding: Decoding,
+    sampler: Sampler,
+    count: int,
+) -> list[list[str]]:
+    """The answers of ``count`` draws to each of a batch of prompts, draw by draw, each by the most probable tokens.
+
+    Draws that can share forward passes write their answers as one batch.
+    """
+
+    def run(together: bool) -> list[list[str]]:
+        if together:
+            assert isinstance(sampler, Batched)
+            with sampler.draws(model, 0, count):
+                texts = complete(model, tokenizer, [*prompts] * count, decoding)
+            return [texts[row :: len(prompts)] for row in range(len(prompts))]
+        by_draw = []
+        for number in range(count):
+            with sampler.draw(model, number):
+                by_draw.append(complete(model, tokenizer, prompts, decoding))
+        return [list(texts) for texts in zip(*by_draw, strict=True)]
+
+    return one_by_one(sampler, run)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text; joined, they are the whole, special tokens with it.
+
+    A character of several tokens stands with the last of them.
+    """
+    found, shown = [], ""
+    for length in range(1, len(tokens) + 1):
+        text = tokenizer.decode(list(tokens[:length]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = text if length == len(tokens) or not text.endswith("\N{REPLACEMENT CHARACTER}") else shown
+        found.append(whole[len(shown) :])
+        shown = whole
+    return found
 
 
 def _processors(decoding: Decoding, seeds: Sequence[int]) -> Any:

@@ -5,8 +5,8 @@ mean_s H[p_s] and the epistemic rest are those of :mod:`monteclora.prediction.un
 maxima and sums of them over a text are the scores of Malinin & Gales (2021), "Uncertainty estimation in autoregressive
 structured prediction", and Fomicheva et al. (2020).
 
-A draw stays the same for the whole text: its keys and values are those of one model. S draws of B texts are one batch of
-S * B rows, draw by draw.
+A draw stays the same for the whole text: its keys and values are those of one model. S draws of B texts are one batch
+of S * B rows, draw by draw.
 """
 
 from __future__ import annotations

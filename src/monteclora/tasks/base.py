@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from monteclora.tasks.measures import Measures
 
-__all__ = ["Predicted", "Predictor", "Scored", "TaskKind"]
+__all__ = ["Predicted", "Predictor", "Scored", "TaskKind", "TokenKind"]
 
 T = TypeVar("T")
 
@@ -158,6 +158,36 @@ class TaskKind(Protocol):
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """Predict rows without labels."""
+        ...
+
+
+@runtime_checkable
+class TokenKind(Protocol):
+    """A kind whose predictions are texts, with something to say of each of their tokens."""
+
+    def predict_tokens(
+        self,
+        predictor: Predictor,
+        rows: Dataset,
+        max_new_tokens: int,
+        *,
+        tokens: bool = True,
+        answers: int = 0,
+        given: bool = False,
+    ) -> Predicted:
+        """Predict rows as :meth:`TaskKind.predict` does, with more columns.
+
+        Args:
+            predictor: how.
+            rows: to predict.
+            max_new_tokens: most tokens of a generated completion.
+            tokens: whether the columns ``tokens`` and ``sequence`` are wanted.
+            answers: how many draws write an answer of their own, into ``answers``, ``answer`` and ``agreement``.
+            given: whether the rows' column ``completion`` is read in place of what the model writes.
+
+        Raises:
+            ConfigError: there are fewer draws than ``answers``.
+        """
         ...
 
 

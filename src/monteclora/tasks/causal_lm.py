@@ -16,13 +16,19 @@ from monteclora.errors import DataError
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.completions import CompletionScores, score_completions
-from monteclora.prediction.forward import batches
-from monteclora.prediction.generation import Decoding, complete, encode_prompts
+from monteclora.prediction.generation import encode_prompts
 from monteclora.prediction.options import OptionRow, OptionScores, score_options
 from monteclora.prediction.sampler import Sampler
 from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
 from monteclora.tasks.commonsense import option_completions
 from monteclora.tasks.measures import Measures, TokenMeasures
+from monteclora.tasks.token_columns import (
+    answer_columns,
+    check_answers,
+    generated_texts,
+    given_texts,
+    token_columns,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,25 +71,42 @@ class CausalLM:
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The greedy completion at the mean; the most probable next token with its probability and uncertainty."""
-        tokenizer = predictor.tokenizer
-        prompts, notes = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens, predictor.truncation)
-        completions = [""] * len(rows)
-        arguments = {**predictor.arguments(), "progress": None}
+        return self.predict_tokens(predictor, rows, max_new_tokens, tokens=False)
+
+    def predict_tokens(
+        self,
+        predictor: Predictor,
+        rows: Dataset,
+        max_new_tokens: int,
+        *,
+        tokens: bool = True,
+        answers: int = 0,
+        given: bool = False,
+    ) -> Predicted:
+        """See :class:`~monteclora.tasks.base.TokenKind`."""
+        tokenizer, sampler = predictor.tokenizer, predictor.samplers[-1]
+        check_answers(sampler, answers)
+        if given:
+            texts, notes = given_texts(predictor, rows)
+        else:
+            prompts, notes = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens, predictor.truncation)
+            writer = replace(predictor, progress=None) if tokens else predictor  # reading S times takes longer
+            with predictor.precision():
+                texts = generated_texts(writer, [each["input_ids"] for each in prompts], max_new_tokens)
+        inputs = [{"input_ids": text.prompt, "attention_mask": [1] * len(text.prompt)} for text in texts]
         with predictor.precision():
-            found = predict_classes(predictor.model, prompts, sampler=predictor.samplers[-1], **arguments)
-            for indices in batches(prompts, predictor.batch_size):
-                texts = complete(predictor.model, tokenizer, [prompts[i] for i in indices], Decoding(max_new_tokens))
-                for index, text in zip(indices, texts, strict=True):
-                    completions[index] = text
-                if predictor.progress is not None:
-                    predictor.progress(len(indices))
-        tokens: list[str] = [tokenizer.decode([int(token)]) for token in found.probs.argmax(1)]
+            found = predict_classes(
+                predictor.model, inputs, sampler=sampler, **{**predictor.arguments(), "progress": None}
+            )
+            more = token_columns(predictor, texts) if tokens else {}
+            more |= answer_columns(predictor, inputs, max_new_tokens, answers) if answers else {}
         columns = {
             **{name: rows[name][:] for name in rows.column_names},
-            "completion": completions,
-            "next_token": tokens,
+            "completion": tokenizer.batch_decode([text.completion for text in texts], skip_special_tokens=True),
+            "next_token": [tokenizer.decode([int(token)]) for token in found.probs.argmax(1)],
             "confidence": found.probs.max(1),
             **uncertainties(found),
+            **more,
         }
         return Predicted(columns, notes)
 
