@@ -86,7 +86,7 @@ def test_in_float32_the_identities_hold_to_1e_6():
 def test_draws_that_cannot_share_a_pass_are_made_one_at_a_time(monkeypatch):
     model, sampler = wrapped(llama).double(), Posterior(3, seed=2)
     expected = score_tokens(model, PROMPTS, TEXTS, sampler=sampler)
-    monkeypatch.setattr("monteclora.adapters.scope.DrawScope._disorder", lambda *_: "'q_proj' (for the test)")
+    monkeypatch.setattr("monteclora.adapters.row_checks.RowChecks._disorder", lambda *_: "'q_proj' (for the test)")
     with pytest.warns(UserWarning, match="q_proj.* one at a time"):
         found = score_tokens(model, PROMPTS, TEXTS, sampler=sampler)
     assert_same(found, expected)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
-from monteclora.adapters.scope import RowOrderError
+from monteclora.adapters.row_checks import RowOrderError
 from monteclora.prediction import uncertainty
 from monteclora.prediction.cached import cache_name, padded, step
 from monteclora.prediction.forward import FloatArray, batches
