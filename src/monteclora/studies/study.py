@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,22 @@ class StudyResult:
         plan: its trials.
         outcomes: of those that are done, by id.
         summaries: of each arm under each condition; empty while nothing is done.
-        centred: which trials are near to each arm's best learning rate, or another setting.
-        centred_summaries: of these, as ``summaries``.
     """
 
     folder: Path
     plan: Plan = field(repr=False)
     outcomes: Mapping[str, Outcome] = field(repr=False)
     summaries: tuple[Summary, ...]
-    centred: Centred = field(repr=False)
-    centred_summaries: tuple[Summary, ...] = ()
+
+    @cached_property
+    def centred(self) -> Centred:
+        """Which trials are near to each arm's best learning rate, or value of another setting."""
+        return centre(self.plan, self.outcomes)
+
+    @cached_property
+    def centred_summaries(self) -> tuple[Summary, ...]:
+        """Of these trials, as ``summaries``."""
+        return summarise(self.centred.plan, self.outcomes, self.plan)
 
     @property
     def left(self) -> int:
@@ -106,8 +113,7 @@ def read_study(folder: str | Path) -> StudyResult:
 
 def _result(folder: StudyFolder, plan: Plan) -> StudyResult:
     outcomes = folder.outcomes(plan.trials)
-    summaries = summarise(plan, outcomes)
-    centred = centre(plan, outcomes)
+    result = StudyResult(folder.path, plan, outcomes, summarise(plan, outcomes))
     if outcomes:
-        write_tables(folder.path, plan, outcomes, summaries, centred)
-    return StudyResult(folder.path, plan, outcomes, summaries, centred, summarise(centred.plan, outcomes, plan))
+        write_tables(folder.path, plan, outcomes, result.summaries, result.centred)
+    return result
