@@ -17,6 +17,7 @@ from monteclora.data.token_cache import encode_once
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.methods.lora import seed_everything
+from monteclora.runs.kept_model import kept_or_loaded
 from monteclora.runs.recipe import Recipe
 from monteclora.tasks import TaskData, load
 from monteclora.tasks.kinds import KINDS
@@ -144,16 +145,24 @@ def base_model(
         label_names: in the order of the classes; None for a causal LM.
         tokenizer: the model's.
     """
-    seed_everything(recipe.seed)
-    return load_model(
-        resolve_model(recipe.model.name),
-        kind,
-        dtype=recipe.model.dtype,
-        id2label=dict(enumerate(label_names)) if label_names else None,
-        trust_remote_code=recipe.model.trust_remote_code,
-        quantization=None if recipe.model.quantization == "none" else recipe.model.quantization,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    source = resolve_model(recipe.model.name)
+
+    def loaded() -> PreTrainedModel:
+        seed_everything(recipe.seed)
+        return load_model(
+            source,
+            kind,
+            dtype=recipe.model.dtype,
+            id2label=dict(enumerate(label_names)) if label_names else None,
+            trust_remote_code=recipe.model.trust_remote_code,
+            quantization=None if recipe.model.quantization == "none" else recipe.model.quantization,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    if recipe.model.quantization != "none":
+        return loaded()  # it cannot be copied
+    labels = tuple(label_names) if label_names else None
+    return kept_or_loaded((source, recipe.model, kind, labels, tokenizer.pad_token_id, recipe.seed), loaded)
 
 
 def prepare_model(

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from monteclora.runs.kept_model import kept_base_model
 from monteclora.studies.execution import attempt
 from monteclora.studies.folder import StudyFolder
 from monteclora.studies.plan import Plan, make_plan
@@ -23,11 +24,18 @@ _PAUSE = 0.3  # seconds until trials of others are looked at again
 def work(folder: StudyFolder, plan: Plan, deadline: float | None = None, *, linger: bool = True) -> None:
     """Take trials until each has an outcome, or the deadline (of ``time.time()``) has passed.
 
+    Trials of one seed and model follow each other, and the pretrained model stays in memory between them.
+
     Args:
         folder, plan: of the study.
         deadline: no trial is taken later; None for none.
         linger: whether to wait for trials that others work on, to take them over should these die.
     """
+    with kept_base_model():
+        _work(folder, plan, deadline, linger)
+
+
+def _work(folder: StudyFolder, plan: Plan, deadline: float | None, linger: bool) -> None:
     while True:
         left = [trials for trials in plan.runs if not all(folder.outcome_file(trial.id).is_file() for trial in trials)]
         taken = False
