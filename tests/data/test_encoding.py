@@ -297,7 +297,7 @@ def test_a_row_can_be_shown():
     assert str(view) == r"<|im_start|>user\nGrüße?<|im_end|>\n<|im_start|>assistant\n[[ja 😀<|im_end|>]]"
     assert view.learned_tokens == len("ja 😀".encode()) + 1
     rows = datasets.Dataset.from_list([{"text": "hello", "label": 1}] * 9)
-    views = describe_rows(encode(rows, "classification", tokenizer, 100), tokenizer, 3, ("no", "yes"))
+    views = describe_rows(encode(rows, "classification", tokenizer, 100), tokenizer, 3, ("no", "yes").__getitem__)
     assert [str(view) for view in views] == ["hello -> yes"] * 3
 
 

@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "a label that is a list": (
         file("x.jsonl", jsonl({"text": "t", "label": ["a"] * 9999})),
-        "line 5 has the label ['a'",
+        "line 5 has the labels ['a'",
     ),
     "scores as labels": (
         file("x.csv", "text,label\na,2.5\nb,4\n"),

@@ -39,7 +39,7 @@ def test_names_that_only_look_like_marks_are_classes(value):
 
 @pytest.mark.parametrize("keys", [["0", "2.5", "3.75"], [str(i) for i in range(500)], ["1e-3", "2"]])
 def test_scores_are_refused_by_name(keys):
-    with pytest.raises(DataError, match=r"the labels of a\.csv look like scores .* regression is not supported"):
+    with pytest.raises(DataError, match=r"the labels of a\.csv look like scores .* Set data\.kind to regression"):
         refuse_scores(keys, "a.csv")
 
 
@@ -69,22 +69,22 @@ def test_integers_keep_their_meaning():
     zero_based = LabelSet.from_labels(["10", "2", "0", "1", "2"])
     assert zero_based.names == ("0", "1", "2", "10")
     signed = LabelSet.from_labels(["1", "-1"])
-    assert (signed.id_of("-1", ""), signed.id_of("1", "")) == (0, 1)
+    assert (signed.value_of("-1", ""), signed.value_of("1", "")) == (0, 1)
     with pytest.raises(DataError):
-        signed.id_of("0", "")
+        signed.value_of("0", "")
 
 
 def test_names_are_sorted_and_numbers_are_not_ids():
     labels = LabelSet.from_labels(["b", "a"])
     assert labels.names == ("a", "b")
     with pytest.raises(DataError, match=r"f\.csv, line 3: the label '0' is not among the 2 labels a, b"):
-        labels.id_of("0", "f.csv, line 3")
+        labels.value_of("0", "f.csv, line 3")
 
 
 def test_with_explicit_names_a_label_is_a_name_or_an_id():
     labels = LabelSet(["no", "yes"])
-    assert [labels.id_of(key, "") for key in ("no", "yes", "0", "1")] == [0, 1, 0, 1]
+    assert [labels.value_of(key, "") for key in ("no", "yes", "0", "1")] == [0, 1, 0, 1]
     for key in ("2", "-1", "maybe"):
         with pytest.raises(DataError, match="not among"):
-            labels.id_of(key, "")
-    assert LabelSet(["1", "0"]).id_of("1", "") == 0, "a name comes before an id"
+            labels.value_of(key, "")
+    assert LabelSet(["1", "0"]).value_of("1", "") == 0, "a name comes before an id"

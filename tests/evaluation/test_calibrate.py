@@ -183,7 +183,7 @@ def test_no_scale_is_predicted_twice_and_the_mean_needs_no_draws(run, monkeypatc
 def test_a_temperature_of_completions_is_refused_before_anything_is_measured(trained, tmp_path):
     pairs = shutil.copytree(trained["pairs"], tmp_path / "pairs")
     before = (pairs / "adapter" / "posterior.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="a temperature needs probabilities of classes or options"):
+    with pytest.raises(ConfigError, match="a temperature needs probabilities of classes, options or labels"):
         calibrate(pairs, temperature=True, progress=False)
     assert (pairs / "adapter" / "posterior.safetensors").read_bytes() == before
     assert not (pairs / "calibration.json").exists()

@@ -70,7 +70,7 @@ def test_options_are_calibrated(copied):
 
 
 def test_completions_have_nothing_to_calibrate(copied):
-    with pytest.raises(ConfigError, match="needs probabilities of classes or options"):
+    with pytest.raises(ConfigError, match="needs probabilities of classes, options or labels"):
         quietly(copied("pairs"), calibrator="temperature")
 
 

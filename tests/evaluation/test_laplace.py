@@ -90,7 +90,7 @@ def test_other_adapters_are_fitted_too(method, assets, tmp_path):
 
 
 def test_what_cannot_be_given_one_is_refused_by_name(trained, run, monkeypatch):
-    with pytest.raises(ConfigError, match=r"laplace is for classifiers, and .*questions is a language model"):
+    with pytest.raises(ConfigError, match=r"laplace is for classifiers, and .*questions is a run of causal_lm"):
         quietly(trained["questions"])
     with pytest.raises(ConfigError, match="trained with the method monteclora"):
         quietly(trained["texts"])

@@ -123,7 +123,7 @@ def test_an_unfinished_run_stores_no_reference(copied, outside, monkeypatch):
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_predicted(trained, outside, monkeypatch):
     monkeypatch.setattr("monteclora.evaluation.run.fitted_calibrators", lambda *_: pytest.fail("it went on"))
-    with pytest.raises(ConfigError, match="is a language model, and ood is for classifiers"):
+    with pytest.raises(ConfigError, match="is a run of causal_lm, and ood is for classifiers"):
         evaluate(trained["pairs"], ood=outside, progress=False)
     with pytest.raises(DataError, match="there is no file"):
         evaluate(trained["texts"], ood=outside.with_name("missing.jsonl"), progress=False)

@@ -193,7 +193,7 @@ def test_why_nothing_is_answered_is_said(assets, tmp_path):
 def test_a_promise_that_cannot_be_given_is_refused(trained):
     with pytest.raises(ConfigError, match=r"risk is 1\.5; expected a value between 0 and 1"):
         monteclora.load(trained["texts"], risk=1.5)
-    with pytest.raises(ConfigError, match=r"risk is 0\.2, and .* writes text"):
+    with pytest.raises(ConfigError, match=r"risk is 0\.2, and .* is a run of causal_lm"):
         monteclora.load(trained["pairs"], risk=0.2)
 
 

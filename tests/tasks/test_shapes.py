@@ -213,7 +213,11 @@ REFUSED: dict[str, tuple[Rows, Options, str]] = {
         {},
         "look like scores (3 different numbers",
     ),
-    "scores as numbers": ([{"text": "x", "label": 2.5}, {"text": "y", "label": 1}], {}, "scores (regression) are not"),
+    "scores as numbers": (
+        [{"text": "x", "label": 2.5}, {"text": "y", "label": 1}],
+        {},
+        "scores need data.kind regression",
+    ),
     "a missing label": ([{"text": "x", "label": "N/A"}, {"text": "y", "label": "a"}], {}, "line 1 has no label (N/A)"),
     "many bad rows": (
         [PAIR, *[{"prompt": "q", "completion": ""}] * 12],
@@ -222,7 +226,11 @@ REFUSED: dict[str, tuple[Rows, Options, str]] = {
     ),
     "bad rows alone": ([{"prompt": "q", "completion": ""}] * 2, {"on_bad_row": "skip"}, "2 of 2 rows are wrong"),
     "a group column that is not there": ([PAIR], {"group_column": "user"}, "has no column 'user'"),
-    "a list of labels": ([{"text": "x", "label": ["a", "b"]}] * 2, {}, "has the label ['a', 'b']"),
+    "a list of labels": (
+        [{"text": "x", "label": ["a", "b"]}] * 2,
+        {},
+        "several labels of a row need data.kind multi_label",
+    ),
 }
 
 

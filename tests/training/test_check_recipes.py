@@ -7,8 +7,7 @@ import pytest
 from monteclora.data.models import STARTERS as MODELS
 from monteclora.runs.bundled import bundled_recipes
 from monteclora.runs.recipe import load_recipe
-from monteclora.tasks import get_task, list_tasks, load
-from monteclora.tasks.loading import DataSpec
+from monteclora.tasks import DataSpec, get_task, list_tasks, load
 from monteclora.training import check as module
 from monteclora.training.check import check
 from tests.tasks.rows import data_folder

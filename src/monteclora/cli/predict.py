@@ -146,8 +146,19 @@ def _print_answers(
 
 def _answer(found: TextPredictions, index: int) -> str:
     """A text's answer in one line; a completion's line breaks are spaces."""
-    label = " ".join(found.labels[index].split())
+    if found.std is not None and found.low is not None and found.high is not None:
+        parts = [
+            f"{found.labels[index]:.4g}",
+            f"standard deviation {found.std[index]:.3g} ({found.epistemic[index] ** 0.5:.3g} epistemic)",
+            f"90 % within {found.low[index]:.4g} to {found.high[index]:.4g}",
+        ]
+        return ", ".join(parts)
     uncertainty = f"uncertainty {found.total[index]:.3f} nats ({found.epistemic[index]:.3f} epistemic)"
+    if found.probabilities is not None:
+        likely = [f"{name} {found.probabilities[index][name]:.3f}" for name in found.labels[index]]
+        return ", ".join([*(likely or ["no label"]), uncertainty])
+    assert found.confidence is not None
+    label = " ".join(found.labels[index].split())
     parts = [label, f"confidence {found.confidence[index]:.3f}", uncertainty]
     if found.novelty is not None:
         parts.append(f"novelty {found.novelty[index]:+.2f}")

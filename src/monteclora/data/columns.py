@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from monteclora.config import brief, nearest
 from monteclora.data.files import Table
-from monteclora.data.kinds import Kind
+from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.errors import DataError
 
 __all__ = ["Columns", "find_columns", "input_columns", "listed"]
@@ -19,7 +19,11 @@ _TEXT_PAIRS = (
     ("text", "text_pair"),
 )
 _TEXTS = ("text", "sentence", "message")
-_LABELS = ("label", "intent", "class", "category", "target")
+_LABELS: Mapping[Kind, tuple[str, ...]] = {
+    "classification": ("label", "intent", "class", "category", "target"),
+    "regression": ("score", "label", "rating", "target", "value", "similarity"),
+    "multi_label": ("labels", "label", "tags", "categories", "intents"),
+}
 _MESSAGES = ("messages", "conversations", "conversation")
 _COMPLETIONS = (
     ("prompt", "completion"),
@@ -35,9 +39,10 @@ _INPUTS = ("input", "context")
 class Columns:
     """The columns in use, in the order the model reads them.
 
-    ``text`` holds one or two names for classification; for ``causal_lm`` those of the prompt (``instruction``
+    ``text`` holds one or two names for texts; for ``causal_lm`` those of the prompt (``instruction``
     and perhaps ``input``, none for a corpus), or of messages alone where it is a ``conversation``. ``target`` is the
-    label or completion column; None where the messages hold the completion or where rows to be predicted have none.
+    label, score or completion column; None where the messages hold the completion, where labels have a column of 0 and
+    1 each (``flags``), or where rows to be predicted have none.
     ``system``, ``history`` and ``tools`` go with a prompt or a conversation, where there are such columns; rows of one
     ``group`` are never parted.
     """
@@ -50,17 +55,18 @@ class Columns:
     history: str | None = None
     tools: str | None = None
     group: str | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
         """Those that every file must have; a prompt's second column may be missing."""
-        text = self.text if self.kind == "classification" else self.text[:1]
-        return tuple(name for name in (*text, self.target) if name is not None)
+        text = self.text if self.kind in TEXT_KINDS else self.text[:1]
+        return tuple(name for name in (*text, self.target, *self.flags) if name is not None)
 
     @property
     def used(self) -> frozenset[str]:
         """Those that are read."""
-        names = (*self.text, self.target, self.system, self.history, self.tools, self.group)
+        names = (*self.text, self.target, self.system, self.history, self.tools, self.group, *self.flags)
         return frozenset(name for name in names if name is not None)
 
 
@@ -73,6 +79,7 @@ def find_columns(
     kind: Kind | None = None,
     with_target: bool = True,
     messages_column: str | None = None,
+    label_columns: Sequence[str] = (),
 ) -> Columns:
     """The columns that a task uses.
 
@@ -82,12 +89,14 @@ def find_columns(
             left out is recognised, whatever its capitals. A completion column without a prompt column is a corpus.
         kind: the kind of task, where it is known already.
         with_target: False for rows to be predicted, which need no label or completion.
+        label_columns: of 0 and 1, one for each label, in place of a label column.
 
     Raises:
         DataError: a named column is missing, or none is recognised; the message lists the columns.
     """
     for option, name in (
         *(("text_columns", column) for column in text_columns),
+        *(("label_columns", column) for column in label_columns),
         ("label_column", label_column),
         ("prompt_column", prompt_column),
         ("completion_column", completion_column),
@@ -99,10 +108,12 @@ def find_columns(
         return _conversation(table, messages_column)
     if kind != "causal_lm" and not prompt_column and not completion_column:
         text = tuple(text_columns) or _first_group(table, (*_TEXT_PAIRS, *((name,) for name in _TEXTS)))
-        label = label_column or _first(table, _LABELS)
-        if text and (label or not with_target):
-            return Columns("classification", text, label if with_target else None)
-        if kind or text_columns or label_column:
+        wanted: Kind = kind or ("multi_label" if label_columns else "classification")
+        label = label_column or (None if label_columns else _first(table, _LABELS[wanted]))
+        if text and (label or label_columns or not with_target):
+            flags = tuple(label_columns) if with_target else ()
+            return Columns(wanted, text, label if with_target else None, flags=flags)
+        if kind or text_columns or label_column or label_columns:
             raise _unrecognised(table, "label_column" if text else "text_columns")
     return _completion_columns(table, prompt_column, completion_column, with_target)
 
@@ -121,12 +132,13 @@ def input_columns(table: Table, trained: Columns) -> Columns:
         trained,
         text=tuple(name for name in text if name in table.columns),
         target=None,
+        flags=(),
         group=None,
         system=found.get(trained.system or ""),
         history=found.get(trained.history or ""),
         tools=found.get(trained.tools or ""),
     )
-    for name in replace(trained, target=None).required:
+    for name in replace(trained, target=None, flags=()).required:
         if found[name] is None:
             raise DataError(
                 f"{table.name} has no column {name!r}, which the run was trained on; it has {listed(table)}",

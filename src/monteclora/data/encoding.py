@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from monteclora.data.chat import Segment, Writer, Written
-from monteclora.data.kinds import Kind
+from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.truncation import Kept, Tokens, Truncation, prompt_excess, truncate
 from monteclora.errors import ConfigError, DataError
 
@@ -68,7 +68,7 @@ def encode(
         rows: with ``text``, perhaps ``text_pair`` and ``label``; ``prompt``, ``completion``; or ``messages``.
         kind: what the rows are for.
         tokenizer: of the model.
-        max_length: most tokens of a row. Longer texts to classify lose their end (the longer text of a pair first).
+        max_length: most tokens of a row. Of longer texts the end is lost (of a pair, first that of the longer text).
         truncation: of rows with completions that are longer, see :func:`~monteclora.data.truncation.truncate`.
 
     Raises:
@@ -81,8 +81,8 @@ def encode(
             f"max_length is {max_length}, the model reads at most {tokenizer.model_max_length} tokens",
             "Set a smaller data.max_length.",
         )
-    if kind == "classification":
-        return _encode_classification(rows, tokenizer, max_length)
+    if kind in TEXT_KINDS:
+        return _encode_texts(rows, tokenizer, max_length)
     return _encode_causal(rows, tokenizer, max_length, truncation)
 
 
@@ -192,14 +192,14 @@ def collator(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[d
     import transformers
 
     make: Callable[..., Callable[[list[dict[str, Any]]], Any]]
-    if kind == "classification":
+    if kind in TEXT_KINDS:
         make = transformers.DataCollatorWithPadding
         return make(tokenizer)
     make = transformers.DataCollatorForSeq2Seq
     return make(tokenizer, label_pad_token_id=IGNORED)
 
 
-def _encode_classification(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def _encode_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     import datasets
 
     parts = []  # a number in a list takes several times the memory that it does in a table
@@ -265,7 +265,7 @@ class RowView:
     """A tokenised row for people.
 
     ``segments`` are runs of text, each with whether it is learned; ``tokens`` and ``learned_tokens`` their
-    lengths; ``label`` the label of a classified text.
+    lengths; ``label`` what is learned of a text as a whole, in words.
     """
 
     segments: tuple[Segment, ...]
@@ -281,15 +281,24 @@ class RowView:
 
 
 def describe_rows(
-    encoded: Encoded, tokenizer: PreTrainedTokenizerBase, n: int = 5, label_names: Sequence[str] | None = None
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 5,
+    shown: Callable[[Any], str | None] = lambda label: None,
 ) -> list[RowView]:
-    """The first ``n`` rows as the model sees them, decoded."""
+    """The first ``n`` rows as the model sees them, decoded.
+
+    Args:
+        encoded, tokenizer, n: what is shown.
+        shown: what is learned of a text as a whole, in words; None where it is some of its tokens.
+    """
     views = []
     for row in encoded.dataset.select(range(min(n, len(encoded.dataset)))):
         ids, labels = row["input_ids"], row.get("labels")
-        learned = [label != IGNORED for label in labels] if isinstance(labels, list) else [False] * len(ids)
+        whole = None if labels is None else shown(labels)
+        tokens = isinstance(labels, list) and whole is None
+        learned = [label != IGNORED for label in labels] if tokens else [False] * len(ids)
         runs = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
         segments = tuple((str(tokenizer.decode([token for token, _ in run])), is_learned) for is_learned, run in runs)
-        label = str(label_names[labels] if label_names else labels) if isinstance(labels, int) else None
-        views.append(RowView(segments, len(ids), sum(learned), label))
+        views.append(RowView(segments, len(ids), sum(learned), whole))
     return views

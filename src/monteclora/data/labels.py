@@ -7,12 +7,15 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from monteclora.config import brief
 from monteclora.errors import DataError
 
-__all__ = ["LabelSet", "describe_labels", "label_key", "refuse_scores"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["LabelSet", "Targets", "describe_labels", "label_key", "refuse_scores"]
 
 _INTEGER = re.compile(r"-?\d{1,4000}", re.ASCII)  # int() reads no more
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -51,9 +54,10 @@ def label_key(value: Any) -> str:
             raise ValueError("has no label")
         case float():
             raise ValueError(
-                f"has the label {brief(value)}: labels are names or whole numbers, and scores (regression) are not "
-                "supported"
+                f"has the label {brief(value)}: labels are names or whole numbers (scores need data.kind regression)"
             )
+        case list() | tuple():
+            raise ValueError(f"has the labels {brief(value)}: several labels of a row need data.kind multi_label")
     raise ValueError(f"has the label {brief(value)}: labels are names or whole numbers")
 
 
@@ -65,6 +69,24 @@ def _normal(text: str) -> str:
     return whole[1] if whole else name
 
 
+class Targets(Protocol):
+    """What is learned of texts: how what stands in a file becomes the column ``label``."""
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of the labels; None for scores."""
+        ...
+
+    @property
+    def type(self) -> pa.DataType:
+        """Of the column."""
+        ...
+
+    def value_of(self, key: Any, place: str) -> Any:
+        """The value for what stands in a row of that place. Raises DataError where it has none."""
+        ...
+
+
 class LabelSet:
     """The names of the classes, in the order of their ids.
 
@@ -74,7 +96,7 @@ class LabelSet:
     """
 
     def __init__(self, names: Sequence[str], ids_count: bool = True) -> None:
-        self.names = tuple(names)
+        self.names: tuple[str, ...] = tuple(names)
         ids = {str(i): i for i in range(len(self.names))} if ids_count else {}
         self._ids = ids | {_normal(name): i for i, name in enumerate(self.names)}
 
@@ -88,7 +110,14 @@ class LabelSet:
         numeric = all(_INTEGER.fullmatch(key) for key in distinct)
         return cls(sorted(distinct, key=int) if numeric else sorted(distinct), ids_count=False)
 
-    def id_of(self, key: str, place: str) -> int:
+    @property
+    def type(self) -> pa.DataType:
+        """int64."""
+        import pyarrow as pa
+
+        return pa.int64()
+
+    def value_of(self, key: str, place: str) -> int:
         """The id of a label from :func:`label_key`; DataError naming ``place`` when it is not in the set."""
         if key not in self._ids:
             raise DataError(
@@ -116,9 +145,9 @@ def refuse_scores(keys: Iterable[str], name: str) -> None:
     if fractions or many:
         example = brief(fractions[0] if fractions else next(iter(counts)), quotes=False)
         raise DataError(
-            f"the labels of {name} look like scores ({len(counts):,} different numbers, as {example}), and regression "
-            "is not supported",
-            "Name another data.label_column; if they are classes, list them in data.label_names.",
+            f"the labels of {name} look like scores ({len(counts):,} different numbers, as {example})",
+            "Set data.kind to regression, or name another data.label_column; if they are classes, list them in "
+            "data.label_names.",
         )
 
 

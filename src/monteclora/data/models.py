@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from monteclora.config import nearest
 from monteclora.data.gguf import dequantised_folder
-from monteclora.data.kinds import Kind
+from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.errors import ConfigError, UnsafeCodeError
 
 if TYPE_CHECKING:
@@ -197,8 +197,8 @@ def load_model(
 
     Args:
         source: from :func:`resolve_model`.
-        kind: ``classification`` puts a head of ``num_labels`` on the model: its own if it has one of that size, else
-            a new one, drawn from torch's global generator. ``causal_lm`` takes the model's own.
+        kind: ``causal_lm`` takes the model's own head. The others put one of ``num_labels`` outputs on the model: its
+            own if it has one of that size, else a new one, drawn from torch's global generator.
         num_labels: number of labels, or the length of ``id2label``.
         dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` or a torch dtype.
         id2label: label names, kept in the model's config.
@@ -216,10 +216,12 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     auto: Any = transformers.AutoModelForCausalLM
     config_options: dict[str, Any] = {}
-    if kind == "classification":
+    if kind in TEXT_KINDS:
         auto = transformers.AutoModelForSequenceClassification
         names = dict(id2label) if id2label else {i: f"LABEL_{i}" for i in range(num_labels or 2)}
         config_options = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        if kind != "classification":  # what transformers computes as the loss where it is asked for one
+            config_options["problem_type"] = {"multi_label": "multi_label_classification"}.get(kind, kind)
         options["ignore_mismatched_sizes"] = True  # a head of another number of labels; all else is refused below
     with _as_our_errors(source), _quiet():
         path = _ordinary_path(source)

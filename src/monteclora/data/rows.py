@@ -1,6 +1,6 @@
 """The rows of a table, checked one by one, as columns of a ``datasets.Dataset``.
 
-Classification: ``text``, perhaps ``text_pair``, ``label`` (an id). Causal LM: ``prompt`` and
+Texts: ``text``, perhaps ``text_pair``, ``label`` (an id, a score, or 0 or 1 for each label). Causal LM: ``prompt`` and
 ``completion``, with ``options`` and ``answer`` where the task has them; ``completion`` alone of a corpus; or
 ``messages``, with ``extra`` where conversations have more than text (see :mod:`monteclora.data.conversations`).
 """
@@ -17,7 +17,10 @@ from monteclora.config import brief
 from monteclora.data.columns import Columns, listed
 from monteclora.data.conversations import Conversation, read_conversation, with_prompt
 from monteclora.data.files import Table
-from monteclora.data.labels import LabelSet, label_key
+from monteclora.data.kinds import TEXT_KINDS
+from monteclora.data.labels import Targets, label_key
+from monteclora.data.multi_labels import read_flags, read_labels
+from monteclora.data.scores import read_score
 from monteclora.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,29 +53,30 @@ class Reading:
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """Checked columns of a table, their row numbers, and the labels as they stand in the file.
+    """Checked columns of a table, their row numbers, and what is to be learned of texts as it stands in the file.
 
+    ``label_keys`` has of each row what :func:`label_key`, :func:`read_score` or :func:`read_labels` made of it.
     ``groups`` has what is in the group column of each row, where there is one; ``notes`` says what was left out.
     """
 
     table: Table
     chunks: list[pa.Table]
     numbers: array[int]
-    label_keys: list[str]
+    label_keys: list[Any]
     groups: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
-    def to_dataset(self, labels: LabelSet | None) -> Dataset:
-        """The rows as a dataset; with ``labels``, a column of ids. DataError for a label outside the set."""
+    def to_dataset(self, targets: Targets | None) -> Dataset:
+        """The rows as a dataset; with ``targets``, a column ``label``. DataError for a label outside the set."""
         import datasets
         import pyarrow as pa
         from datasets.table import InMemoryTable
 
         data = pa.concat_tables(self.chunks, promote_options="default")
-        if labels is not None and self.label_keys:
+        if targets is not None and self.label_keys:
             rows = zip(self.label_keys, self.numbers, strict=True)
-            ids = array("q", (labels.id_of(key, self.table.place(number)) for key, number in rows))
-            data = data.append_column("label", pa.array(ids, pa.int64()))
+            values = [targets.value_of(key, self.table.place(number)) for key, number in rows]
+            data = data.append_column("label", pa.array(values, targets.type))
         # a fingerprint that is given is not computed, from a pickled copy of all rows
         return datasets.Dataset(InMemoryTable(data), fingerprint=uuid4().hex)
 
@@ -107,8 +111,8 @@ class _Reader:
 
     def __init__(self, table: Table, columns: Columns, reading: Reading) -> None:
         self._table, self._columns, self._reading = table, columns, reading
-        self._keys: dict[str, str] = {}  # one object for all rows of a label
-        self._label_keys: list[str] = []
+        self._keys: dict[Any, Any] = {}  # one object for all rows of a label
+        self._label_keys: list[Any] = []
         self._groups: list[str] = []
         self._numbers = array("q")
         self._chunks = _Chunks()
@@ -129,9 +133,9 @@ class _Reader:
 
     def _read(self, number: int, row: dict[str, Any]) -> None:
         columns, place = self._columns, self._table.place(number)
-        if columns.kind == "classification":
-            found: dict[str, Any] | None = _classification_row(row, columns, place)
-            key = _label(row.get(columns.target), place) if columns.target else None
+        if columns.kind in TEXT_KINDS:
+            found: dict[str, Any] | None = _text_row(row, columns, place)
+            key = _target(row, columns, place) if columns.target or columns.flags else None
         else:
             found, key = self._causal_row(row, place), None
         group = str(row.get(columns.group)) if columns.group else None
@@ -141,7 +145,7 @@ class _Reader:
         self._chunks.add(found, place)
         self._numbers.append(number)
         if key is not None:
-            self._label_keys.append(self._keys.setdefault(key, key))
+            self._label_keys.append(key if isinstance(key, float) else self._keys.setdefault(key, key))
         if group is not None:
             self._groups.append(self._keys.setdefault(group, group))
 
@@ -258,7 +262,7 @@ class _Chunks:
         self._rows, self._characters = [], 0
 
 
-def _classification_row(row: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
+def _text_row(row: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
     names = ("text", "text_pair")
     return {ours: _text(row, name, place) for ours, name in zip(names, columns.text, strict=False)}
 
@@ -315,8 +319,15 @@ def _text(row: dict[str, Any], name: str, place: str) -> str:
     return value
 
 
-def _label(value: Any, place: str) -> str:
+def _target(row: dict[str, Any], columns: Columns, place: str) -> Any:
+    value, what = row.get(columns.target or ""), "label"
     try:
+        if columns.kind == "regression":
+            what = "score"
+            return read_score(value)
+        if columns.kind == "multi_label":
+            what = "labels"
+            return read_flags(row, columns.flags) if columns.flags else read_labels(value)
         return label_key(value)
     except ValueError as error:
-        raise DataError(f"{place} {error}", "Correct the label or remove the row.") from None
+        raise DataError(f"{place} {error}", f"Correct the {what} or remove the row.") from None

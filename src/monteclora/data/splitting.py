@@ -42,7 +42,9 @@ def carve_validation(
     if groups:
         chosen = _whole_groups(groups, fraction, seed)
     else:
-        labels = train["label"][:] if "label" in train.column_names else [None] * len(train)
+        labels = train["label"][:] if "label" in train.column_names else []
+        if not labels or not isinstance(labels[0], int):  # scores, or several labels of a row: all rows alike
+            labels = [None] * len(train)
         ranks = content_ranks(train, seed, "validation")
         by_label: dict[Any, list[int]] = defaultdict(list)
         for index, label in enumerate(labels):

@@ -142,7 +142,7 @@ def calibrate(
         loaded = load_run(folder)
         loaded.check_single("calibration")
         loaded, grafted = with_posterior(loaded, rows)
-        fit, held_out, origin = _halves(loaded, temperature)
+        fit, held_out, origin = _halves(loaded, temperature, tolerance)
         sampler = loaded.sampler("posterior", num_samples, seed)
         assert sampler is not None
         score = _scoring(loaded, sampler, batch_size)
@@ -235,7 +235,7 @@ def undo_calibration(run: str | Path | RunResult) -> bool:
     return undone
 
 
-def _halves(loaded: LoadedRun, temperature: bool) -> tuple[Dataset, Dataset, str]:
+def _halves(loaded: LoadedRun, temperature: bool, tolerance: float | None) -> tuple[Dataset, Dataset, str]:
     """The rows to fit to, those to report on, and where both are from; refuses a run that cannot be calibrated."""
     data = own_rows(loaded, FIT_SPLIT)
     rows = data.splits.get(FIT_SPLIT)
@@ -246,11 +246,15 @@ def _halves(loaded: LoadedRun, temperature: bool) -> tuple[Dataset, Dataset, str
             "Give data.validation_file or a larger data.validation_fraction.",
         )
     origin = data.sources[FIT_SPLIT].origin
-    if temperature and KINDS[loaded.kind].predicts_tokens and not {"options", "answer"} <= set(rows.column_names):
+    scorings = KINDS[loaded.kind].scorings(rows)
+    if temperature and scorings[0] in ("tokens", "scores"):
+        what = "completions" if scorings[0] == "tokens" else "scores"
         raise ConfigError(
-            f"a temperature needs probabilities of classes or options, and {origin} has completions",
+            f"a temperature needs probabilities of classes, options or labels, and {origin} has {what}",
             "Leave out temperature.",
         )
+    if tolerance is not None and scorings[0] == "scores":
+        raise ConfigError(f"tolerance is {tolerance}, and {origin} has scores, which have no accuracy", "Leave it out.")
     return *halves(rows, data.name), origin
 
 
@@ -328,6 +332,6 @@ def _best(curve: Curve, tolerance: float | None) -> float:
     scales = sorted(curve)
     if tolerance is None:
         return min(scales, key=lambda scale: curve[scale]["nll"])
-    name = "accuracy" if "accuracy" in curve[0.0] else "token_accuracy"
+    name = next(name for name in ("accuracy", "subset_accuracy", "token_accuracy") if name in curve[0.0])
     least = curve[0.0][name] - tolerance - 1e-12
     return list(takewhile(lambda scale: curve[scale][name] >= least, scales))[-1]

@@ -30,7 +30,7 @@ def calibration_errors(scored: Scored, *, classes: bool, bins: int) -> Mapping[s
         bins: of the binned measures.
 
     Returns:
-        None for completions, which have no probabilities of classes or options.
+        None for predictions that are not of classes or options.
     """
     found = scored.predictions
     if not isinstance(found, Predictions) or found.labels is None:

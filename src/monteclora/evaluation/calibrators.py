@@ -10,9 +10,11 @@ from monteclora.data.splitting import content_sha256
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.own_rows import FIT_SPLIT, own_rows
 from monteclora.prediction.calibrator import Calibrator
+from monteclora.prediction.labels import LabelPredictions
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, check_calibrator
 from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.prediction.scores import ScorePredictions
 from monteclora.runs.calibration import read_calibration, weights_sha256, write_calibration
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.run_folder import RunFolder
@@ -105,12 +107,14 @@ def fit_calibrators(
     about["weights_sha256"] = weights_sha256(RunFolder(loaded.first).adapter)
     fits, calibrators = {}, {}
     for each, predictions in found:
-        if not isinstance(predictions, Predictions):
+        decided = predictions.decisions if isinstance(predictions, LabelPredictions) else predictions
+        if not isinstance(decided, Predictions):
+            what = "scores" if isinstance(predictions, ScorePredictions) else "completions"
             raise ConfigError(
-                f"the calibrator {name} needs probabilities of classes or options, and {origin} has completions",
+                f"the calibrator {name} needs probabilities of classes, options or labels, and {origin} has {what}",
                 "Leave it out.",
             )
-        calibrators[each.name] = CALIBRATORS[name].fit(predictions)
+        calibrators[each.name] = CALIBRATORS[name].fit(decided)
         fits[_key(name, each, seed, loaded)] = {"state": dict(calibrators[each.name].state), **about}
     write_calibration(loaded.folder, {**read_calibration(loaded.folder), _SECTION: {**_kept(loaded), **fits}})
     return calibrators

@@ -89,10 +89,10 @@ def _check(loaded: LoadedRun) -> None:
     if loaded.members or loaded.is_base or loaded.unfinished:
         what = "an ensemble" if loaded.members else "an unfinished run" if loaded.unfinished else "the pretrained model"
         raise ConfigError(f"the sampler {LAPLACE} was asked of {what}", "Ask it of a single finished run.")
-    if KINDS[loaded.kind].predicts_tokens:
+    if not KINDS[loaded.kind].has_classes:
         raise ConfigError(
-            f"the sampler {LAPLACE} is for classifiers, and {loaded.folder} is a language model, whose curvature over "
-            "the vocabulary is out of reach",
+            f"the sampler {LAPLACE} is for classifiers, and {loaded.folder} is a run of {loaded.kind}, whose "
+            "curvature it does not have",
             "Choose another sampler.",
         )
     if not get_method(recipe.method.name).takes_laplace:

@@ -43,6 +43,7 @@ OUTPUT_COLUMNS = frozenset(
         *("index", "text", "text_pair", "prompt", "messages", "prediction", "completion", "next_token", "tools"),
         *("confidence", "probabilities", "total", "aleatoric", "epistemic", "novelty", "abstain"),
         *("tokens", "sequence", "answers", "answer", "agreement"),
+        *("std", "low", "high", "label_total", "label_epistemic"),
     }
 )
 """Every name that a column of the predictions can have, whatever the kind of task."""
@@ -96,7 +97,9 @@ def predict_file(
     A classifier gives prediction, confidence and the probability of each label; and novelty and abstain, as
     :meth:`monteclora.evaluation.text.TextModel.predict` does: where they are left out, a note says why. A causal LM
     gives its greedy completion at the posterior's mean, the most likely next token after the prompt and its probability
-    (confidence). Both give the prediction's total, aleatoric and epistemic uncertainty in nats.
+    (confidence). Scores have a mean, a standard deviation and a 90 % interval; rows with several labels those that are
+    more probable than not, with the probability and uncertainty of each. All give the prediction's total, aleatoric and
+    epistemic uncertainty in nats; of scores, variances.
 
     Args:
         run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``.
@@ -132,7 +135,7 @@ def predict_file(
     kept = _kept(file, keep)
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
-    if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:
+    if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:  # of which fitting would know too late
         raise ConfigError(
             f"the calibrator {calibrator} needs probabilities of classes or options, and {loaded.folder} writes text",
             "Leave it out.",
@@ -142,9 +145,7 @@ def predict_file(
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
         judge, left_out = (
-            (None, ())
-            if kind.predicts_tokens
-            else Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators))
+            Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators)) if kind.has_classes else (None, ())
         )
     notes = [*prepared, *fitted, *left_out]
     with (

@@ -107,12 +107,13 @@ def promise(loaded: LoadedRun, risk: float | None, level: float | None) -> tuple
     """Risk and level of what is promised of a run's answers, with the defaults for None.
 
     Raises:
-        ConfigError: one is out of range, or asked of a language model, whose completions are not judged.
+        ConfigError: one is out of range, or asked of a run that is no classifier.
     """
     for name, value in (("risk", risk), ("level", level)):
-        if value is not None and KINDS[loaded.kind].predicts_tokens:
+        if value is not None and not KINDS[loaded.kind].has_classes:
             raise ConfigError(
-                f"{name} is {value}, and {loaded.folder} writes text, of which none is abstained from", "Leave it out."
+                f"{name} is {value}, and {loaded.folder} is a run of {loaded.kind}, which never abstains",
+                "Leave it out.",
             )
     found = (RISK if risk is None else risk, LEVEL if level is None else level)
     check_promise(*found)

@@ -167,7 +167,9 @@ def evaluate(
 
     Classification is measured by accuracy, F1, MCC, NLL, Brier score and ECE. Of a causal LM whose rows have answer
     options, each option's likelihood is normalised over the options and measured by accuracy, NLL, Brier score and
-    ECE; without options, completions are measured by NLL a token, perplexity and token accuracy. All are taken at the
+    ECE; without options, completions are measured by NLL a token, perplexity and token accuracy. Scores are measured by
+    RMSE, MAE, R², Spearman's correlation, Gaussian NLL and the coverage of the 90 % interval; several labels of a row
+    by subset accuracy, micro and macro F1, and NLL, Brier score and ECE of their decisions. All are taken at the
     posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
@@ -278,7 +280,7 @@ def evaluate_loaded(
         unfinished=loaded.unfinished,
         notes=(*notes, *scored.notes, *shift.notes),
         shift=shift,
-        calibration=calibration_errors(scored, classes=not kind.predicts_tokens, bins=predictor.bins),
+        calibration=calibration_errors(scored, classes=kind.has_classes, bins=predictor.bins),
         members=loaded.members,
     )
     _keep(loaded, result)

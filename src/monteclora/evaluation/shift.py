@@ -44,7 +44,7 @@ class Shift:
     """What an evaluation of a classifier says beside its metrics.
 
     Attributes:
-        selective: ``aurc``, ``aurc_excess`` and ``accuracy_at_0.8`` of the split; None for a language model.
+        selective: ``aurc``, ``aurc_excess`` and ``accuracy_at_0.8`` of the split; None where rows have no class each.
         ood: ``file``, ``rows``, and in ``scores`` the ``auroc`` and ``fpr95`` of each score by name; None without a
             file.
         notes: what was left out or shortened, in words.
@@ -80,7 +80,7 @@ class Shift:
             outside: rows to be told from the split's; see :func:`outside_rows`.
         """
         found = scored.predictions
-        if KINDS[loaded.kind].predicts_tokens or not isinstance(found, Predictions):
+        if not KINDS[loaded.kind].has_classes or not isinstance(found, Predictions):
             return cls()
         curve = risk_coverage(found.probs.max(1), found.probs.argmax(1) == found.labels)
         selective = {
@@ -124,8 +124,8 @@ def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Dataset | None:
     """
     if file is None:
         return None
-    if KINDS[loaded.kind].predicts_tokens:
-        raise ConfigError(f"{loaded.folder} is a language model, and ood is for classifiers", "Leave --ood out.")
+    if not KINDS[loaded.kind].has_classes:
+        raise ConfigError(f"{loaded.folder} is a run of {loaded.kind}, and ood is for classifiers", "Leave --ood out.")
     return load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
 
 

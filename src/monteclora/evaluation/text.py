@@ -30,11 +30,13 @@ class TextPredictions:
 
     Attributes:
         texts: as given.
-        labels: the most probable label, or the greedy completion of a language model.
-        confidence: probability of the label, or of a completion's first token.
-        total, aleatoric, epistemic: uncertainty of the label or first token, nats; total is the sum of the others.
+        labels: the most probable label, the list of labels that are more probable than not, the mean of the score, or
+            the greedy completion of a language model.
+        confidence: probability of the label, or of a completion's first token; None for scores and for several labels.
+        total, aleatoric, epistemic: uncertainty of the label or first token, nats; summed over several labels; of a
+            score variances, in the square of its unit. Total is the sum of the others.
         novelty: above 0 where a text is less like the training rows than 95 % of the validation rows are; None for a
-            language model, and where the run's rows are gone.
+            run that is no classifier, and where the run's rows are gone.
         abstain: whether the answer is not to be relied on: its confidence is below the threshold of the promised risk.
             None likewise.
         notes: what was left out or shortened, in words.
@@ -44,11 +46,14 @@ class TextPredictions:
         answers: of as many draws as were asked for; None without.
         answer: the one on which most of them agree, by exact match after normalisation.
         agreement: the share of those that do.
+        std: standard deviation of a score; None for labels and completions.
+        low, high: ends of its 90 % interval; None likewise.
+        probabilities: of several labels of a text, the probability of each by its name; None for other runs.
     """
 
     texts: list[str]
-    labels: list[str]
-    confidence: list[float]
+    labels: list[Any]
+    confidence: list[float] | None
     total: list[float]
     aleatoric: list[float]
     epistemic: list[float]
@@ -60,6 +65,10 @@ class TextPredictions:
     answers: list[list[str]] | None = None
     answer: list[str] | None = None
     agreement: list[float] | None = None
+    std: list[float] | None = None
+    low: list[float] | None = None
+    high: list[float] | None = None
+    probabilities: list[dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The columns by name, without those that are None."""
@@ -135,21 +144,22 @@ class TextModel:
             else:
                 answered = kind.predict(predictor, rows, max_new_tokens)
             columns, notes, judged = answered.columns, answered.notes, dict[str, list[Any]]()
-            if not kind.predicts_tokens:
+            if kind.has_classes:
                 key = (sampler, seed)
                 if key not in self._judges:
                     self._judges[key] = Judge.of(self.run, sampler, seed, self.risk, self.level)
                 judge, left_out = self._judges[key]
                 judged = judge.columns(rows, columns["confidence"]) if judge else {}
                 notes += left_out
-        numbers = {
-            name: np.asarray(columns[name]).tolist() for name in ("confidence", "total", "aleatoric", "epistemic")
-        }
+        names = ("confidence", "total", "aleatoric", "epistemic", "std", "low", "high")
+        numbers = {name: np.asarray(columns[name]).tolist() for name in names if name in columns}
         labels = columns["completion" if kind.predicts_tokens else "prediction"]
+        by_label = columns["probabilities"].to_pylist() if "label_total" in columns else None
         return TextPredictions(
             list(texts),
-            list(labels),
-            **numbers,
+            labels.to_pylist() if isinstance(labels, pa.Array) else np.asarray(labels).tolist(),
+            **{"confidence": None, **numbers},
+            probabilities=by_label,
             novelty=judged.get("novelty"),
             abstain=judged.get("abstain"),
             notes=notes,

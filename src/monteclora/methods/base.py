@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from monteclora.data.kinds import Kind
 from monteclora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Added", "Method", "MethodOptions", "PhaseName", "Plan", "TaskKind"]
 
-TaskKind = Literal["classification", "causal_lm"]
+TaskKind = Kind
 PhaseName = Literal["cooperative", "adapter", "posterior"]
 """``cooperative`` trains everything; ``adapter`` all but a posterior; ``posterior`` the posterior alone."""
 

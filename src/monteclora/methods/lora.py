@@ -117,7 +117,7 @@ class LoRAOptions(LoRAFields):
 
 def peft_task(task_kind: TaskKind) -> str:
     """What peft calls the kind of task."""
-    return "SEQ_CLS" if task_kind == "classification" else "CAUSAL_LM"
+    return "CAUSAL_LM" if task_kind == "causal_lm" else "SEQ_CLS"
 
 
 def lora_arguments(options: LoRAFields, model: PreTrainedModel, task_kind: TaskKind) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from monteclora.metrics.calibration import DEFAULT_BINS, expected_calibration_error
 from monteclora.metrics.classification import accuracy, brier, f1, matthews, nll
+from monteclora.metrics.multi_label import f1_macro, f1_micro, label_brier, label_ece, label_nll, subset_accuracy
+from monteclora.metrics.regression import INTERVAL, coverage, gaussian_nll, mae, r2, rmse, spearman
 
 __all__ = ["METRICS", "Metric", "Scoring", "TokenSums", "measure", "metrics_for"]
 
-Scoring = Literal["classes", "options", "options_per_byte", "tokens"]
-"""What is scored: classes; answer options, whose order carries no meaning; options by their log-likelihood per byte; or
-the tokens of completions."""
+Scoring = Literal["classes", "options", "options_per_byte", "tokens", "scores", "labels"]
+"""What is scored: classes; answer options, whose order carries no meaning; options by their log-likelihood per byte;
+the tokens of completions; predicted scores; or labels of which a row may have several."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ class Metric:
     Attributes:
         name: as recipes and files write it.
         label: for tables and figures.
-        greater_is_better: which direction is better.
+        greater_is_better: which direction is better; None where neither is, and nothing can be chosen by the metric.
         functions: for each scoring that the metric applies to, the function of it: of ``probs`` (B, C) and ``labels``
-            (B,) for classes and options, of :class:`TokenSums` for tokens.
+            (B,) for classes and options, of :class:`TokenSums` for tokens, of ``mean``, ``variance`` and ``scores``
+            (B,) for scores, of ``probs`` and ``labels`` (B, L) for labels.
     """
 
     name: str
     label: str
-    greater_is_better: bool
+    greater_is_better: bool | None
     functions: Mapping[Scoring, Callable[..., float]]
 
 
@@ -71,16 +74,30 @@ def _both(function: Callable[..., float]) -> dict[Scoring, Callable[..., float]]
     return {"classes": function, "options": function}
 
 
+_NLL: Mapping[Scoring, Callable[..., float]] = {
+    **_both(nll),
+    "tokens": _token_nll,
+    "scores": gaussian_nll,
+    "labels": label_nll,
+}
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", "accuracy", True, _both(accuracy)),
         Metric("accuracy_per_byte", "accuracy per byte", True, {"options_per_byte": accuracy}),
+        Metric("subset_accuracy", "subset accuracy", True, {"labels": subset_accuracy}),
         Metric("f1", "F1", True, {"classes": f1}),
+        Metric("f1_micro", "micro F1", True, {"labels": f1_micro}),
+        Metric("f1_macro", "macro F1", True, {"labels": f1_macro}),
         Metric("mcc", "MCC", True, {"classes": matthews}),
-        Metric("nll", "NLL (nats)", False, {**_both(nll), "tokens": _token_nll}),
-        Metric("brier", "Brier", False, _both(brier)),
-        Metric("ece", "ECE", False, _both(expected_calibration_error)),
+        Metric("rmse", "RMSE", False, {"scores": rmse}),
+        Metric("mae", "MAE", False, {"scores": mae}),
+        Metric("r2", "R²", True, {"scores": r2}),
+        Metric("spearman", "Spearman", True, {"scores": spearman}),
+        Metric("nll", "NLL (nats)", False, _NLL),
+        Metric("brier", "Brier", False, {**_both(brier), "labels": label_brier}),
+        Metric("ece", "ECE", False, {**_both(expected_calibration_error), "labels": label_ece}),
+        Metric("coverage_90", f"coverage of the {100 * INTERVAL:.0f} % interval", None, {"scores": coverage}),
         Metric("perplexity", "perplexity", False, {"tokens": _perplexity}),
         Metric("token_accuracy", "token accuracy", True, {"tokens": _token_accuracy}),
     )
@@ -97,11 +114,10 @@ def measure(scoring: Scoring, *arguments: Any, bins: int = DEFAULT_BINS) -> dict
 
     Args:
         scoring: what is scored.
-        *arguments: ``probs`` (B, C) and ``labels`` (B,), or :class:`TokenSums`.
+        *arguments: what the functions of the scoring take, see :class:`Metric`.
         bins: of the calibration error.
     """
     found = {metric.name: metric.functions[scoring](*arguments) for metric in metrics_for(scoring)}
     if bins != DEFAULT_BINS and "ece" in found:
-        probs, labels = arguments
-        found["ece"] = expected_calibration_error(probs, labels, bins)
+        found["ece"] = METRICS["ece"].functions[scoring](*arguments, bins)
     return found

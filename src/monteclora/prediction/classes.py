@@ -15,7 +15,7 @@ from monteclora.prediction.predictive import class_logits, evaluating
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.system.progress import Progress
 
-__all__ = ["collect", "predict_classes"]
+__all__ = ["collect", "predict_classes", "predict_outputs"]
 
 
 def collect(
@@ -72,10 +72,30 @@ def predict_classes(
         batch_size: rows per forward pass.
         progress: told how many rows are done, batch by batch.
     """
+    arguments: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size, "progress": progress}
+    return Predictions(predict_outputs(model, rows, collate, lambda logits: logits.log_softmax(-1), **arguments))
+
+
+def predict_outputs(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    of: Callable[[Tensor], Tensor],
+    *,
+    sampler: Sampler = MEAN,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> FloatArray:
+    """A function of the outputs of a model's head for every row under every draw: float64, shape (S, B, ...).
+
+    Args:
+        model, rows, collate, sampler, batch_size, progress: see :func:`predict_classes`.
+        of: takes the outputs of a batch, float64, shape (B, C); gives shape (B, K).
+    """
     inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
 
     def score(indices: list[int]) -> Tensor:
         batch = to_device(collate([inputs[i] for i in indices]), model)
-        return class_logits(model, batch).double().log_softmax(-1)
+        return of(class_logits(model, batch).double())
 
-    return Predictions(collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress))
+    return collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress)

@@ -125,6 +125,12 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
         raise ConfigError(
             f"num_samples is {num_samples}, expected a whole number of at least 1", "Ask for one draw or more."
         )
+    problem = getattr(getattr(base_of(model), "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ConfigError(
+            f"the model's head is for {problem}, whose outputs are no probabilities of classes",
+            "Use monteclora.load(run).predict(texts), or monteclora.posterior_sampling around the model.",
+        )
     _check_batch(batch)
     _warn_of_padding(model, batch)
     device = sampled_posteriors(model)[0].rho.device

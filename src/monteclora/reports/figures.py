@@ -154,8 +154,8 @@ def _moving_mean(y: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
 
 @house_style()
-def uncertainty_histogram(groups: Mapping[str, ArrayLike], quantity: str, series: int = 0) -> Svg:
-    """How an uncertainty, float (B,) in nats for each group, is distributed: one row a group.
+def uncertainty_histogram(groups: Mapping[str, ArrayLike], quantity: str, series: int = 0, unit: str = "nats") -> Svg:
+    """How an uncertainty, float (B,) for each group, is distributed: one row a group.
 
     Bars are shares of the group, on one scale for all rows; a line marks the group's median.
 
@@ -163,6 +163,7 @@ def uncertainty_histogram(groups: Mapping[str, ArrayLike], quantity: str, series
         groups: for instance in-scope, ambiguous and out-of-scope examples.
         quantity: what the horizontal axis shows, for instance "total uncertainty".
         series: place of the run on the page, which gives the colour.
+        unit: of the values.
     """
     values = _groups(groups, "group of examples")
     upper = max(float(group.max()) for group in values.values()) or 1.0
@@ -187,9 +188,9 @@ def uncertainty_histogram(groups: Mapping[str, ArrayLike], quantity: str, series
         axes.set(ylim=(0.0, 1.05 * top), yticks=[], xlim=(0.0, upper))
         axes.spines["left"].set_visible(False)
         axes.tick_params(length=2.5)
-    rows[-1].set_xlabel(f"{quantity} (nats)")
+    rows[-1].set_xlabel(f"{quantity} ({unit})")
     spoken = ", ".join(f"{name} {np.median(group):.3g}" for name, group in values.items())
-    return to_svg(figure, f"Histograms of {quantity}; medians in nats: {spoken}")
+    return to_svg(figure, f"Histograms of {quantity}; medians in {unit}: {spoken}")
 
 
 @house_style()

@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from monteclora.metrics.calibration import ReliabilityCurve, reliability_curve
 from monteclora.metrics.classification import nll_per_example
+from monteclora.metrics.multi_label import decisions
 from monteclora.metrics.registry import measure
+from monteclora.metrics.regression import gaussian_nll_per_example
 from monteclora.reports.figures import TrainingCurve
 
 __all__ = ["FINISHED", "Evaluation", "RunReport", "UncertainExample", "Uncertainty"]
@@ -24,12 +26,12 @@ class Evaluation:
 
     Attributes:
         metrics: by name, see :mod:`monteclora.metrics.registry`.
-        reliability: confidence against accuracy.
+        reliability: confidence against accuracy, of several labels that of the decisions; None for scores.
         nll: negative log-likelihood of each example, float (B,), in nats and in the order of the test set.
     """
 
     metrics: Mapping[str, float]
-    reliability: ReliabilityCurve
+    reliability: ReliabilityCurve | None
     nll: NDArray[np.float64]
 
     @classmethod
@@ -45,10 +47,23 @@ class Evaluation:
             nll=nll_per_example(probs, labels),
         )
 
+    @classmethod
+    def of_scores(cls, mean: ArrayLike, variance: ArrayLike, scores: ArrayLike) -> Evaluation:
+        """Evaluate normal distributions of scores, float (B,) each. Raises DataError where one is malformed."""
+        arguments = (mean, variance, scores)
+        return cls(measure("scores", *arguments), None, gaussian_nll_per_example(*arguments))
+
+    @classmethod
+    def of_labels(cls, probs: ArrayLike, labels: ArrayLike) -> Evaluation:
+        """Evaluate the probabilities of several labels, float (B, L), against 0 and 1, (B, L); DataError likewise."""
+        examples = decisions(probs, labels)
+        nll = nll_per_example(*examples).reshape(np.shape(probs)).mean(1)
+        return cls(measure("labels", probs, labels), reliability_curve(*examples), nll)
+
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Predictive uncertainty of a group of examples, float (B,) each, in nats, from 0 up."""
+    """Predictive uncertainty of a group of examples, float (B,) each, from 0 up, in the unit of the run."""
 
     total: ArrayLike
     epistemic: ArrayLike
@@ -62,15 +77,15 @@ class UncertainExample:
         text: as the model saw it.
         label: the right answer, or empty where there is none.
         prediction: the most probable class.
-        confidence: its probability.
-        total: total uncertainty, in nats.
-        epistemic: the part of it that is doubt about the weights, in nats.
+        confidence: its probability; None where it is no single class.
+        total: total uncertainty.
+        epistemic: the part of it that is doubt about the weights.
     """
 
     text: str
     label: str
     prediction: str
-    confidence: float
+    confidence: float | None
     total: float
     epistemic: float
 
@@ -90,6 +105,7 @@ class RunReport:
         seconds: wall time of training.
         peak_bytes: peak memory of training.
         trained_parameters: how many parameters training changed.
+        unit: of its uncertainties.
         notes: what else its numbers have to be read with, a sentence each: that it went on with a changed recipe, say.
     """
 
@@ -104,6 +120,7 @@ class RunReport:
     peak_bytes: float | None = None
     trained_parameters: int | None = None
     notes: Sequence[str] = ()
+    unit: str = "nats"
 
     @property
     def finished(self) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
 from monteclora.metrics.registry import METRICS
+from monteclora.prediction.labels import LabelPredictions
 from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.scores import ScorePredictions
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.page import write_page
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
@@ -16,6 +18,7 @@ from monteclora.reports.runs import run_page
 from monteclora.runs.loading import load_run
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
+from monteclora.tasks.base import AnyPredictions
 
 __all__ = ["PAGE", "environment_facts", "training_curve", "write_run_report"]
 
@@ -42,10 +45,8 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
     result = evaluate_loaded(loaded, split, progress=progress)
     finished: Mapping[str, Any] = run.finished or {}
     predictions = result.scored.predictions
-    evaluation, examples = None, []
-    if isinstance(predictions, Predictions) and predictions.labels is not None:
-        evaluation = Evaluation.of(predictions.probs, predictions.labels)
-        examples = _most_uncertain(result)
+    evaluation = _evaluation(predictions)
+    examples = [] if evaluation is None else _most_uncertain(result)
     report = RunReport(
         name=loaded.recipe.name,
         method=loaded.recipe.method.name,
@@ -58,6 +59,7 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
         peak_bytes=finished["peak_memory_bytes"],
         trained_parameters=finished["trained_parameters"],
         notes=result.notes,
+        unit="score²" if isinstance(predictions, ScorePredictions) else "nats",
     )
     page = run_page(
         report,
@@ -67,6 +69,17 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
         reproduce=[f"monteclora train {run.recipe_file}", f"monteclora report {folder} --split {result.split}"],
     )
     return write_page(folder / PAGE, page)
+
+
+def _evaluation(found: AnyPredictions) -> Evaluation | None:
+    """What a page says of labelled predictions; None for completions."""
+    if isinstance(found, Predictions) and found.labels is not None:
+        return Evaluation.of(found.probs, found.labels)
+    if isinstance(found, ScorePredictions) and found.scores is not None:
+        return Evaluation.of_scores(found.mean, found.total, found.scores)
+    if isinstance(found, LabelPredictions) and found.decisions.labels is not None:
+        return Evaluation.of_labels(found.probs, found.decisions.labels.reshape(found.probs.shape))
+    return None
 
 
 def training_curve(run: RunFolder) -> TrainingCurve:
@@ -121,11 +134,18 @@ def _most_uncertain(result: EvaluationResult) -> list[UncertainExample]:
     return [
         UncertainExample(
             text=" / ".join(str(row[name]) for name in ("text", "text_pair", "prompt") if row.get(name)),
-            label=str(row["label"]),
-            prediction=str(row["prediction"]),
-            confidence=row["confidence"],
+            label=_shown(row["label"]),
+            prediction=_shown(row["prediction"]),
+            confidence=row.get("confidence"),
             total=row["total"],
             epistemic=row["epistemic"],
         )
         for row in rows
     ]
+
+
+def _shown(answer: object) -> str:
+    """A label, the labels of a row, or a score."""
+    if isinstance(answer, list):
+        return ", ".join(answer) or "none"
+    return f"{answer:.4g}" if isinstance(answer, float) else str(answer)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from monteclora.metrics.intervals import bootstrap_interval
-from monteclora.metrics.registry import metrics_for
+from monteclora.metrics.registry import METRICS
 from monteclora.reports.figures import (
     accuracy_bars,
     reliability_diagram,
@@ -22,22 +22,26 @@ from monteclora.reports.results import Evaluation, RunReport
 __all__ = ["measured", "summary", "warnings"]
 
 _BOOTSTRAP_SEED = 0
-_BEST: dict[bool, Literal["max", "min"]] = {True: "max", False: "min"}
+_BEST: dict[bool | None, Literal["max", "min"] | None] = {True: "max", False: "min", None: None}
 _OVERLAID = 3  # more reliability curves than this hide each other
 
 _METRICS = {
     metric.name: Column(metric.label[0].upper() + metric.label[1:], decimals(3), _BEST[metric.greater_is_better])
-    for metric in metrics_for("classes")
+    for metric in METRICS.values()
 }
 _COSTS = (Column("Time", duration), Column("Memory", size), Column("Parameters", count))
-_EXAMPLE = (
-    Column("Text"),
-    Column("Label"),
-    Column("Prediction"),
-    Column("Confidence", decimals(2)),
-    Column("Total (nats)", decimals(3)),
-    Column("Epistemic (nats)", decimals(3)),
-)
+
+
+def _example(unit: str) -> tuple[Column, ...]:
+    show = decimals(3) if unit == "nats" else "{:.3g}".format
+    return (
+        Column("Text"),
+        Column("Label"),
+        Column("Prediction"),
+        Column("Confidence", decimals(2)),
+        Column(f"Total ({unit})", show),
+        Column(f"Epistemic ({unit})", show),
+    )
 
 
 def warnings(runs: Sequence[RunReport]) -> list[str]:
@@ -67,9 +71,12 @@ def summary(runs: Sequence[RunReport]) -> list[str]:
     if reference.name not in finished:
         return []
     first = finished[reference.name]
+    leading = [
+        f"{METRICS[name].label.partition(' (')[0]} {first.metrics[name]:.3f}{' nats' if name == 'nll' else ''}"
+        for name in _leading(first)
+    ]
     sentences = [
-        f"{reference.name}: accuracy {first.metrics['accuracy']:.3f}, NLL {first.metrics['nll']:.3f} nats "
-        f"and ECE {first.metrics['ece']:.3f} on {count(len(first.nll))} test examples."
+        f"{reference.name}: {', '.join(leading[:-1])} and {leading[-1]} on {count(len(first.nll))} test examples."
     ]
     for run in others:
         if run.name in finished:
@@ -82,7 +89,8 @@ def _comparison(name: str, own: Evaluation, reference: str, first: Evaluation) -
     def both(metric: str) -> str:
         return f"{own.metrics[metric]:.3f} against {first.metrics[metric]:.3f}"
 
-    text = f"{name} against {reference}: accuracy {both('accuracy')}, ECE {both('ece')}, NLL {both('nll')} nats"
+    others = [f"{METRICS[metric].label} {both(metric)}" for metric in _leading(own) if metric != "nll"]
+    text = f"{name} against {reference}: {', '.join(others)}, NLL {both('nll')} nats"
     if len(own.nll) == len(first.nll) > 1:
         change = bootstrap_interval(own.nll - first.nll, seed=_BOOTSTRAP_SEED)
         text += (
@@ -90,6 +98,13 @@ def _comparison(name: str, own: Evaluation, reference: str, first: Evaluation) -
             f"(95 % interval {signed(change.low)} to {signed(change.high)}, paired bootstrap over examples)"
         )
     return text + "."
+
+
+def _leading(evaluation: Evaluation) -> list[str]:
+    """The metrics that findings name: the first there is, the NLL, and how far certainty can be trusted."""
+    first = next(iter(evaluation.metrics))
+    last = "ece" if "ece" in evaluation.metrics else "coverage_90"
+    return [first, "nll", last]
 
 
 def _cost(run: RunReport, reference: RunReport) -> list[str]:
@@ -127,7 +142,10 @@ def _results(runs: Sequence[RunReport]) -> Section | None:
         cells = [run.name, *(metrics.get(name) for name in present), *(values[index] for index in shown)]
         rows.append(Row(cells, unfinished=not run.finished))
     columns = [Column("Run"), *(_METRICS[name] for name in present), *(_COSTS[index] for index in shown)]
-    directions = "Accuracy, F1 and MCC: higher is better. NLL, Brier and ECE: lower is better."
+    directions = " ".join(
+        f"{', '.join(_METRICS[name].header for name in present if _METRICS[name].best == best)}: {words} is better."
+        for best, words in (("max", "higher"), ("min", "lower"))
+    )
     caption = directions if present else ""
     if present and len([run for run in runs if run.finished]) > 1:
         caption += " Highlighted: the best finished run of each, as rounded here."
@@ -138,7 +156,7 @@ def _accuracies(runs: Sequence[RunReport]) -> dict[str, list[float]]:
     """Test accuracies of the finished runs of each method."""
     by_method: dict[str, list[float]] = {}
     for run in runs:
-        if run.finished and run.evaluation:
+        if run.finished and run.evaluation and "accuracy" in run.evaluation.metrics:
             by_method.setdefault(run.method, []).append(run.evaluation.metrics["accuracy"])
     return by_method
 
@@ -192,11 +210,12 @@ def _uncertainty(runs: Sequence[RunReport]) -> Section | None:
             continue
         total = {name: np.asarray(group.total) for name, group in run.uncertainty.items()}
         epistemic = {name: np.asarray(group.epistemic) for name, group in run.uncertainty.items()}
-        panels = [uncertainty_histogram(total, "total uncertainty", place)]
+        panels = [uncertainty_histogram(total, "total uncertainty", place, run.unit)]
         if any(values.any() for values in epistemic.values()):
-            panels.append(uncertainty_histogram(epistemic, "epistemic uncertainty", place))
+            panels.append(uncertainty_histogram(epistemic, "epistemic uncertainty", place, run.unit))
+        what = "entropy" if run.unit == "nats" else "variance"
         caption = (
-            f"{run.title}. Total: entropy of the mean prediction. Epistemic: the part of it that is doubt "
+            f"{run.title}. Total: {what} of the mean prediction. Epistemic: the part of it that is doubt "
             "about the weights. Bars are shares of each group; a line marks its median."
         )
         figures.append(Figure(panels, caption))
@@ -206,7 +225,7 @@ def _uncertainty(runs: Sequence[RunReport]) -> Section | None:
 def _uncertain_examples(runs: Sequence[RunReport]) -> Section | None:
     tables = [
         Table(
-            _EXAMPLE,
+            _example(run.unit),
             [
                 Row((e.text, e.label or None, e.prediction, e.confidence, e.total, e.epistemic))
                 for e in run.uncertain_examples

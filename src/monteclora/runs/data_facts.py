@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from monteclora.data.columns import Columns
 from monteclora.data.kinds import Kind
+from monteclora.data.scores import ScoreScale
 from monteclora.errors import CheckpointError
 from monteclora.runs.run_folder import RunFolder
 from monteclora.tasks.kinds import KINDS
@@ -14,6 +15,7 @@ from monteclora.tasks.kinds import KINDS
 __all__ = ["DataFacts", "data_facts"]
 
 _FORMAT = 1  # of run folders
+_SCALE = ("centre", "spread")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class DataFacts:
         name: of the task.
         kind: of the task.
         label_names: in the order of the classes; None where the task has none.
+        scale: on which scores were learned; None for other kinds.
         columns: of the training data, where it was no task with a name; earlier versions did not write them down.
         sha256: of the rows of each split.
     """
@@ -33,6 +36,7 @@ class DataFacts:
     label_names: tuple[str, ...] | None
     columns: Columns | None
     sha256: Mapping[str, str]
+    scale: ScoreScale | None = None
 
 
 def data_facts(run: RunFolder) -> DataFacts:
@@ -51,13 +55,17 @@ def data_facts(run: RunFolder) -> DataFacts:
         about = environment["data"]
         name, kind, labels, columns = about["name"], about["kind"], about["label_names"], about.get("columns")
         if columns is not None:
-            columns = Columns(**{**columns, "text": tuple(columns["text"])})
+            lists = {name: tuple(columns.get(name, ())) for name in ("text", "flags")}
+            columns = Columns(**{**columns, **lists})
         if kind not in KINDS or not KINDS[kind].accepts(labels) or not isinstance(name, str):
             raise ValueError("it names no kind of task with its labels")
+        scale = None if about.get("scale") is None else ScoreScale(*(float(about["scale"][n]) for n in _SCALE))
+        if (scale is None) == (kind == "regression"):
+            raise ValueError("scores have a scale, and nothing else has one")
         rows = {split: source["sha256"] for split, source in about["splits"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{run.path / 'environment.json'} is damaged ({type(error).__name__}: {error})",
             "Take the folder from a backup, or remove it and run `monteclora train` again.",
         ) from None
-    return DataFacts(name, kind, tuple(labels) if labels else None, columns, rows)
+    return DataFacts(name, kind, tuple(labels) if labels else None, columns, rows, scale)

@@ -52,6 +52,7 @@ def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -
             "kind": data.kind,
             "label_names": data.label_names,
             "columns": None if data.columns is None else dataclasses.asdict(data.columns),
+            "scale": None if data.scale is None else dataclasses.asdict(data.scale),
             "splits": {
                 name: {"origin": source.origin, "rows": source.rows, "sha256": source.sha256}
                 for name, source in data.sources.items()

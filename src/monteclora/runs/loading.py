@@ -18,6 +18,7 @@ from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import Columns
 from monteclora.data.encoding import collator
 from monteclora.data.kinds import Kind
+from monteclora.data.scores import ScoreScale
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.calibrator import Calibrator
@@ -61,6 +62,7 @@ class LoadedRun:
         unfinished: how far a run came that did not come to its end; None for a finished one.
         is_base: whether this is the pretrained model alone.
         trained: names of the model's parameters that training changed; empty for the base model.
+        scale: on which scores were learned; None for other kinds.
         members: the folders of the runs that an ensemble combines, of which ``folder`` is the first, or whose
             ``ensemble`` they are; see :mod:`monteclora.runs.ensemble`. Empty for a single run.
     """
@@ -76,6 +78,7 @@ class LoadedRun:
     columns: Columns | None = None
     members: tuple[Path, ...] = ()
     trained: tuple[str, ...] = ()
+    scale: ScoreScale | None = None
 
     @property
     def has_posterior(self) -> bool:
@@ -190,6 +193,7 @@ class LoadedRun:
             posterior=sampler,
             progress=progress,
             calibrators=calibrators or {},
+            scale=self.scale,
         )
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -236,7 +240,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
     kind, labels = data.kind, data.label_names
     if base and not KINDS[kind].has_pretrained_head:
         raise ConfigError(
-            f"{run.path} trained a classifier, and the pretrained model has no head for its labels",
+            f"{run.path} trained a head of {kind}, and the pretrained model has no head for its labels",
             "Ask for the base model of a causal LM run only.",
         )
     tokenizer = tokenizer_of(recipe)
@@ -252,7 +256,19 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         model.to(training_device())
     trained = () if base else tuple(name for name, each in model.named_parameters() if each.requires_grad)
     model.requires_grad_(False).eval()
-    return LoadedRun(run.path, recipe, kind, labels, model, tokenizer, unfinished, base, data.columns, trained=trained)
+    return LoadedRun(
+        run.path,
+        recipe,
+        kind,
+        labels,
+        model,
+        tokenizer,
+        unfinished,
+        base,
+        data.columns,
+        scale=data.scale,
+        trained=trained,
+    )
 
 
 def _was_given_a_posterior(recipe: Recipe, adapter: Path) -> bool:

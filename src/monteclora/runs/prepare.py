@@ -71,9 +71,10 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     """
     task = load(recipe.data, splits=("train", "validation"))
     resolve_model(recipe.model.name)  # a wrong name is told before rows are tokenised
-    measures = KINDS[task.kind].measures()
-    check_metric(measures, recipe.training.best_metric)
+    kind = KINDS[task.kind]
     task.split("train")
+    measures = kind.measures(task, recipe.data.class_weights)
+    check_metric(measures, recipe.training.best_metric)
     if recipe.training.best_metric is not None and "validation" not in task.splits:
         raise ConfigError(
             f"training.best_metric is {recipe.training.best_metric}, and there are no validation rows",
@@ -82,7 +83,8 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     tokenizer = tokenizer_of(recipe)
     length, truncation = recipe.data.max_length, recipe.data.truncation
     encoded = {
-        split: encode_once(rows, task.kind, tokenizer, length, truncation) for split, rows in task.splits.items()
+        split: encode_once(kind.to_learn(rows, task), task.kind, tokenizer, length, truncation)
+        for split, rows in task.splits.items()
     }
     return PreparedData(
         task=task,
@@ -142,10 +144,11 @@ def base_model(
     Args:
         recipe: names the model.
         kind: of the task.
-        label_names: in the order of the classes; None for a causal LM.
+        label_names: in the order of the classes; None where there are none.
         tokenizer: the model's.
     """
     source = resolve_model(recipe.model.name)
+    outputs = KINDS[kind].outputs(label_names)
 
     def loaded() -> PreTrainedModel:
         seed_everything(recipe.seed)
@@ -153,7 +156,7 @@ def base_model(
             source,
             kind,
             dtype=recipe.model.dtype,
-            id2label=dict(enumerate(label_names)) if label_names else None,
+            id2label=dict(enumerate(outputs)) if outputs else None,
             trust_remote_code=recipe.model.trust_remote_code,
             quantization=None if recipe.model.quantization == "none" else recipe.model.quantization,
             pad_token_id=tokenizer.pad_token_id,
@@ -161,8 +164,7 @@ def base_model(
 
     if recipe.model.quantization != "none":
         return loaded()  # it cannot be copied
-    labels = tuple(label_names) if label_names else None
-    return kept_or_loaded((source, recipe.model, kind, labels, tokenizer.pad_token_id, recipe.seed), loaded)
+    return kept_or_loaded((source, recipe.model, kind, outputs, tokenizer.pad_token_id, recipe.seed), loaded)
 
 
 def prepare_model(

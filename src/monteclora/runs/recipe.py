@@ -158,6 +158,8 @@ class TrainingSpec:
             near = nearest(self.best_metric, METRICS)
             hint = f"did you mean {near}?" if near else f"expected one of {', '.join(METRICS)}"
             found.append(("best_metric", f"is {brief(self.best_metric)}, {hint}"))
+        elif self.best_metric is not None and METRICS[self.best_metric].greater_is_better is None:
+            found.append(("best_metric", f"is {self.best_metric}, of which neither more nor less is better"))
         if self.early_stopping_patience is not None and self.best_metric is None:
             found.append(("early_stopping_patience", "needs training.best_metric to say what must get better"))
         return found

@@ -107,6 +107,8 @@ class StudyRecipe:
         found = []
         if self.metric is not None and self.metric not in METRICS:
             found.append(("metric", f"is {brief(self.metric)}, expected one of {', '.join(METRICS)}"))
+        elif self.metric is not None and METRICS[self.metric].greater_is_better is None:
+            found.append(("metric", f"is {self.metric}, of which neither more nor less is better"))
         for place, name, chosen in self._ways_to_evaluate():
             if chosen not in (known := _WAYS[name]) and (name, chosen) != ("sampler", None):
                 found.append((place, f"is {brief(chosen)}, expected one of {', '.join(known)}"))

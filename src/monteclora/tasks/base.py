@@ -15,14 +15,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from monteclora.data.encoding import encode
 from monteclora.data.kinds import Kind
+from monteclora.data.scores import ScoreScale
 from monteclora.data.truncation import Truncation
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.completions import CompletionScores
 from monteclora.prediction.forward import Collate
+from monteclora.prediction.labels import LabelPredictions
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.prediction.scores import ScorePredictions
 from monteclora.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,9 +34,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from monteclora.tasks.loading import TaskData
     from monteclora.tasks.measures import Measures
+    from monteclora.tasks.weights import ClassWeights
 
-__all__ = ["Predicted", "Predictor", "Scored", "TaskKind", "TokenKind"]
+__all__ = ["AnyPredictions", "Predicted", "Predictor", "Scored", "TaskKind", "TextKind", "TokenKind"]
+
+AnyPredictions = Predictions | CompletionScores | ScorePredictions | LabelPredictions
+"""Of classes or options, completions, scores, or several labels; each has uncertainties of its rows."""
 
 T = TypeVar("T")
 
@@ -47,15 +56,16 @@ class Predictor:
         collate: pads a list of encoded rows to a batch.
         max_length: most tokens of a row.
         truncation: of longer rows with completions; rows are scored even where training left them out.
-        label_names: in the order of the classes; empty for a language model.
+        label_names: in the order of the classes; empty where there are none.
         precision: a context in which the matmuls have the precision that the model was trained with.
         batch_size: sequences per forward pass.
         bins: of the calibration error.
         posterior: how draws are made, whatever they are draws of; None for predictions at the mean alone.
         progress: told how many rows are done, by each sampler.
-        calibrators: of class and option probabilities, by the name of the sampler that they were fitted for.
+        calibrators: of class, option and label probabilities, by the name of the sampler that they were fitted for.
         at_mean: keeps what is predicted at the mean, for predictors that score the same rows under other draws; None
             keeps nothing.
+        scale: on which scores were learned; None for other kinds.
     """
 
     model: nn.Module
@@ -71,6 +81,7 @@ class Predictor:
     truncation: Truncation = "prompt_start"
     calibrators: Mapping[str, Calibrator] = field(default_factory=dict)
     at_mean: list[Any] | None = None
+    scale: ScoreScale | None = None
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:
@@ -111,8 +122,8 @@ class Scored:
 
     point: Mapping[str, float]
     posterior: Mapping[str, float] | None
-    predictions: Predictions | CompletionScores
-    at_mean: Predictions | CompletionScores
+    predictions: AnyPredictions
+    at_mean: AnyPredictions
     table: pa.Table
     notes: tuple[str, ...] = ()
 
@@ -137,11 +148,29 @@ class TaskKind(Protocol):
     """Whether the pretrained model can be scored before any training."""
     predicts_tokens: bool
     """Whether there are logits over the vocabulary for every token."""
+    has_classes: bool
+    """Whether a row has one of some labels, so that an answer is right or wrong and has a confidence."""
     rows_at_once: int
     """How many rows' predictions are kept in memory before they are written."""
 
-    def measures(self) -> Measures:
-        """What validation measures in training."""
+    def measures(self, data: TaskData, weights: ClassWeights | None = None) -> Measures:
+        """What is learned, with the weights of labels, and what validation measures in training.
+
+        Raises:
+            ConfigError: weights are given that the labels do not have.
+        """
+        ...
+
+    def outputs(self, label_names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """What the head's outputs are, for these labels; None where the model keeps its own head."""
+        ...
+
+    def to_learn(self, rows: Dataset, data: TaskData) -> Dataset:
+        """The rows with ``label`` as it is learned."""
+        ...
+
+    def shown(self, label: Any, data: TaskData) -> str | None:
+        """What is learned of a row, for people; None where it is some of its tokens."""
         ...
 
     def accepts(self, label_names: Any) -> bool:
@@ -191,6 +220,29 @@ class TokenKind(Protocol):
         ...
 
 
+class TextKind:
+    """What is the same for all kinds whose rows are texts; see :class:`TaskKind`."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
+    has_pretrained_head = False
+    predicts_tokens = False
+    has_classes = False
+    rows_at_once = 1024
+
+    def outputs(self, label_names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """One for each label."""
+        return tuple(label_names or ())
+
+    def to_learn(self, rows: Dataset, data: TaskData) -> Dataset:
+        """As they are."""
+        return rows
+
+    def accepts(self, label_names: Any) -> bool:
+        """Two different names or more."""
+        return len(set(label_names)) == len(label_names) >= 2 and all(isinstance(name, str) for name in label_names)
+
+
 def scored(
     predictor: Predictor,
     scoring: Scoring,
@@ -221,8 +273,20 @@ def scored(
     )
 
 
-def uncertainties(found: Predictions | CompletionScores) -> dict[str, NDArray[np.float64]]:
-    """Total, aleatoric and epistemic uncertainty of each row, nats."""
+def encoded_texts(rows: Dataset, predictor: Predictor) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Rows of texts in tokens, without labels, and what was truncated, in words."""
+    unlabelled = rows.remove_columns("label") if "label" in rows.column_names else rows
+    encoded = encode(unlabelled, "classification", predictor.tokenizer, predictor.max_length)
+    return encoded.dataset.to_list(), truncated(encoded.shortened, len(rows), predictor.max_length)
+
+
+def texts_of(rows: Dataset) -> dict[str, Any]:
+    """The columns of texts."""
+    return {name: rows[name][:] for name in ("text", "text_pair") if name in rows.column_names}
+
+
+def uncertainties(found: AnyPredictions) -> dict[str, NDArray[np.float64]]:
+    """Total, aleatoric and epistemic uncertainty of each row: nats; of scores variances, in their unit squared."""
     return {name: getattr(found, name) for name in ("total", "aleatoric", "epistemic")}
 
 

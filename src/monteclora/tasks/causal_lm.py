@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,12 @@ from monteclora.tasks.token_columns import (
     given_texts,
     token_columns,
 )
+from monteclora.tasks.weights import ClassWeights
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from monteclora.tasks.loading import TaskData
 
 __all__ = ["CausalLM"]
 
@@ -44,11 +47,24 @@ class CausalLM:
     peft_task = "CAUSAL_LM"
     has_pretrained_head = True
     predicts_tokens = True
+    has_classes = False
     rows_at_once = 64  # each has a probability for every token of the vocabulary
 
-    def measures(self) -> Measures:
+    def measures(self, data: TaskData, weights: ClassWeights | None = None) -> Measures:
         """The metrics of the tokens to be learned."""
         return TokenMeasures()
+
+    def outputs(self, label_names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The model's own, over its vocabulary."""
+        return None
+
+    def to_learn(self, rows: Dataset, data: TaskData) -> Dataset:
+        """As they are."""
+        return rows
+
+    def shown(self, label: Any, data: TaskData) -> str | None:
+        """Some of the tokens."""
+        return None
 
     def accepts(self, label_names: Any) -> bool:
         """None."""

@@ -7,38 +7,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from monteclora.data.encoding import encode
 from monteclora.data.kinds import Kind
 from monteclora.metrics.registry import Scoring
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import Sampler
-from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
+from monteclora.tasks.base import Predicted, Predictor, Scored, TextKind, encoded_texts, scored, texts_of, uncertainties
 from monteclora.tasks.measures import ClassMeasures, Measures
+from monteclora.tasks.weights import ClassWeights, class_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from monteclora.tasks.loading import TaskData
+
 __all__ = ["Classification"]
 
 
-class Classification:
+class Classification(TextKind):
     """See :class:`~monteclora.tasks.base.TaskKind`."""
 
     name: Kind = "classification"
-    auto_class = "AutoModelForSequenceClassification"
-    peft_task = "SEQ_CLS"
-    has_pretrained_head = False
-    predicts_tokens = False
-    rows_at_once = 1024
+    has_classes = True
 
-    def measures(self) -> Measures:
-        """The metrics of classes."""
-        return ClassMeasures()
+    def measures(self, data: TaskData, weights: ClassWeights | None = None) -> Measures:
+        """Cross-entropy, and the metrics of classes."""
+        if weights is None or "train" not in data.splits:
+            return ClassMeasures()
+        return ClassMeasures(class_weights(weights, data.label_names or (), data.split("train")["label"][:]))
 
-    def accepts(self, label_names: Any) -> bool:
-        """Two different names or more."""
-        return len(set(label_names)) == len(label_names) >= 2 and all(isinstance(name, str) for name in label_names)
+    def shown(self, label: Any, data: TaskData) -> str | None:
+        """The label's name."""
+        return str((data.label_names or ())[label])
 
     def scorings(self, rows: Dataset) -> tuple[Scoring, ...]:
         """Of classes."""
@@ -49,7 +49,7 @@ class Classification:
         found, notes = classify(predictor, rows, predictor.samplers)
         labels, names = np.asarray(rows["label"][:]), predictor.label_names
         columns = {
-            **{name: rows[name][:] for name in ("text", "text_pair") if name in rows.column_names},
+            **texts_of(rows),
             "label": [names[i] for i in labels],
             **_chosen(predictor, found[-1]),
         }
@@ -70,15 +70,14 @@ def classify(
     predictor: Predictor, rows: Dataset, samplers: tuple[Sampler, ...]
 ) -> tuple[list[Predictions], tuple[str, ...]]:
     """The classes of rows of texts under each sampler; also what was truncated, in words."""
-    encoded = encode(rows, "classification", predictor.tokenizer, predictor.max_length)
-    inputs = encoded.dataset.to_list()
+    inputs, notes = encoded_texts(rows, predictor)
 
     def predict(sampler: Sampler) -> Predictions:
         return predict_classes(predictor.model, inputs, sampler=sampler, **predictor.arguments())
 
     with predictor.precision():
         found = [predictor.calibrated(predictor.once(sampler, predict), sampler) for sampler in samplers]
-    return found, truncated(encoded.shortened, len(rows), predictor.max_length)
+    return found, notes
 
 
 def _chosen(predictor: Predictor, found: Predictions) -> dict[str, Any]:

@@ -11,14 +11,16 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 from monteclora.data.encoding import IGNORED
+from monteclora.data.scores import ScoreScale
 from monteclora.errors import ConfigError
 from monteclora.metrics.registry import Scoring, TokenSums, measure, metrics_for
+from monteclora.prediction.scores import mean_and_variance
 
-__all__ = ["ClassMeasures", "Measures", "TokenMeasures", "check_metric"]
+__all__ = ["ClassMeasures", "LabelMeasures", "Measures", "ScoreMeasures", "TokenMeasures", "check_metric"]
 
 
 class Measures(Protocol):
@@ -44,22 +46,26 @@ class Measures(Protocol):
         """What is kept of a validation batch, shape (B, K)."""
         ...
 
-    def compute(self, kept: NDArray[np.float64], labels: NDArray[np.int64] | None) -> dict[str, float]:
-        """The metrics of all that was kept, (N, K), and of labels, (N,), None for token labels."""
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
+        """The metrics of all that was kept, (N, K), and of labels, (N,) or (N, L), None for token labels."""
         ...
 
 
 def check_metric(measures: Measures, best_metric: str | None) -> None:
     """Raise ConfigError when the recipe wants to be best in something that is not measured."""
-    names = [metric.name for metric in metrics_for(measures.scoring)]
+    names = [metric.name for metric in metrics_for(measures.scoring) if metric.greater_is_better is not None]
     if best_metric is not None and best_metric not in names:
         raise ConfigError(f"training.best_metric is {best_metric}, and this task has {', '.join(names)}", "Choose one.")
 
 
 @dataclass(frozen=True)
 class ClassMeasures:
-    """Of a classification head; see :class:`Measures`."""
+    """Of a classification head; see :class:`Measures`.
 
+    ``weights`` has one for each class, None for equal ones; metrics are of rows, which all count alike.
+    """
+
+    weights: tuple[float, ...] | None = None
     scoring: Scoring = "classes"
 
     def count(self, labels: Tensor) -> Tensor:
@@ -72,16 +78,92 @@ class ClassMeasures:
         logits = model(**inputs).logits
         labels = batch["labels"].to(logits.device)
         flat = logits.view(-1, logits.shape[-1]).float()
-        total = nn.functional.cross_entropy(flat, labels.view(-1).long(), reduction="sum", ignore_index=IGNORED)
+        weight = None if self.weights is None else flat.new_tensor(self.weights)
+        total = nn.functional.cross_entropy(
+            flat, labels.view(-1).long(), weight=weight, reduction="sum", ignore_index=IGNORED
+        )
         return total / items.to(total.device).clamp(min=1)
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The logits themselves."""
         return logits
 
-    def compute(self, kept: NDArray[np.float64], labels: NDArray[np.int64] | None) -> dict[str, float]:
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
         """The metrics of classes."""
         return measure(self.scoring, softmax(kept.astype(np.float64), axis=-1), cast(Any, labels))
+
+
+@dataclass(frozen=True)
+class LabelMeasures:
+    """Of a head with an output for each of several labels of a row; see :class:`Measures`.
+
+    ``weights`` has for each label those of the rows without and with it, None for equal ones.
+    """
+
+    weights: tuple[tuple[float, float], ...] | None = None
+    scoring: Scoring = "labels"
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The rows whose labels are not ignored."""
+        return labels[:, 0].ne(IGNORED).sum()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], items: Tensor) -> Tensor:
+        """Binary cross-entropy summed over the labels of a row: its negative log-likelihood."""
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        labels = batch["labels"].to(logits.device)
+        counted = labels[:, 0] != IGNORED
+        wanted = labels[counted]
+        weight = None
+        if self.weights is not None:
+            both = logits.new_tensor(self.weights)
+            weight = torch.where(wanted > 0, both[:, 1], both[:, 0])
+        total = nn.functional.binary_cross_entropy_with_logits(
+            logits[counted], wanted.to(logits.dtype), weight, reduction="sum"
+        )
+        return total / items.to(total.device).clamp(min=1)
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits themselves."""
+        return logits
+
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
+        """The metrics of several labels."""
+        return measure(self.scoring, expit(kept.astype(np.float64)), cast(Any, labels))
+
+
+@dataclass(frozen=True)
+class ScoreMeasures:
+    """Of a head that predicts mean and variance of a score; see :class:`Measures`.
+
+    Labels are standardised scores, NaN where ignored; metrics are in the unit of the scores, by ``scale``.
+    """
+
+    scale: ScoreScale
+    scoring: Scoring = "scores"
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The scores that are not ignored."""
+        return labels.isnan().logical_not().sum()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], items: Tensor) -> Tensor:
+        """The negative log-density of the standardised scores under the predicted normal distributions."""
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        labels = batch["labels"].to(logits.device)
+        counted = ~labels.isnan()
+        mean, variance = mean_and_variance(logits[counted])
+        wanted = labels[counted].to(mean.dtype)
+        total = 0.5 * (torch.log(2 * torch.pi * variance) + (wanted - mean).square() / variance).sum()
+        return total / items.to(total.device).clamp(min=1)
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean and variance, (B, 2)."""
+        return torch.stack(mean_and_variance(logits.double()), -1)
+
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
+        """The metrics of scores."""
+        scale, scores = self.scale, np.asarray(labels, dtype=np.float64)
+        mean, variance = kept[:, 0] * scale.spread + scale.centre, kept[:, 1] * scale.spread**2
+        return measure(self.scoring, mean, variance, scores * scale.spread + scale.centre)
 
 
 @dataclass(frozen=True)
@@ -123,7 +205,7 @@ class TokenMeasures:
         sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
         return sums.index_add_(0, rows, torch.stack([nll, torch.ones_like(nll), right.to(nll.dtype)], -1).double())
 
-    def compute(self, kept: NDArray[np.float64], labels: NDArray[np.int64] | None) -> dict[str, float]:
+    def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
         """The metrics of tokens."""
         nll, tokens, right = kept.sum(0)
         return measure(self.scoring, TokenSums(float(nll), int(tokens), int(right)))

@@ -108,7 +108,7 @@ def _intervals(spec: TrainingSpec, epoch: int, *, validates: bool) -> Intervals:
         evaluate=spec.eval_every or epoch,
         save=spec.save_every or epoch,
         best_metric=best,
-        greater_is_better=best is not None and METRICS[best].greater_is_better,
+        greater_is_better=best is not None and bool(METRICS[best].greater_is_better),
         patience=spec.early_stopping_patience if best else None,
     )
 

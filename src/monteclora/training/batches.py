@@ -113,5 +113,6 @@ class Batches:
 def _batch(rows: Sequence[int], collated: Any) -> Batch:
     inputs = dict(collated)
     if not rows:
-        inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+        labels = inputs["labels"]
+        inputs["labels"] = torch.full_like(labels, math.nan if labels.is_floating_point() else IGNORED)
     return Batch(rows, inputs)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -168,13 +169,14 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
             measured = _measure(
                 prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer), recipe, data, micro
             )
+        shown = partial(KINDS[data.task.kind].shown, data=data.task)
         return CheckReport(
             recipe=recipe,
             kind=data.task.kind,
             rows={split: len(encoded.dataset) for split, encoded in data.encoded.items()},
             tokens=(mean, max(lengths)),
             notes=data.notes,
-            views=tuple(describe_rows(data.encoded["train"], data.tokenizer, _ROWS_SHOWN, data.task.label_names)),
+            views=tuple(describe_rows(data.encoded["train"], data.tokenizer, _ROWS_SHOWN, shown)),
             sizes=sizes,
             trained=trained,
             phases=phases,
@@ -199,8 +201,8 @@ def _empty_model(recipe: Recipe, data: PreparedData) -> nn.Module:
     if data.task.kind == "causal_lm":
         refuse_encoder(source, config)
     auto: Any = getattr(transformers, KINDS[data.task.kind].auto_class)
-    if data.task.label_names:
-        config.num_labels = len(data.task.label_names)
+    if outputs := KINDS[data.task.kind].outputs(data.task.label_names):
+        config.num_labels = len(outputs)
     with init_empty_weights(include_buffers=True):
         model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     return get_method(recipe.method.name).wrap(model, recipe.method, data.task.kind, recipe.seed)
@@ -242,7 +244,7 @@ def _measure(model: nn.Module, recipe: Recipe, data: PreparedData, rows: int) ->
         model.zero_grad()
         begin = time.perf_counter()
         with torch.autocast(device.type, precision) if precision else nullcontext():
-            loss = model(**batch).loss
+            loss = data.measures.loss(model, batch, data.measures.count(batch["labels"]))
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

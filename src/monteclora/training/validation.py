@@ -88,6 +88,6 @@ class Validation:
             if self.processes > 1:
                 found = gather_object(found)
         found.sort(key=lambda part: part[0])
-        flat = all(labels.ndim == 1 for _, _, labels in found)
-        labels = np.concatenate([labels for _, _, labels in found]) if flat else None
+        tokens = self.measures.scoring == "tokens"  # their batches are of different lengths
+        labels = None if tokens else np.concatenate([labels for _, _, labels in found])
         return self.measures.compute(np.concatenate([kept for _, kept, _ in found]), labels)
