@@ -88,7 +88,7 @@ def test_a_field_longer_than_the_csv_modules_limit(tmp_path):
         ("a.jsonl.gz", gzip.compress(JSONL.encode() * 1000)[:-20], "damaged gzip"),
         ("a.parquet", "no parquet", "is not a whole Parquet file"),
         ("a.json", "{}", "holds no list of rows"),
-        ("a.txt", "{}", "cannot tell the format"),
+        ("a.md", "{}", "cannot tell the format"),
     ],
 )
 def test_a_defect_is_named_with_its_place(tmp_path, name, content, part):

@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "JSON arrays": (file("x.jsonl", jsonl([1, 2])), "x.jsonl, line 5 is not a JSON object"),
     "a JSON document of many lines": (file("x.jsonl", json.dumps(ROWS, indent=1)), "x.jsonl, line 1 is not JSON"),
     "half a line of JSON": (file("x.jsonl", JSONL[:-10]), "x.jsonl, line 4 is not JSON"),
-    "a folder": (folder, "x.csv is a folder, a file is expected"),
+    "a folder": (folder, "x.csv is a folder without data files"),
     "a pipe": (pipe, "x.jsonl is not an ordinary file"),
     "a device": (lambda _: Path("/dev/zero"), "/dev/zero is not an ordinary file"),
     "links in a circle": (loop, "cannot read "),

@@ -86,7 +86,8 @@ def find_columns(
     Args:
         table: the data.
         text_columns, label_column, prompt_column, completion_column, messages_column: names from the recipe; what is
-            left out is recognised, whatever its capitals. A completion column without a prompt column is a corpus.
+            left out is recognised, whatever its capitals. A completion column without a prompt column is a corpus, and
+            so is a column of texts alone.
         kind: the kind of task, where it is known already.
         with_target: False for rows to be predicted, which need no label or completion.
         label_columns: of 0 and 1, one for each label, in place of a label column.
@@ -115,7 +116,7 @@ def find_columns(
             return Columns(wanted, text, label if with_target else None, flags=flags)
         if kind or text_columns or label_column or label_columns:
             raise _unrecognised(table, "label_column" if text else "text_columns")
-    return _completion_columns(table, prompt_column, completion_column, with_target)
+    return _completion_columns(table, prompt_column, completion_column, with_target, kind)
 
 
 def input_columns(table: Table, trained: Columns) -> Columns:
@@ -151,7 +152,9 @@ def _conversation(table: Table, column: str) -> Columns:
     return Columns("causal_lm", (column,), None, conversation=True, tools=_first(table, ("tools",)))
 
 
-def _completion_columns(table: Table, prompt: str | None, completion: str | None, with_target: bool) -> Columns:
+def _completion_columns(
+    table: Table, prompt: str | None, completion: str | None, with_target: bool, kind: Kind | None
+) -> Columns:
     messages = _first(table, _MESSAGES)
     if messages and not prompt and not completion:
         return _conversation(table, messages)
@@ -170,6 +173,9 @@ def _completion_columns(table: Table, prompt: str | None, completion: str | None
             )
     if completion and not prompt:
         return Columns("causal_lm", (), completion)
+    corpus = None if prompt or _first(table, _LABELS["classification"]) else _first(table, ("text",))
+    if corpus and with_target and (kind == "causal_lm" or len(table.columns) == 1):
+        return Columns("causal_lm", (), corpus)  # texts and nothing else
     if _first(table, ("chosen",)) and _first(table, ("rejected",)):
         raise DataError(
             f"{table.name} holds preferences (chosen and rejected), which are not supported",

@@ -14,13 +14,14 @@ from monteclora.data.delimited import open_delimited
 from monteclora.data.excel import open_excel
 from monteclora.data.json_files import open_json, open_jsonl
 from monteclora.data.parquet import open_parquet
+from monteclora.data.plain_text import open_text
 from monteclora.data.table import Attempt, Row, Table
 from monteclora.data.text import COMPRESSIONS
 from monteclora.errors import DataError
 
 __all__ = ["ENDINGS", "Attempt", "Row", "Table", "has_data_ending", "open_table"]
 
-_TEXT = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+_TEXT = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 _BINARY = (".parquet", ".xlsx")
 ENDINGS = (*_TEXT, *(ending + zipped for ending in _TEXT for zipped in COMPRESSIONS), *_BINARY)
 
@@ -57,6 +58,8 @@ def open_table(path: str | Path) -> Table:
             return open_delimited(path, suffix)
         case ".json":
             return open_json(path)
+        case ".txt":
+            return open_text(path)
     return open_jsonl(path)
 
 

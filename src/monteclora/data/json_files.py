@@ -33,7 +33,7 @@ def open_jsonl(path: Path) -> Table:
     if columns is None:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     notes = () if encoding == "utf-8" else (f"{path}: the encoding is {encoding}",)
-    table = Table.of_attempts(str(path), columns, attempts, notes=notes)
+    table = Table.of_attempts(str(path), columns, attempts, notes=notes, keyed=True)
     if not columns:
         for _ in table.rows():  # raises what is wrong with the first row, unless that is {}
             raise DataError(f"{path} has no row with a key", _HINT)
@@ -138,4 +138,4 @@ def _list_table(path: Path, listed: list[Any]) -> Table:
             yield number, row if isinstance(row, dict) else wrong
 
     columns = dict.fromkeys(key for row in listed if isinstance(row, dict) for key in row)
-    return Table.of_attempts(str(path), tuple(columns), attempts, unit="row")
+    return Table.of_attempts(str(path), tuple(columns), attempts, unit="row", keyed=True)

@@ -175,13 +175,14 @@ class _Reader:
         table, read = self._table, len(self._numbers) + self._bad.count + self._unanswered.count
         notes = []
         if self._first is not None:
-            many = f"{self._bad.count:,} of {read:,} rows are wrong: {self._bad.listed(table.unit)}"
+            many = f"{self._bad.count:,} of {read:,} rows are wrong: {table.listed(self._bad.numbers, self._bad.count)}"
             if self._reading.on_bad_row == "stop" or not self._numbers:
                 message = self._first.message + (f" ({many})" if self._bad.count > 1 else "")
                 raise DataError(message, f"{self._first.hint} data.on_bad_row skip leaves such rows out.")
             notes.append(f"{table.name}: {many}, and are left out. The first: {self._first.message}")
         if self._unanswered.count:
-            where = f"{self._unanswered.count:,} of {read:,} rows ({self._unanswered.listed(table.unit)})"
+            listed = table.listed(self._unanswered.numbers, self._unanswered.count)
+            where = f"{self._unanswered.count:,} of {read:,} rows ({listed})"
             if not self._numbers:
                 raise DataError(
                     f"{table.place(self._unanswered.first)}: the last message is not the assistant's, nor is it in any "
@@ -199,23 +200,18 @@ class _Listed:
 
     def __init__(self) -> None:
         self.count = 0
-        self._first: list[int] = []
+        self.numbers: list[int] = []
 
     def add(self, number: int) -> None:
         """Count a row."""
         self.count += 1
-        if len(self._first) < 10:
-            self._first.append(number)
+        if len(self.numbers) < 10:
+            self.numbers.append(number)
 
     @property
     def first(self) -> int:
         """The number of the first row."""
-        return self._first[0]
-
-    def listed(self, unit: str) -> str:
-        """The numbers in words."""
-        numbers = ", ".join(map(str, self._first))
-        return f"{unit if self.count == 1 else unit + 's'} {numbers}{', ...' if self.count > len(self._first) else ''}"
+        return self.numbers[0]
 
 
 class _Chunks:

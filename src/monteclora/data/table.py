@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,9 @@ class Table:
 
     ``unit`` is what the row numbers count: lines of a text file from 1 (a csv header is line 1), or rows from
     1. ``class_names`` holds the label names that come with the data, by column. ``notes`` says in words what was found
-    out about the file. ``attempts``, where a broken row can be passed over, gives the error in its place.
+    out about the file. ``attempts``, where a broken row can be passed over, gives the error in its place. ``places``
+    and ``short`` name the row of a number where a table is of several files. ``keyed`` says that rows name their
+    columns themselves, and may lack some.
     """
 
     name: str
@@ -32,6 +34,9 @@ class Table:
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     attempts: Callable[[], Iterator[Attempt]] | None = None
+    places: Callable[[int], str] | None = None
+    short: Callable[[int], str] | None = None
+    keyed: bool = False
 
     @classmethod
     def of_attempts(
@@ -53,7 +58,12 @@ class Table:
 
     def place(self, number: int) -> str:
         """How messages name a row: ``reviews.csv, line 12``."""
-        return f"{self.name}, {self.unit} {number}"
+        return f"{self.name}, {self.unit} {number}" if self.places is None else self.places(number)
+
+    def listed(self, numbers: Sequence[int], count: int) -> str:
+        """``lines 3, 9, ...``: the first of ``count`` rows, by their numbers."""
+        shown = ", ".join(map(self.short or str, numbers))
+        return f"{self.unit if count == 1 else self.unit + 's'} {shown}{', ...' if count > len(numbers) else ''}"
 
 
 def check_columns(name: str, columns: list[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import listed
-from monteclora.data.files import open_table
+from monteclora.data.parts import open_files
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import fitted_calibrators
 from monteclora.evaluation.laplace import prepare_sampler
@@ -200,7 +200,7 @@ def _kept(file: str | Path, keep: Sequence[str]) -> dict[str, pa.Array]:
     """The columns of a file that are passed through, a value for each row."""
     if not keep:
         return {}
-    table = open_table(file)
+    table = open_files(file)
     for name in keep:
         if name not in table.columns:
             raise DataError(f"{table.name} has no column {name!r}; it has {listed(table)}", "Keep one of these.")

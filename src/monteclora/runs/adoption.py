@@ -17,6 +17,7 @@ from monteclora.adapters.checks import check_adapter
 from monteclora.adapters.grafting import Graft, Rows, graft
 from monteclora.adapters.storage import CONFIG_FILE
 from monteclora.data.models import resolve_model
+from monteclora.data.parts import resolved
 from monteclora.errors import ConfigError, DataError
 from monteclora.methods.adapters import AdapterMethod
 from monteclora.methods.lora import LoRAOptions
@@ -103,7 +104,7 @@ def _described(data: DataSpec) -> tuple[TaskData, DataSpec]:
     """The rows, and how to find them again with the labels in the same order."""
     spec = data
     if data.validation_file is not None:
-        spec = dataclasses.replace(data, validation_file=str(Path(data.validation_file).resolve()))
+        spec = dataclasses.replace(data, validation_file=resolved(data.validation_file))
         if not data.label_names:  # the names are those of training rows, of which there are none
             as_training = dataclasses.replace(spec, train_file=spec.validation_file, validation_file=None)
             names = load(dataclasses.replace(as_training, validation_fraction=0.0)).label_names

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from monteclora.config import brief
 from monteclora.data.columns import Columns, find_columns, input_columns, listed
-from monteclora.data.files import Table, open_table
+from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.label_noise import with_label_noise
 from monteclora.data.labels import LabelSet
+from monteclora.data.parts import open_files
 from monteclora.data.rows import CheckedRows, Reading, read_rows
 from monteclora.data.scores import ScoreScale
 from monteclora.data.sources import SPLITS, local_splits
@@ -157,7 +158,7 @@ def load_inputs(path: str | Path, spec: DataSpec, kind: Kind, trained: Columns |
     Raises:
         DataError: as :func:`load`.
     """
-    table = open_table(path)
+    table = open_files(path)
     if trained is not None:
         columns = input_columns(table, trained)
     else:
@@ -210,7 +211,8 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
         return _task_plan(get_task(spec.task), spec, splits)
     if spec.task is None or looks_like_file(spec.task):
         train = spec.task or spec.train_file
-        name = Path(train or spec.validation_file or spec.test_file or "").name
+        given = train or spec.validation_file or spec.test_file or ""
+        name = Path(given if isinstance(given, str) else given[0]).name
         tables = file_tables(train, spec.validation_file, spec.test_file)
         description = "own files"
     else:

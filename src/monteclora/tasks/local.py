@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import re
 
-from monteclora.data.files import Table, has_data_ending, open_table
+from monteclora.data.files import Table, has_data_ending
+from monteclora.data.parts import Files, is_pattern, open_files
 from monteclora.data.sources import SPLITS, hub_splits
 from monteclora.errors import DataError
 
 __all__ = ["file_tables", "hub_tables", "is_hub_name", "looks_like_file"]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # no dot in front: ../x is a path
-_OTHER_FORMATS = (".json", ".txt", ".xlsx", ".xls", ".gz", ".arrow", ".zip")
+_OTHER_FORMATS = (".xls", ".gz", ".arrow", ".zip")
 _OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
 def looks_like_file(task: str) -> bool:
     """Whether a recipe's ``task`` means a file rather than a name, even one that does not exist."""
     ending = has_data_ending(task) or task.lower().endswith(_OTHER_FORMATS)
-    return ending or ("/" in task and os.path.isfile(task))
+    return ending or is_pattern(task) or ("/" in task and os.path.isfile(task))
 
 
 def is_hub_name(task: str) -> bool:
@@ -27,10 +28,10 @@ def is_hub_name(task: str) -> bool:
     return _HUB_NAME.fullmatch(task) is not None
 
 
-def file_tables(train: str | None, validation: str | None, test: str | None) -> dict[str, Table]:
-    """The tables of the files that are given, by split. Raises DataError as ``open_table``."""
+def file_tables(train: Files | None, validation: Files | None, test: Files | None) -> dict[str, Table]:
+    """The tables of the files that are given, by split. Raises DataError as ``open_files``."""
     named = zip(SPLITS, (train, validation, test), strict=True)
-    return {split: open_table(path) for split, path in named if path is not None}
+    return {split: open_files(path) for split, path in named if path is not None}
 
 
 def hub_tables(task: str) -> dict[str, Table]:
@@ -42,7 +43,7 @@ def hub_tables(task: str) -> dict[str, Table]:
     """
     name, _, config = task.partition(":")
     if os.path.exists(name):  # the hub's library would read whatever is in it
-        raise DataError(f"{name} is a folder here, not a data set on the hub", "Give the files in it.")
+        raise DataError(f"{name} is a folder here, not a data set on the hub", "Give it as data.train_file.")
     found = hub_splits(name, config or None)
     tables = {_OTHER_NAMES.get(split, split): table for split, table in found.items()}
     tables = {split: tables[split] for split in SPLITS if split in tables}

@@ -24,7 +24,8 @@ class DataSpec:
         kind: of own data: ``classification``, ``causal_lm``, ``regression`` or ``multi_label``; by default the first or
             the second, as the columns are.
         folder: where task files are, ``<folder>/<task>/<split>.jsonl.gz``; by default ``MONTECLORA_DATA``.
-        train_file, validation_file, test_file: own files in place of a task.
+        train_file, validation_file, test_file: own files in place of a task: one, several, a pattern such as
+            ``data/part-*.csv``, or a folder of parts.
         text_columns, label_column: of texts with a label, a score or several labels; recognised by their names when
             left out.
         label_columns: of 0 and 1, one for each of several labels, in place of a label column.
@@ -56,9 +57,9 @@ class DataSpec:
     subset: str | None = None
     kind: Kind | None = None
     folder: str | None = None
-    train_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
+    train_file: str | list[str] | None = None
+    validation_file: str | list[str] | None = None
+    test_file: str | list[str] | None = None
     text_columns: list[str] = field(default_factory=list)
     label_column: str | None = None
     label_columns: list[str] = field(default_factory=list)
@@ -114,6 +115,9 @@ class DataSpec:
             found.append(("label_noise", "must be between 0 and 1"))
         if not 0 <= self.validation_fraction < 1:
             found.append(("validation_fraction", "must be at least 0 and below 1"))
+        for name in ("train_file", "validation_file", "test_file"):
+            if getattr(self, name) == []:
+                found.append((name, "is an empty list: name a file, or leave it out"))
         return found
 
     def _kind_problems(self) -> list[tuple[str, str]]:
