@@ -349,6 +349,36 @@ def test_a_language_model_is_exported_for_llama_cpp(run_main, trained, tmp_path)
     assert "has no posterior to draw from" in one_line(err)
 
 
+def test_tokens_and_their_page(run_main, trained, tmp_path):
+    file, page = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}]), tmp_path / "page.html"
+    words = ["predict", trained["questions"], file, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 4]
+    status, out, _ = run_main(*words, "--tokens", "--answers", 2, "--page", page)
+    assert (status, out.splitlines()[-1]) == (0, f"page: {page}")
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert 1 <= len(row["tokens"]) <= 4
+    assert len(row["answers"]) == 2
+    assert "shade-10" in page.read_text()
+    status, out, _ = run_main(
+        "predict", trained["questions"], "--text", "w1 w2", "--tokens", "--max-new-tokens", 4, "--answers", 2
+    )
+    assert status == 0
+    assert "agreement" in out.splitlines()[0]
+    assert len(out.splitlines()) == 1 + len(row["tokens"])
+    for line, token in zip(out.splitlines()[1:], row["tokens"], strict=True):
+        assert line.startswith(f"  {token['text']!r} ")
+        assert f"uncertainty {token['total']:.3f} nats" in line
+    for wrong, message in (
+        (["--page", page], "Add --tokens"),
+        (["--tokens", "--page", tmp_path / "page.txt"], "Name it with .html"),
+    ):
+        status, _, err = run_main(*words, *wrong)
+        assert status == 2
+        assert message in one_line(err)
+    status, _, err = run_main("predict", trained["texts"], "--text", "w1", "--tokens")
+    assert status == 2
+    assert "is a classifier, which writes no tokens" in one_line(err)
+
+
 def test_an_unfinished_run_says_so(run_main, trained, tmp_path):
     run = shutil.copytree(trained["texts"], tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()

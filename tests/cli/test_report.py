@@ -22,6 +22,7 @@ def test_the_page_of_a_run(run: str, trained: dict[str, Path], capsys: pytest.Ca
     assert ("perplexity" in page) is (run == "pairs")
     assert ("posterior draws" in page) is (run != "lora")
     assert "<svg" in page
+    assert ("An answer, token by token (1)" in page) is (run in ("questions", "pairs"))
     assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
 
 

@@ -8,7 +8,7 @@ import pytest
 from monteclora.errors import CheckpointError
 from monteclora.reports.figures import accuracy_bars
 from monteclora.reports.formats import decimals
-from monteclora.reports.page import Column, Figure, Page, Row, Section, Table, render, write_page
+from monteclora.reports.page import Column, Figure, Page, Passage, Row, Section, Shaded, Table, render, write_page
 
 HOSTILE = "<script>alert('x')</script>"
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -103,18 +103,19 @@ def test_ids_are_unique(page):
 def test_text_is_never_markup():
     table = Table([Column(HOSTILE)], [Row([HOSTILE])], caption=HOSTILE)
     figure = Figure([accuracy_bars({HOSTILE: [0.5]})], HOSTILE)
+    passage = Passage(HOSTILE, [Shaded(HOSTILE, 0.5, HOSTILE)], HOSTILE)
     page = Page(
         title=HOSTILE,
         subtitle=HOSTILE,
         summary=[HOSTILE],
         warnings=[HOSTILE],
-        sections=[Section(HOSTILE, [HOSTILE], [figure], [table])],
+        sections=[Section(HOSTILE, [HOSTILE], [figure], [table], [passage])],
         environment={HOSTILE: HOSTILE},
         reproduce=[HOSTILE],
     )
     document = Document(render(page))
     assert "script" not in document.tags
-    assert sum(HOSTILE in text for text in document.texts) == 15
+    assert sum(HOSTILE in text for text in document.texts) == 18
     assert ("data-header", HOSTILE) in document.attributes
 
 

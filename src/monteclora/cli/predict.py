@@ -34,6 +34,7 @@ def predict(
     level: float | None = None,
     tokens: Flag = False,
     answers: int = 0,
+    page: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Predict every row of a file, or texts given here, and say how uncertain each prediction is.
@@ -60,9 +61,19 @@ def predict(
         level: the probability with which that is promised; by default 0.9.
         tokens: write of each token of a causal LM's completion how probable and how uncertain it is.
         answers: have so many draws of a causal LM write a completion each, and say how far they agree.
+        page: with tokens, an .html file that shows the first texts with their tokens shaded by uncertainty.
     """
+    if page is not None:
+        _check_page(page, tokens)
     if text:
-        only_files = {"out": out, "keep": keep, "sampler": sampler, "calibrator": calibrator, "batch-size": batch_size}
+        only_files = {
+            "page": page,
+            "out": out,
+            "keep": keep,
+            "sampler": sampler,
+            "calibrator": calibrator,
+            "batch-size": batch_size,
+        }
         _check_alone(others, [name for name, value in only_files.items() if value is not None])
         options = {"num_samples": num_samples, "seed": seed, "max_new_tokens": max_new_tokens, "answers": answers}
         _print_answers(run, text, options, risk, level, tokens, as_json)
@@ -91,6 +102,11 @@ def predict(
         tokens=tokens,
         answers=answers,
     )
+    if page is not None:
+        from monteclora.reports.texts import write_text_page
+
+        command = f"monteclora predict {' '.join([run, *others])} --tokens --seed {seed} --page {page}"
+        write_text_page(page, found.path, title=Path(run).name, command=command)
     if as_json:
         print_json(
             {
@@ -100,13 +116,23 @@ def predict(
                 "calibrator": found.calibrator,
                 "num_samples": found.num_samples,
                 "notes": list(found.notes),
+                **({"page": page} if page else {}),
             }
         )
         return
     how = f"{found.num_samples} {found.sampler} draws each" if found.num_samples else "no posterior draws"
     print_line(f"written: {found.path} ({found.rows:,} rows, {how})")
+    if page is not None:
+        print_line(f"page: {page}")
     for words in found.notes:
         note(words)
+
+
+def _check_page(page: Path, tokens: bool) -> None:
+    if not tokens:
+        raise ConfigError("--page shows tokens, and --tokens is not given", "Add --tokens.")
+    if page.suffix != ".html" or page.is_dir():
+        raise ConfigError(f"cannot write the page {page}", "Name it with .html.")
 
 
 def _check_alone(others: Sequence[str], options: Sequence[str]) -> None:

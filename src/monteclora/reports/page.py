@@ -20,7 +20,20 @@ from markupsafe import Markup
 from monteclora.reports.svg import Svg
 from monteclora.system.atomic import write_file
 
-__all__ = ["Cell", "Column", "Figure", "Link", "Page", "Row", "Section", "Table", "render", "write_page"]
+__all__ = [
+    "Cell",
+    "Column",
+    "Figure",
+    "Link",
+    "Page",
+    "Passage",
+    "Row",
+    "Section",
+    "Shaded",
+    "Table",
+    "render",
+    "write_page",
+]
 
 
 @dataclass(frozen=True)
@@ -77,13 +90,37 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Shaded:
+    """A piece of a text, coloured more strongly the closer ``shade`` is to 1; ``hint`` is what pointing at it shows."""
+
+    text: str
+    shade: float
+    hint: str = ""
+
+    @property
+    def step(self) -> int:
+        """The shade as one of eleven, from 0 to 10."""
+        return round(10 * min(max(self.shade, 0.0), 1.0))
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text with shaded pieces behind what it answers, and what the shades say."""
+
+    asked: str
+    pieces: Sequence[Shaded]
+    caption: str
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading with paragraphs, then figures, then tables."""
+    """A heading with paragraphs, then figures, passages and tables."""
 
     title: str
     paragraphs: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
+    passages: Sequence[Passage] = ()
 
 
 @dataclass(frozen=True)

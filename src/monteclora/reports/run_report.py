@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ from monteclora.prediction.labels import LabelPredictions
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.scores import ScorePredictions
 from monteclora.reports.figures import TrainingCurve
-from monteclora.reports.page import write_page
+from monteclora.reports.page import Section, write_page
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
 from monteclora.reports.runs import run_page
-from monteclora.runs.loading import load_run
+from monteclora.reports.texts import text_sections
+from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
-from monteclora.tasks.base import AnyPredictions
+from monteclora.system.quiet import quiet_libraries
+from monteclora.tasks.base import AnyPredictions, TokenKind
+from monteclora.tasks.kinds import KINDS
 
 __all__ = ["PAGE", "environment_facts", "training_curve", "write_run_report"]
 
 PAGE = "report.html"
 _EXAMPLES = 12
+_TEXTS, _LONGEST = 3, 48
 _VERSIONS = ("torch", "transformers", "peft")
 
 
@@ -61,6 +66,8 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
         notes=result.notes,
         unit="score²" if isinstance(predictions, ScorePredictions) else "nats",
     )
+    written, left_out = _written(loaded, result)
+    report = replace(report, notes=(*report.notes, *left_out))
     page = run_page(
         report,
         subtitle=f"{loaded.recipe.model.name} on {run.environment['data']['name']}",
@@ -68,7 +75,27 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
         environment=environment_facts(run),
         reproduce=[f"monteclora train {run.recipe_file}", f"monteclora report {folder} --split {result.split}"],
     )
-    return write_page(folder / PAGE, page)
+    return write_page(folder / PAGE, replace(page, sections=[*page.sections, *written]))
+
+
+def _written(loaded: LoadedRun, result: EvaluationResult) -> tuple[list[Section], Sequence[str]]:
+    """What a model that writes texts answers to the first rows, token by token; why it is left out, in words."""
+    kind = KINDS[loaded.kind]
+    if not isinstance(kind, TokenKind):
+        return [], ()
+    longest = loaded.tokenizer.model_max_length - loaded.recipe.data.max_length
+    if longest < 1 or loaded.members:
+        why = "an ensemble writes no text" if loaded.members else "its prompts leave no room for answers"
+        return [], (f"no answers are shown token by token: {why}",)
+    predictor = loaded.predictor(loaded.sampler())
+    with quiet_libraries():
+        found = kind.predict_tokens(
+            predictor, result.rows.select(range(min(_TEXTS, len(result.rows)))), min(longest, _LONGEST)
+        )
+    columns = {name: list(values) for name, values in found.columns.items()}
+    records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    sections = text_sections(records)
+    return [replace(each, title=f"An answer, token by token ({i})") for i, each in enumerate(sections, 1)], ()
 
 
 def _evaluation(found: AnyPredictions) -> Evaluation | None:
