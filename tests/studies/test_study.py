@@ -196,7 +196,7 @@ def test_a_study_that_is_cut_short_compares_all_arms(make_study: Callable[..., d
     assert any("left out" in note for note in plan.notes)
 
 
-@pytest.mark.parametrize(("name", "count"), [("study-helpdesk", 96), ("study-helpdesk-starter", 12)])
+@pytest.mark.parametrize(("name", "count"), [("study-helpdesk", 288), ("study-helpdesk-starter", 12)])
 def test_bundled_studies_have_the_trials_that_their_grid_says(name: str, count: int) -> None:
     trials = make_plan(load_study(name)).trials
     assert len(trials) == len({trial.id for trial in trials}) == count
