@@ -74,7 +74,7 @@ FILES = {
     "posterior/torch_private.py",
     "adapters/peft_private.py",
     "adapters/transformers_private.py",
-    "methods/ivon.py",
+    "methods/ivon_optimizer.py",
 }
 
 

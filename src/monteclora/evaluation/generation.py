@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.encoding import Encoder
 from monteclora.errors import ConfigError, UnsafeCodeError
 from monteclora.evaluation.answers import Answers, Slot
-from monteclora.metrics.intervals import bootstrap_interval
-from monteclora.metrics.pass_at_k import pass_at_k
+from monteclora.evaluation.judging import Score, counted_notes, judge, scores, write_verdicts
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete
 from monteclora.runs.calibration import weights_sha256
@@ -29,31 +22,22 @@ from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
-from monteclora.system.atomic import replacing
-from monteclora.system.devices import usable_cores
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.sandbox import require_sandbox
 from monteclora.tasks import Task, get_task
 from monteclora.tasks.base import Predictor
-from monteclora.tasks.generation import Problem, Verdict
+from monteclora.tasks.generation import Problem
 
-__all__ = ["GENERATION_FILE", "GenerationResult", "Score", "generate"]
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["GENERATION_FILE", "GenerationResult", "generate"]
 
 GENERATION_FILE = "generation.json"
 ANSWERS_FOLDER = "answers"
 _FORMAT = 1
-_KS = (1, 10, 100)
-_MOST_JUDGES = 8  # at once
-
-
-@dataclass(frozen=True)
-class Score:
-    """The mean over problems, and its 95 % bootstrap interval over them (None for a single problem)."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,24 +137,19 @@ def generate(
     problems = _chosen(asked.generation.problems(split, folder), rows)
     started = time.perf_counter()
     about = {
-        "format": _FORMAT,
-        "recipe": recipe_sha256(loaded.recipe),
-        "model": "base" if base else "adapter",
-        # training on and calibrating change them without changing the recipe
-        "weights_sha256": None if base else weights_sha256(RunFolder(loaded.folder).adapter),
-        "task": asked.name,
-        "split": split,
-        "problems": hashlib.sha256("\0".join(problem.prompt for problem in problems).encode()).hexdigest(),
+        **_about_model(loaded, base),
+        **_about_questions(asked.name, split, problems),
         "num_samples": draws,
         "seed": seed,
         **asdict(decoding),
     }
     answers = Answers(loaded.folder / ANSWERS_FOLDER, f"{asked.name}-{split}", about)
-    notes = _answer(loaded, predictor, problems, answers, decoding, samples, seed, progress)
+    title = f"{loaded.recipe.name}: answers"
+    notes = _answer(title, loaded.tokenizer, predictor, problems, answers, decoding, samples, seed, progress)
     slots = sorted((p, d, a) for p in range(len(problems)) for d in range(max(draws, 1)) for a in range(samples))
-    verdicts = _judge(asked, problems, answers, slots, progress)
+    verdicts = judge(asked.name, asked.generation, problems, answers.texts, slots, progress)
     table = answers.path.with_suffix(".parquet")
-    _write_table(table, problems, answers, verdicts)
+    write_verdicts(table, problems, answers.texts, verdicts)
     result = GenerationResult(
         folder=loaded.folder,
         task=asked.name,
@@ -178,13 +157,29 @@ def generate(
         problems=len(problems),
         num_samples=draws,
         samples=samples,
-        scores=_scores(len(problems), verdicts),
+        scores=scores(len(problems), verdicts),
         answers=table,
         seconds=time.perf_counter() - started,
-        notes=(*notes, *_counted(verdicts)),
+        notes=(*notes, *counted_notes(verdicts)),
     )
     _keep(result, {**about, "samples": samples})
     return result
+
+
+def _about_model(loaded: LoadedRun, base: bool) -> dict[str, Any]:
+    """What tells answers of this model from those of another, in their file."""
+    return {
+        "format": _FORMAT,
+        "recipe": recipe_sha256(loaded.recipe),
+        "model": "base" if base else "adapter",
+        # further training and calibration change them without changing the recipe
+        "weights_sha256": None if base else weights_sha256(RunFolder(loaded.folder).adapter),
+    }
+
+
+def _about_questions(task: str, split: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    prompts = "\0".join(problem.prompt for problem in problems)
+    return {"task": task, "split": split, "problems": hashlib.sha256(prompts.encode()).hexdigest()}
 
 
 def _asked(loaded: LoadedRun, name: str | None, allow_code_execution: bool) -> Task:
@@ -216,7 +211,8 @@ def _chosen(problems: list[Problem], count: int | None) -> list[Problem]:
 
 
 def _answer(
-    loaded: LoadedRun,
+    title: str,
+    tokenizer: PreTrainedTokenizerBase,
     predictor: Predictor,
     problems: list[Problem],
     answers: Answers,
@@ -227,15 +223,16 @@ def _answer(
 ) -> tuple[str, ...]:
     """Have every question answered that has no answer yet; says what was truncated."""
     sampler = predictor.samplers[-1]
-    room = _room(loaded) - decoding.max_new_tokens
+    context = _context(predictor.model, tokenizer)
+    room = context - decoding.max_new_tokens
     if room < 2:
         raise ConfigError(
-            f"max_new_tokens is {decoding.max_new_tokens}, and the model reads {_room(loaded)} tokens", "Ask for fewer."
+            f"max_new_tokens is {decoding.max_new_tokens}, and the model reads {context} tokens", "Ask for fewer."
         )
-    encoder = Encoder(loaded.tokenizer)
+    encoder = Encoder(tokenizer)
     encoded = [encoder.prompt({"prompt": problem.prompt}, room) for problem in problems]
     total = len(problems) * sampler.num_samples * samples
-    with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: answers", total, progress) as advance:
+    with quiet_libraries(), progress_bar(title, total, progress) as advance:
         advance(len([slot for slot in answers.texts if slot[2] < samples]))
         for draw in range(sampler.num_samples):
             slots = [
@@ -249,88 +246,24 @@ def _answer(
             ]
             for indices in batches(rows, predictor.batch_size):
                 seeds = [_seed(seed, slots[i]) for i in indices]
-                with predictor.precision(), sampler.draw(loaded.model, draw):
-                    texts = complete(loaded.model, loaded.tokenizer, [rows[i] for i in indices], decoding, seeds)
+                with predictor.precision(), sampler.draw(predictor.model, draw):
+                    texts = complete(predictor.model, tokenizer, [rows[i] for i in indices], decoding, seeds)
                 answers.add({slots[i]: text for i, text in zip(indices, texts, strict=True)})
                 advance(len(indices))
     cut = sum(is_cut for _, is_cut in encoded)
     return (f"{cut} of {len(problems)} questions were truncated to {room} tokens",) if cut else ()
 
 
-def _room(loaded: LoadedRun) -> int:
-    """How many tokens the model reads."""
-    config: Any = getattr(loaded.model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None) or loaded.tokenizer.model_max_length
-    return int(min(positions, loaded.tokenizer.model_max_length))
+def _context(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that the model reads."""
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return int(min(positions, tokenizer.model_max_length))
 
 
 def _seed(seed: int, slot: Slot) -> int:
     text = " ".join(map(str, (seed, *slot)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _judge(
-    task: Task, problems: list[Problem], answers: Answers, slots: list[Slot], progress: bool
-) -> dict[Slot, Verdict]:
-    generation = task.generation
-    assert generation is not None
-    with (
-        progress_bar(f"{task.name}: judged", len(slots), progress) as advance,
-        # judging may take two processes and has a limit of wall-clock time
-        ThreadPoolExecutor(min(usable_cores(), _MOST_JUDGES)) as pool,
-    ):
-
-        def verdict(slot: Slot) -> Verdict:
-            found = generation.judge(problems[slot[0]], answers.texts[slot])
-            advance(1)
-            return found
-
-        return dict(zip(slots, pool.map(verdict, slots), strict=True))
-
-
-def _counted(verdicts: Mapping[Slot, Verdict]) -> list[str]:
-    """What verdicts say of how they came about, each with the number of answers."""
-    counts = Counter(note for verdict in verdicts.values() for note in verdict.notes)
-    return [f"{count} of {len(verdicts)} answers: {note}" for note, count in counts.items()]
-
-
-def _scores(problems: int, verdicts: Mapping[Slot, Verdict]) -> dict[str, Score]:
-    first = next(iter(verdicts.values()))
-    found: dict[str, Score] = {}
-    for name in first.correct:
-        right: list[list[bool]] = [[] for _ in range(problems)]
-        for slot, verdict in verdicts.items():
-            right[slot[0]].append(verdict.correct[name])
-        if len(first.correct) > 1:
-            found[name] = _score([float(np.mean(each)) for each in right])
-            continue
-        for k in (k for k in _KS if k <= len(right[0])):
-            found[f"pass@{k}"] = _score([pass_at_k(len(each), sum(each), k) for each in right])
-    return found
-
-
-def _score(values: list[float]) -> Score:
-    if len(values) < 2:
-        return Score(values[0])
-    interval = bootstrap_interval(values, seed=0)
-    return Score(interval.mean, interval.low, interval.high)
-
-
-def _write_table(path: Path, problems: list[Problem], answers: Answers, verdicts: Mapping[Slot, Verdict]) -> None:
-    rows = [
-        {
-            **dict(zip(("problem", "draw", "answer"), slot, strict=True)),
-            "prompt": problems[slot[0]].prompt,
-            "text": answers.texts[slot],
-            "extracted": verdict.extracted,
-            "reason": verdict.reason,
-            "reference": problems[slot[0]].reference,
-            **verdict.correct,
-        }
-        for slot, verdict in verdicts.items()
-    ]
-    with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
 
 
 def _keep(result: GenerationResult, about: Mapping[str, Any]) -> None:

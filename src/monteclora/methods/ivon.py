@@ -10,7 +10,6 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from monteclora.errors import ConfigError
@@ -78,8 +77,10 @@ class Ivon(LoRAMethod):
 
     def optimizer(self, groups: list[dict[str, Any]], plan: Plan) -> Optimizer:
         """IVON on the groups that have parameters."""
+        from monteclora.methods.ivon_optimizer import IvonOptimizer
+
         options: IvonOptions = plan.options
-        made: Optimizer = _optimizer_class()(
+        made: Optimizer = IvonOptimizer(
             [group for group in groups if group["params"]],
             plan.seed,
             lr=plan.learning_rate,
@@ -105,85 +106,3 @@ class Ivon(LoRAMethod):
     def extra_memory(self, model: nn.Module, options: Any) -> int:
         """Mean, noise, and averages of the gradient and of its product with the noise, float32."""
         return 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-@cache
-def _optimizer_class() -> Any:
-    """ivon's optimiser with what a run asks of one: its noise is its own, and its state is saved and put back."""
-    import ivon
-    import torch
-
-    from monteclora.system.randomness import preserved_generators
-
-    # two names of ivon are private, and have no public counterpart: _device, where it draws its noise, and
-    # _reset_samples, which forgets the gradients of a step that is not made. tests/methods/test_ivon.py checks both
-    class Optimizer(ivon.IVON):
-        def __init__(self, groups: list[dict[str, Any]], seed: int, **options: Any) -> None:
-            self._seed = seed
-            self._device: torch.device  # ivon's own, of its noise
-            super().__init__(groups, **options)
-
-        @contextmanager
-        def at_a_draw(self) -> Iterator[None]:
-            """The same draw on every process, in every way to divide the batch, and after every resumption.
-
-            Whatever ends the block, the weights are at their mean again. One without a gradient has one of zero.
-            """
-            self._follow()
-            self._reset_samples()  # of a step that fp16 passed over
-            weights = [p for group in self.param_groups for p in group["params"]]
-            means = [p.data for p in weights]
-            drawn = self.sampled_params(train=True)
-            with preserved_generators():
-                torch.manual_seed((self._seed * 1_000_003 + self.current_step) % 2**63)
-                drawn.__enter__()
-            try:
-                yield
-            except BaseException:
-                for p, mean in zip(weights, means, strict=True):
-                    p.data = mean
-                raise
-            for p in weights:  # those that no batch reached, whose gradient ivon asks for
-                if p.requires_grad and p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            drawn.__exit__(None, None, None)
-
-        def _follow(self) -> None:
-            """Keep the state where the weights are, which move after the optimiser is made."""
-            device = self.param_groups[0]["params"][0].device
-            if self._device != device:
-                self._device = device
-                for group in self.param_groups:
-                    group["momentum"], group["hess"] = group["momentum"].to(device), group["hess"].to(device)
-
-        def step(self, closure: Any = None) -> Any:
-            """Pass over a step whose gradients were taken away."""
-            if all(p.grad is None for group in self.param_groups for p in group["params"]):
-                self._reset_samples()
-                return None
-            return super().step(closure)
-
-        def state_dict(self) -> dict[str, Any]:
-            """Momentum and curvature are in ivon's groups, and the number of steps nowhere: here all are state."""
-            groups, state, first = [], {}, 0
-            for number, group in enumerate(self.param_groups):
-                count = len(group["params"])
-                kept = {name: value for name, value in group.items() if name not in ("params", "momentum", "hess")}
-                groups.append({**kept, "params": list(range(first, first + count))})
-                state[number] = {
-                    "momentum": group["momentum"],
-                    "hess": group["hess"],
-                    "step": torch.tensor(self.current_step),
-                }
-                first += count
-            return {"state": state, "param_groups": groups}
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            """What :meth:`state_dict` gave, in place."""
-            for number, group in enumerate(self.param_groups):
-                saved = state_dict["state"][number]
-                for name in ("momentum", "hess"):
-                    group[name].copy_(saved[name])
-                self.current_step = int(saved["step"])
-
-    return Optimizer
