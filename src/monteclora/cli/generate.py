@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from monteclora.evaluation.generation import GenerationResult
 
 __all__ = ["generate"]
 
@@ -64,7 +69,11 @@ def generate(
     if as_json:
         print_json(result.facts())
         return
-    how = f"{result.num_samples} posterior draws" if result.num_samples else "pretrained" if base else "mean"
+    _print_scores(result, "pretrained" if base else "mean")
+
+
+def _print_scores(result: GenerationResult, model: str) -> None:
+    how = f"{result.num_samples} posterior draws" if result.num_samples else model
     title = f"{result.folder} on {result.task}, {result.split} ({result.problems:,} questions, {how})"
     shown = [
         (name, f"{score.mean:.3f}", "" if score.low is None else f"{score.low:.3f} to {score.high:.3f}")

@@ -12,6 +12,7 @@ from monteclora.cli.output import Flag, Json, note, print_json, print_line
 from monteclora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from monteclora.evaluation.prediction import PredictedFile
     from monteclora.evaluation.text import TextPredictions
 
 __all__ = ["predict"]
@@ -107,6 +108,10 @@ def predict(
 
         command = f"monteclora predict {' '.join([run, *others])} --tokens --seed {seed} --page {page}"
         write_text_page(page, found.path, title=Path(run).name, command=command)
+    _print_written(found, page, as_json)
+
+
+def _print_written(found: PredictedFile, page: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(
             {

@@ -128,13 +128,11 @@ def generate(
     loaded.check_single("generation")
     asked = _asked(loaded, task, allow_code_execution)
     assert asked.generation is not None
-    longest = asked.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    decoding = Decoding(longest, temperature, top_p)
+    decoding = Decoding(max_new_tokens or asked.generation.max_new_tokens, temperature, top_p)
     drawn = loaded.sampler(num_samples=num_samples, seed=seed)
     predictor = loaded.predictor(drawn, batch_size)
     draws = 0 if drawn is None else drawn.num_samples
-    folder = Path(loaded.recipe.data.folder) if loaded.recipe.data.folder else None
-    problems = _chosen(asked.generation.problems(split, folder), rows)
+    problems = _chosen(asked.generation.problems(split, loaded.recipe.data.local_folder), rows)
     started = time.perf_counter()
     about = {
         **_about_model(loaded, base),

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from monteclora.data.encoding import Encoder
 from monteclora.errors import ConfigError
 from monteclora.prediction.sampler import MEAN
-from monteclora.runs.loading import LoadedRun, load_run
+from monteclora.runs.loading import load_run
 from monteclora.runs.result import RunResult
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
@@ -119,7 +120,12 @@ def harness(
     drawn = loaded.sampler(num_samples=num_samples, seed=seed)
     predictor, sampler = loaded.predictor(drawn, batch_size), drawn or MEAN
     found: list[dict[str, dict[str, Any]]] = []
-    with preserved_generators(), quiet_libraries(), _quiet(), _local(loaded, tasks) as (named, local):
+    with (
+        preserved_generators(),
+        quiet_libraries(),
+        _quiet(),
+        _local(loaded.recipe.data.local_folder, loaded.tokenizer, tasks) as (named, local),
+    ):
         # reading the harness's own thousands of files takes a minute
         own = include is None and any(not name.endswith((".yaml", ".yml")) for name in named)
         manager = TaskManager(include_path=str(include) if include else None, include_defaults=own)
@@ -131,7 +137,7 @@ def harness(
             for questions, wrapped, templated in parts:
                 if not questions:
                     continue
-                with _told(tasks), predictor.precision(), sampler.draw(loaded.model, draw):
+                with _as_our_errors(tasks), predictor.precision(), sampler.draw(loaded.model, draw):
                     measured = simple_evaluate(
                         model=wrapped,
                         tasks=questions,
@@ -150,8 +156,8 @@ def harness(
 
 
 @contextmanager
-def _told(tasks: Sequence[str]) -> Iterator[None]:
-    """Turns what the harness cannot run into ConfigError."""
+def _as_our_errors(tasks: Sequence[str]) -> Iterator[None]:
+    """Raise ConfigError for what the harness cannot run."""
     try:
         yield
     except (KeyError, OSError, ValueError) as error:
@@ -186,13 +192,14 @@ def _asking(base: Any) -> Any:
 
 
 @contextmanager
-def _local(loaded: LoadedRun, tasks: Sequence[str]) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """The tasks that the harness finds by itself, and those whose questions are this package's."""
+def _local(
+    folder: Path | None, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str]
+) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """The tasks that the harness finds by itself, and those whose questions are this package's, from ``folder``."""
     named = [task for task in tasks if task != "gsm8k"]
     if len(named) == len(tasks):
         yield named, []
         return
-    folder = Path(loaded.recipe.data.folder) if loaded.recipe.data.folder else None
     generation = get_task("gsm8k").generation
     assert generation is not None
     with tempfile.TemporaryDirectory() as place:
@@ -203,7 +210,7 @@ def _local(loaded: LoadedRun, tasks: Sequence[str]) -> Iterator[tuple[list[str],
         path = Path(place) / "test.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         files = {"data_files": {"test": str(path)}, "cache_dir": place}
-        longest = min(generation.max_new_tokens, loaded.tokenizer.model_max_length // 2)  # the question needs room too
+        longest = min(generation.max_new_tokens, tokenizer.model_max_length // 2)  # the question needs room too
         until = {"until": [], "do_sample": False, "max_gen_toks": longest}
         yield named, [{**_GSM8K, "dataset_kwargs": files, "generation_kwargs": until}]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from monteclora.data.splitting import carve_validation
@@ -26,7 +27,7 @@ def own_rows(loaded: LoadedRun, *splits: str) -> TaskData:
     """
     data = load(loaded.recipe.data, splits)
     for split, source in data.sources.items():
-        if changed(loaded, split, source):
+        if changed(loaded.folder, split, source):
             raise DataError(
                 f"the {split} rows of {source.origin} changed since {loaded.folder} was trained",
                 "Restore them, or train again.",
@@ -34,24 +35,24 @@ def own_rows(loaded: LoadedRun, *splits: str) -> TaskData:
     return data
 
 
-def changed(loaded: LoadedRun, split: str, source: SplitSource) -> bool:
-    """Whether the run was trained when the split had other rows."""
-    before = RunFolder(loaded.folder).environment["data"]["splits"].get(split)
+def changed(folder: Path, split: str, source: SplitSource) -> bool:
+    """Whether a split had other rows when the run in ``folder`` was trained."""
+    before = RunFolder(folder).environment["data"]["splits"].get(split)
     return before is not None and before["sha256"] != source.sha256
 
 
-def own_split(loaded: LoadedRun, split: str, source: SplitSource, task: str | None) -> str | None:
+def own_split(folder: Path, split: str, source: SplitSource, task: str | None) -> str | None:
     """Which split of the run's own data an evaluated one is; None where it is none of them.
 
     Args:
-        loaded: the run.
+        folder: of the run.
         split: what is evaluated.
         source: of its rows.
         task: that they are of; None for the run's own data.
     """
     if task is None:
         return split
-    own = RunFolder(loaded.folder).environment["data"]["splits"]
+    own = RunFolder(folder).environment["data"]["splits"]
     return next((name for name, each in own.items() if each["sha256"] == source.sha256), None)
 
 

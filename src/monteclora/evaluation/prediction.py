@@ -28,7 +28,7 @@ from monteclora.system.atomic import replacing
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import load_inputs
-from monteclora.tasks.base import Predicted, Predictor, TokenKind
+from monteclora.tasks.base import Predicted, Predictor, TaskKind, TokenKind
 from monteclora.tasks.kinds import KINDS
 from monteclora.tasks.token_columns import check_answers
 
@@ -135,11 +135,7 @@ def predict_file(
     kept = _kept(file, keep)
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
-    if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:  # of which fitting would know too late
-        raise ConfigError(
-            f"the calibrator {calibrator} needs probabilities of classes or options, and {loaded.folder} writes text",
-            "Leave it out.",
-        )
+    _check_calibrated(calibrator, kind, loaded.folder)
     # refuses what it cannot do before anything is computed
     predict = _predicting(loaded, loaded.predictor(drawn, batch_size), max_new_tokens, tokens, answers)
     with quiet_libraries():
@@ -185,6 +181,14 @@ def _predicting(
     check_answers(predictor.samplers[-1], answers)
     more = partial(kind.predict_tokens, max_new_tokens=max_new_tokens, tokens=tokens, answers=answers)
     return lambda predictor, rows: more(predictor, rows)
+
+
+def _check_calibrated(calibrator: str | None, kind: TaskKind, folder: Path) -> None:
+    if calibrator not in (None, NO_CALIBRATOR) and kind.predicts_tokens:
+        raise ConfigError(
+            f"the calibrator {calibrator} needs probabilities of classes or options, and {folder} writes text",
+            "Leave it out.",
+        )
 
 
 def _check_kept(keep: Sequence[str]) -> None:

@@ -232,42 +232,31 @@ def evaluate_loaded(
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     drawn = loaded.sampler(sampler, num_samples, seed)
     check_calibrator(calibrator or NO_CALIBRATOR)
-    if ood is not None:
-        loaded.check_single("ood")
     outside = outside_rows(loaded, ood)
-    data, split = _load_split(loaded, split, task)
-    chosen = subset(data.split(split), rows, seed=0)
-    source = data.sources[split]
-    own = own_split(loaded, split, source, task)
-    leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
-    notes = [*_to_be_known(loaded, own, source), *(note if task is None else f"{task}:{note}" for note in leaks)]
-    split = split if task is None else f"{task}:{split}"
-    if len(chosen) < source.rows:
-        source = SplitSource(source.origin, len(chosen), content_sha256(chosen))
+    asked = _asked(loaded, split, task, rows)
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
-    notes += [*prepared, *fitted]
-    if calibrators and own == FIT_SPLIT:
-        notes.append(f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones")
+    if calibrators and asked.own == FIT_SPLIT:
+        caution = f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones"
+        fitted = (*fitted, caution)
     started = time.perf_counter()
     with (
         quiet_libraries(),
         metered(loaded.model) as meter,
-        progress_bar(f"{loaded.recipe.name}: {split}", len(chosen), progress) as advance,
+        progress_bar(f"{loaded.recipe.name}: {asked.name}", len(asked.rows), progress) as advance,
     ):
         predictor = loaded.predictor(drawn and Metered(drawn, meter), batch_size, advance, calibrators)
-        kind = KINDS[loaded.kind]
-        scored = kind.score(predictor, chosen)
+        scored = KINDS[loaded.kind].score(predictor, asked.rows)
     seconds = time.perf_counter() - started
     with quiet_libraries():
         # another predictor: bar and meter are those of the split's rows
         again = loaded.predictor(drawn, batch_size, None, calibrators)
-        shift = Shift.of(loaded, again, scored, chosen, own, ood, outside)
+        shift = Shift.of(loaded, again, scored, asked.rows, asked.own, ood, outside)
     result = EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,
-        split=split,
-        source=source,
+        split=asked.name,
+        source=asked.source,
         model="base" if loaded.is_base else "adapter",
         sampler=drawn.name if drawn else MEAN.name,
         calibrator=calibrator or NO_CALIBRATOR,
@@ -275,16 +264,47 @@ def evaluate_loaded(
         seed=seed,
         cost=meter.costs(drawn.name if drawn else None),
         scored=scored,
-        rows=chosen,
+        rows=asked.rows,
         seconds=seconds,
         unfinished=loaded.unfinished,
-        notes=(*notes, *scored.notes, *shift.notes),
+        notes=(*asked.notes, *prepared, *fitted, *scored.notes, *shift.notes),
         shift=shift,
-        calibration=calibration_errors(scored, classes=kind.has_classes, bins=predictor.bins),
+        calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=predictor.bins),
         members=loaded.members,
     )
     _keep(loaded, result)
     return result
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The rows to evaluate.
+
+    Attributes:
+        name: of the split, after the task's where it is another task than the run's.
+        rows: those chosen.
+        source: of them.
+        own: the split of the run's own data that they are, None if they are none of it.
+        notes: what a reader of the numbers must know of them.
+    """
+
+    name: str
+    rows: Dataset
+    source: SplitSource
+    own: str | None
+    notes: list[str]
+
+
+def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | None) -> _Asked:
+    data, split = _load_split(loaded, split, task)
+    rows = subset(data.split(split), count, seed=0)
+    source = data.sources[split]
+    own = own_split(loaded.folder, split, source, task)
+    leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
+    notes = [*_to_be_known(loaded, own, source), *(note if task is None else f"{task}:{note}" for note in leaks)]
+    if len(rows) < source.rows:
+        source = SplitSource(source.origin, len(rows), content_sha256(rows))
+    return _Asked(split if task is None else f"{task}:{split}", rows, source, own, notes)
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
@@ -297,7 +317,7 @@ def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple
             )
         spec = DataSpec(task, folder=spec.folder, max_length=spec.max_length, truncation=spec.truncation)
         if split is None:  # none of its rows is learned here, so none is read that is not scored
-            available = local_splits(task, Path(spec.folder) if spec.folder else None) or get_task(task).splits
+            available = local_splits(task, spec.local_folder) or get_task(task).splits
             split = "test" if "test" in available else "validation"
     data = load(spec, None if split is None else (split,))
     if data.label_names != loaded.label_names:
@@ -310,7 +330,7 @@ def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple
 
 def _to_be_known(loaded: LoadedRun, own: str | None, source: SplitSource) -> list[str]:
     """What of the run's past its numbers have to be read with; ``own`` is the evaluated split of the run's own data."""
-    anew = own is not None and changed(loaded, own, source)
+    anew = own is not None and changed(loaded.folder, own, source)
     notes = [f"the {own} rows of {source.origin} changed since the run was trained"] if anew else []
     for folder in loaded.members:
         notes += [f"the run {folder} {note}" for note in overrides_of(RunFolder(folder).environment)]

@@ -119,11 +119,12 @@ def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Dataset | None:
     """The rows of a file that are to be told from those of a split; labels are not read.
 
     Raises:
-        ConfigError: the run is no classifier.
+        ConfigError: the run is no classifier, or an ensemble.
         DataError: the file is missing or wrong.
     """
     if file is None:
         return None
+    loaded.check_single("ood")
     if not KINDS[loaded.kind].has_classes:
         raise ConfigError(f"{loaded.folder} is a run of {loaded.kind}, and ood is for classifiers", "Leave --ood out.")
     return load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)

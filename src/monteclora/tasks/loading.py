@@ -249,7 +249,7 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
 
 
 def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
-    folder = Path(spec.folder) if spec.folder else None
+    folder = spec.local_folder
     available = local_splits(task.name, folder) or task.splits
     wanted = list(available if splits is None else splits)
     if "validation" in wanted and "validation" not in available:

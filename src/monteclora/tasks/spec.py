@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from monteclora.data.conversations import ROLES
@@ -148,3 +149,8 @@ class DataSpec:
         if isinstance(self.class_weights, dict) and not all(weight > 0 for weight in self.class_weights.values()):
             found.append(("class_weights", "must be above 0"))
         return found
+
+    @property
+    def local_folder(self) -> Path | None:
+        """``folder`` as a path."""
+        return Path(self.folder) if self.folder else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from monteclora.errors import ConfigError
@@ -78,12 +79,7 @@ def assemble(
         method=method,
         model=prepared,
         optimizer=optimizer,
-        scheduler=get_scheduler(
-            "constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
-            optimizer=optimizer,
-            num_warmup_steps=math.ceil(phase.steps * spec.warmup_ratio),
-            num_training_steps=phase.steps,
-        ),
+        scheduler=_scheduler(spec, optimizer, phase.steps),
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=spec.precision == "fp16"),
         precision=_precision(spec.precision, accelerator.device),
         measures=data.measures,
@@ -97,6 +93,15 @@ def assemble(
         reporting=reporting,
         interruption=Interruption(),
         kept_whole=kept_whole,
+    )
+
+
+def _scheduler(spec: TrainingSpec, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    return get_scheduler(
+        "constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
+        optimizer=optimizer,
+        num_warmup_steps=math.ceil(steps * spec.warmup_ratio),
+        num_training_steps=steps,
     )
 
 
