@@ -12,6 +12,7 @@ from monteclora.adapters.active import posterior_sampling
 from monteclora.adapters.rescaling import rescale_posterior
 from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
 from monteclora.evaluation import generation as module
+from monteclora.evaluation import judging
 from monteclora.evaluation.generation import generate
 from monteclora.metrics.pass_at_k import pass_at_k
 from monteclora.prediction.generation import Decoding, Drawn, complete
@@ -163,8 +164,8 @@ def test_notes_say_how_answers_were_judged_and_no_more_are_judged_at_once_than_t
 
     task = get_task("humaneval")
     monkeypatch.setattr(module, "complete", lambda *arguments: [next(answers) for _ in arguments[2]])
-    monkeypatch.setattr(module, "usable_cores", lambda: 64)
-    monkeypatch.setattr(module, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(judging, "usable_cores", lambda: 64)
+    monkeypatch.setattr(judging, "ThreadPoolExecutor", pool)
     monkeypatch.setattr(
         module, "get_task", lambda name: replace(task, generation=replace(task.generation, judge=judged))
     )

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from monteclora.errors import CheckpointError, ConfigError
+from monteclora.prediction.fitted_file import read_fitted
 from monteclora.system.atomic import write_file
 
 __all__ = ["LAPLACE", "LAPLACE_FILE", "Laplace", "LaplacePosterior", "Structure", "attach"]
@@ -125,11 +126,7 @@ class LaplacePosterior:
             CheckpointError: the file is missing, damaged or of a later format.
         """
         try:
-            if not path.is_file():
-                raise OSError("it is no file")  # a pipe would never end
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            about, parts = read_fitted(path, "pt")
             version = int(about["format"])
             facts = {name: json.loads(about[name]) for name in ("structure", "prior_precision", "rows", "seconds")}
             shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about["shapes"]).items()}

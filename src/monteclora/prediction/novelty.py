@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
 from monteclora.errors import CheckpointError, DataError
 from monteclora.metrics.ood import nearest_distance
+from monteclora.prediction.fitted_file import read_fitted
 from monteclora.prediction.forward import Collate, FloatArray, base_of, batches, placed, to_device
 from monteclora.prediction.predictive import evaluating
 from monteclora.system.atomic import write_file
@@ -152,11 +153,7 @@ class Novelty:
             CheckpointError: the file is missing, damaged or of a later format.
         """
         try:
-            if not path.is_file():
-                raise OSError("it is no file")  # a pipe would never end
-            with safe_open(path, framework="np") as file:
-                about = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            about, found = read_fitted(path, "np")
             version = int(about.get("format", _FORMAT))
             features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
             if features.ndim != 2 or centre.shape != (2,) or spread.shape != (2,) or limit.shape != (1,):
