@@ -19,7 +19,9 @@ from monteclora.methods import get_method
 from monteclora.runs.loading import load_run
 from monteclora.runs.run_folder import RunFolder
 from monteclora.training import range_test
+from monteclora.training.loop import Loop
 from monteclora.training.run import train
+from monteclora.training.watch import WentWrong
 from tests.models import batch_for, bert
 from tests.training.conftest import StopAfter, train_until
 
@@ -119,6 +121,20 @@ class MethodSuite:
         found = quietly(made("auto", learning_rate="auto", max_steps=6)).learning_rate
         quietly(made("given", learning_rate=found, max_steps=6))
         assert saved(tmp_path / "auto") == saved(tmp_path / "given")
+
+    def test_goes_back_without_a_trace(self, made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Back at its start, the run is bitwise that of half the rate given by hand."""
+        original = Loop.step
+
+        def step(loop: Loop, batches: Any) -> None:
+            original(loop, batches)
+            if loop.watch is not None and loop.state.step == 4:
+                raise WentWrong("planted")
+
+        monkeypatch.setattr(Loop, "step", step)
+        quietly(made("back", back_off=1, max_steps=6))
+        quietly(made("given", learning_rate=5e-3, max_steps=6))
+        assert saved(tmp_path / "back") == saved(tmp_path / "given")
 
     def test_merges_where_it_can(self, made: Any) -> None:
         loaded = load_run(quietly(made()).folder)

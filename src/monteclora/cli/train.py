@@ -50,6 +50,7 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
                 "learning_rate": result.learning_rate,
                 "range_test_steps": result.range_test_steps,
                 "members": list(result.members),
+                "back_offs": result.back_offs,
             }
         )
         return
@@ -70,7 +71,7 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
 
 
 def _learning_rate(result: RunResult) -> list[tuple[str, str]]:
-    if not result.range_test_steps:
-        return []
-    rate = "each member's own" if result.learning_rate is None else f"{result.learning_rate:g}"
-    return [("learning rate", f"{rate}, found by a range test of {result.range_test_steps} steps")]
+    from monteclora.runs.result import learning_rate_found
+
+    found = learning_rate_found(result.learning_rate, result.range_test_steps, result.back_offs)
+    return [("learning rate", found)] if found else []

@@ -19,6 +19,7 @@ from monteclora.reports.runs import run_page
 from monteclora.reports.texts import text_sections
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import Recipe
+from monteclora.runs.result import learning_rate_found
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks.base import AnyPredictions, TokenKind
@@ -149,10 +150,10 @@ def _trained(recipe: Recipe, finished: Mapping[str, Any], result: EvaluationResu
 
 
 def _rate(recipe: Recipe, finished: Mapping[str, Any]) -> str:
-    """The peak learning rate, and how it was found."""
-    if steps := finished.get("range_test_steps"):
-        return f"{finished['learning_rate']:g} (found by a range test of {steps} steps)"
-    return f"{recipe.training.learning_rate:g}"
+    """The peak learning rate, and how the run came to it."""
+    steps, times = finished.get("range_test_steps", 0), finished.get("back_offs", 0)
+    found = learning_rate_found(finished.get("learning_rate"), steps, times)
+    return found or f"{recipe.training.learning_rate:g}"
 
 
 def _most_uncertain(result: EvaluationResult) -> list[UncertainExample]:

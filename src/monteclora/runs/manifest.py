@@ -15,7 +15,15 @@ from typing import Any
 from monteclora.errors import CheckpointError
 from monteclora.system.atomic import remove_folder
 
-__all__ = ["Checkpoint", "checkpoint_folder", "newest_complete", "read_checkpoint", "rotate", "write_manifest"]
+__all__ = [
+    "Checkpoint",
+    "checkpoint_folder",
+    "discard_later",
+    "newest_complete",
+    "read_checkpoint",
+    "rotate",
+    "write_manifest",
+]
 
 _FORMAT = 1
 _FILE = "manifest.json"
@@ -118,10 +126,20 @@ def rotate(folder: Path, keep: int, always: Iterable[Path]) -> None:
             remove_folder(path)
 
 
+def discard_later(folder: Path, total_step: int) -> None:
+    """Remove the checkpoints of steps after ``total_step``, the latest first: what is left is never without one."""
+    for path in reversed(_checkpoints(folder)):
+        if _step(path) > total_step:
+            remove_folder(path)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Folders that bear a checkpoint's name, in the order of their steps."""
-    steps = {path: _NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*")}
-    return sorted((path for path, match in steps.items() if match), key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,8 +14,9 @@ __all__ = ["MetricsLog"]
 
 
 class MetricsLog:
-    """Events: mappings with ``event`` (``range_test``, ``train``, ``skipped``, ``eval``, ``phase``, ``finished``),
-    ``phase``, ``step``.
+    """Events: mappings with ``event``, ``phase`` and ``step``.
+
+    The events are ``range_test``, ``back_off``, ``train``, ``skipped``, ``eval``, ``phase`` and ``finished``.
 
     Steps are counted over all phases. A ``train`` line holds means since the line before: ``loss``, the task's
     negative log-likelihood in nats, and with a posterior ``objective`` (loss and regulariser), ``kl`` (nats) and
@@ -23,7 +24,9 @@ class MetricsLog:
     ``skipped`` line names the ``part`` of a step that was not finite and its training ``rows``; no mean counts it. An
     ``eval`` line holds validation metrics. A ``phase`` line closes a phase, the ``finished`` line the run. A
     ``range_test`` line, before the first step, has the ``learning_rate`` that was found, the ``rates`` and ``losses``
-    that it was found by, and the test's ``test_steps``, ``tokens`` and ``seconds``.
+    that it was found by, and the test's ``test_steps``, ``tokens`` and ``seconds``. A ``back_off`` line says that the
+    run went back to its step, the ``number``-th time in the phase, from ``left_step``, for what ``reason``, and with
+    what peak ``learning_rate`` it went on; what was measured in between is forgotten.
     An ensemble's file begins with a ``members`` line, which names their ``seeds``.
 
     Args:
@@ -75,12 +78,20 @@ class MetricsLog:
     def _damaged(self, line: int, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}, line {line} is {why}", "Remove the line, or take the file from a backup.")
 
-    def rewind(self, step: int) -> None:
-        """Forget what was measured after ``step``, and what ended there: the run goes on from it."""
+    def rewind(self, step: int, back_off: dict[str, Any] | None = None) -> None:
+        """Forget what was measured after ``step``, and what ended there: the run goes on from it.
+
+        Args:
+            step: counted over all phases.
+            back_off: the line that says why, where the run goes back; in the place of an earlier one of its number,
+                which was written and came to nothing.
+        """
 
         def is_past(event: dict[str, Any]) -> bool:
             ends = event["event"] in ("phase", "finished")
-            return bool(event["step"] < step or (event["step"] == step and not ends))
+            same = ("event", "phase", "step", "number")
+            again = back_off is not None and all(event.get(name) == back_off[name] for name in same)
+            return bool(event["step"] < step or (event["step"] == step and not ends)) and not again
 
-        kept = [event for event in self.read() if is_past(event)]
+        kept = [event for event in self.read() if is_past(event)] + ([] if back_off is None else [back_off])
         write_file(self.path, "".join(json.dumps(event) + "\n" for event in kept).encode())

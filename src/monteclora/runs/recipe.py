@@ -102,6 +102,9 @@ class TrainingSpec:
         warmup_ratio: the fraction of the steps over which the learning rate rises linearly from zero.
         weight_decay: AdamW's; never applied to biases, norms and the posterior.
         max_grad_norm: gradients are scaled down to this norm; null leaves them as they are.
+        back_off: how often, at most, a run that goes wrong goes back to its last good checkpoint, or its start, and on
+            at half the learning rate: its loss is not finite, rises well above where it was, or stays that of always
+            predicting the frequencies of the classes.
         non_finite: what to do when the loss or gradient of a step is not finite: ``stop`` the run, or ``skip`` the
             step, which leaves weights and optimiser as they are, and count it.
         max_skipped: at most this many consecutive steps are skipped; one more stops the run.
@@ -129,6 +132,7 @@ class TrainingSpec:
     warmup_ratio: float = 0.06
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
+    back_off: int = 0
     # free: where ``stop`` has a result, ``skip`` has the same one
     non_finite: Literal["stop", "skip"] = _free("stop")
     max_skipped: int = _free(5)
@@ -147,7 +151,7 @@ class TrainingSpec:
         """What is wrong with the values, see :mod:`monteclora.config`."""
         names = ("max_steps", "batch_size", "micro_batch_size", "eval_batch_size", "eval_every", "save_every")
         ones = (*names, "logging_every", "keep_checkpoints", "early_stopping_patience", "max_skipped")
-        found = _at_least(self, {**dict.fromkeys(ones, 1), "num_workers": 0, "weight_decay": 0})
+        found = _at_least(self, {**dict.fromkeys(ones, 1), "num_workers": 0, "weight_decay": 0, "back_off": 0})
         found += _above_zero(self, "epochs", "learning_rate", "max_grad_norm")
         if not 0 <= self.warmup_ratio < 1:
             found.append(("warmup_ratio", f"is {self.warmup_ratio}, expected at least 0 and below 1"))

@@ -9,7 +9,19 @@ from pathlib import Path
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 
-__all__ = ["RunResult"]
+__all__ = ["RunResult", "learning_rate_found"]
+
+
+def learning_rate_found(rate: float | None, range_test_steps: int, back_offs: int) -> str | None:
+    """A run's learning rate and how it came to it, for people; None where the rate is the recipe's.
+
+    Arguments as :class:`RunResult` has them.
+    """
+    found = [f"found by a range test of {range_test_steps} steps"] if range_test_steps else []
+    times = "once" if back_offs == 1 else f"{back_offs} times"
+    found += [f"halved {times} by going back"] if back_offs else []
+    shown = "each member's own" if rate is None else f"{rate:g}"
+    return ", ".join([shown, *found]) if found else None
 
 
 @dataclass(frozen=True)
@@ -27,9 +39,10 @@ class RunResult:
         tokens: seen in training, without padding.
         trained_parameters: how many numbers were trained.
         skipped_steps: how many were not finite and changed nothing (``training.non_finite: skip``).
-        learning_rate: the peak: of the recipe, or what a range test found (``training.learning_rate: auto``); None for
-            a run that an earlier version finished.
+        learning_rate: the peak: of the recipe, or what a range test found (``training.learning_rate: auto``), halved
+            each time the run went back; None for a run that an earlier version finished.
         range_test_steps: of that test; its seconds and tokens are counted in those of the run.
+        back_offs: how often the run went back, and on at half the learning rate (``training.back_off``).
         members: the folders of an ensemble's runs; empty for an ordinary run. An ensemble's metrics are its members'
             mean, its peak memory the largest, its learning rate the one that all have (None where each found another),
             and its other numbers are sums; each member has kept a step of its own.
@@ -47,6 +60,7 @@ class RunResult:
     skipped_steps: int = 0
     learning_rate: float | None = None
     range_test_steps: int = 0
+    back_offs: int = 0
     members: tuple[Path, ...] = ()
 
     @property

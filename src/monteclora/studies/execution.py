@@ -16,7 +16,7 @@ from monteclora.prediction.predictions import Predictions
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.recipe import Recipe, TrainingSpec
-from monteclora.runs.result import RunResult
+from monteclora.runs.result import RunResult, learning_rate_found
 from monteclora.runs.run_folder import RunFolder, RunInUseError
 from monteclora.studies.claims import TrialState
 from monteclora.studies.folder import Outcome, StudyFolder
@@ -181,6 +181,7 @@ def _halve_evaluation(training: TrainingSpec, state: TrialState) -> bool:
 def _finished(trial: Trial, run: RunResult, result: EvaluationResult, state: TrialState) -> Outcome:
     halved = state.micro_batch_size
     smaller = halved is not None and halved != trial.recipe.training.micro_batch_size
+    rate = learning_rate_found(run.learning_rate, run.range_test_steps, run.back_offs)
     notes = [f"out of memory: passes of {halved} rows, gradients accumulated"] if smaller else []
     return Outcome(
         trial=trial.id,
@@ -194,7 +195,7 @@ def _finished(trial: Trial, run: RunResult, result: EvaluationResult, state: Tri
         tokens=run.tokens,
         peak_memory_bytes=run.peak_memory_bytes,
         trained_parameters=run.trained_parameters,
-        notes=[*notes, *result.notes],
+        notes=[*notes, *([f"learning rate {rate}"] if rate else []), *result.notes],
         seconds_per_row=result.cost[result.sampler]["seconds"] / result.source.rows,
     )
 

@@ -26,7 +26,7 @@ from monteclora.training import sharding
 from monteclora.training.batches import Batches
 from monteclora.training.interruption import Interruption
 from monteclora.training.loop import Intervals, Loop, NonFinite, Saver
-from monteclora.training.plans import Phase, batches
+from monteclora.training.plans import Phase, batches, warmup_steps
 from monteclora.training.reporting import Reporting
 from monteclora.training.validation import Validation
 
@@ -100,7 +100,7 @@ def _scheduler(spec: TrainingSpec, optimizer: torch.optim.Optimizer, steps: int)
     return get_scheduler(
         "constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
         optimizer=optimizer,
-        num_warmup_steps=math.ceil(steps * spec.warmup_ratio),
+        num_warmup_steps=warmup_steps(spec, steps),
         num_training_steps=steps,
     )
 

@@ -28,7 +28,7 @@ from monteclora.training import sharding
 from monteclora.training.loop import Loop
 from monteclora.training.state import TrainingState
 
-__all__ = ["Checkpoints", "restore"]
+__all__ = ["Checkpoints", "restore", "saved_state"]
 
 _STATE = "training_state"
 
@@ -74,8 +74,8 @@ class Checkpoints:
                     loop.method.save(model, stage)
                     save_tree(stage / _STATE, state)
                     write_manifest(stage, checkpoint)
-                best = [] if checkpoint.best_step is None else [self.path_of(checkpoint.best_step)]
-                rotate(self.folder, self.keep, best)
+                steps = (loop.state.best_step, loop.state.good_step, loop.state.good_best)
+                rotate(self.folder, self.keep, [self.path_of(step) for step in steps if step is not None])
         loop.accelerator.wait_for_everyone()
 
     def path_of(self, step: int) -> Path:
@@ -123,8 +123,17 @@ def restore(loop: Loop, checkpoint: Path) -> None:
     _restore_optimizer(loop, tree["optimizer"], tree["scheduler"])
     if loop.scaler.is_enabled() and tree["scaler"]:
         loop.scaler.load_state_dict(tree["scaler"])
-    loop.state = TrainingState.from_tree(tree["state"] if "state" in tree else _state_of_0_1(checkpoint, tree))
+    loop.state = _state_in(checkpoint, tree)
     loop.resumed = True
+
+
+def saved_state(checkpoint: Path) -> TrainingState:
+    """Where the phase stood at a checkpoint. Raises CheckpointError where it cannot be read."""
+    return _state_in(checkpoint, load_tree(checkpoint / _STATE))
+
+
+def _state_in(checkpoint: Path, tree: dict[str, Any]) -> TrainingState:
+    return TrainingState.from_tree(tree["state"] if "state" in tree else _state_of_0_1(checkpoint, tree))
 
 
 def _training_state(loop: Loop, generators: Sequence[dict[str, Any]]) -> dict[str, Any]:

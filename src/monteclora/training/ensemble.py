@@ -16,7 +16,7 @@ from monteclora.system.devices import is_main_process
 
 __all__ = ["member_recipes", "train_members"]
 
-_ADDED = ("seconds", "tokens", "skipped_steps", "trained_parameters", "range_test_steps")
+_ADDED = ("seconds", "tokens", "skipped_steps", "trained_parameters", "range_test_steps", "back_offs")
 
 
 def member_recipes(recipe: Recipe) -> list[Recipe]:

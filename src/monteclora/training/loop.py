@@ -30,6 +30,7 @@ from monteclora.training.interruption import Interruption
 from monteclora.training.reporting import Reporting
 from monteclora.training.state import TrainingState
 from monteclora.training.validation import Interrupted, Validation
+from monteclora.training.watch import LossWatch, WentWrong
 
 __all__ = ["Intervals", "Loop", "NonFinite", "Saver"]
 
@@ -113,6 +114,7 @@ class Loop:
         non_finite: what happens at a step that is not finite.
         reporting: tells of the phase.
         interruption: asks to stop.
+        watch: judges the loss of a phase that may go back; None where it may not.
         kept_whole: parameters of a sharded model whose gradients nobody else averages over the processes.
         state: where the phase stands.
         resumed: whether it starts from a checkpoint.
@@ -136,6 +138,7 @@ class Loop:
     non_finite: NonFinite
     reporting: Reporting
     interruption: Interruption
+    watch: LossWatch | None = None
     kept_whole: Sequence[nn.Parameter] = ()
     state: TrainingState = field(default_factory=TrainingState)
     resumed: bool = False
@@ -145,12 +148,19 @@ class Loop:
     _started: float = 0.0
 
     def run(self) -> None:
-        """Train to the end of the phase, to an early stop or to an interruption; see ``state`` and ``interrupted``."""
+        """Train to the end of the phase, to an early stop or to an interruption; see ``state`` and ``interrupted``.
+
+        Raises:
+            WentWrong: the phase had better go back.
+        """
         self._started = time.perf_counter() - self.state.seconds
         self.reporting.start(self.state)
         if self.state.evaluation_pending:  # of the checkpoint that is resumed from, in whose place the new one comes
             self.saver.restore_generators()
             self._finish_step(evaluate=True, save=True)
+        if self.watch is not None and not self.resumed:
+            self.state.good_step = self.state.step
+            self.saver.save(self)
         while not self.finished:
             epoch, first = divmod(self.state.step, self.batches.steps_per_epoch)
             for batches in self._epoch(epoch, first):
@@ -163,6 +173,11 @@ class Loop:
     def finished(self) -> bool:
         """Whether there is nothing left to do, now."""
         return self.state.step >= self.steps or self.state.stopped_early or self.interrupted
+
+    @property
+    def seconds(self) -> float:
+        """Of training, until now."""
+        return time.perf_counter() - self._started
 
     @property
     def at_the_end(self) -> bool:
@@ -283,6 +298,8 @@ class Loop:
         state.objective += objective
         state.finite_steps += 1
         state.skipped_in_a_row = 0
+        if self.watch is not None:
+            self.watch.see(state.watch, task)
         state.grad_norm, self._numbers = size, passes[-1].numbers
         return True
 
@@ -291,6 +308,10 @@ class Loop:
     def _after_step(self) -> None:
         state, intervals = self.state, self.intervals
         self.reporting.step(state)
+        if self.watch is not None and state.good_step is not None:
+            reason = self.watch.verdict(state.watch, state.step)
+            if reason is not None:
+                raise WentWrong(reason)
         last = state.step >= self.steps
         if last or state.step % intervals.log == 0:
             self._log()
@@ -301,14 +322,17 @@ class Loop:
         """Validate if that is due, and save if that, an end or a new best asks for it."""
         state = self.state
         best = self._evaluate() if evaluate and self.validation is not None else False
+        good = evaluate and self.watch is not None and self.watch.is_good(state.watch)
+        if good and not state.evaluation_pending:
+            state.good_step, state.good_best = state.step, state.best_step
         due = state.step >= self.steps or state.step % self.intervals.save == 0
-        if save or due or best or state.stopped_early or self.interrupted:
+        if save or due or best or good or state.stopped_early or self.interrupted:
             self._settle()
             self.saver.save(self)
 
     def _settle(self) -> None:
         """Bring into the state what is kept outside of it between logs and checkpoints."""
-        self.state.seconds = time.perf_counter() - self._started
+        self.state.seconds = self.seconds
         if self._numbers is not None:
             self.state.numbers = {name: value.item() for name, value in self._numbers.items()}
             self._numbers = None

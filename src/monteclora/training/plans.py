@@ -10,7 +10,7 @@ from monteclora.methods.base import PhaseName, Plan
 from monteclora.runs.recipe import Recipe, TrainingSpec
 from monteclora.system.devices import process_count
 
-__all__ = ["Phase", "batches", "phases_of", "plan_of", "steps_per_epoch"]
+__all__ = ["Phase", "batches", "phases_of", "plan_of", "steps_per_epoch", "warmup_steps"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ def phases_of(recipe: Recipe, rows: int, learning_rate: float) -> list[Phase]:
     second = _steps(spec, rows, spec.post_hoc.epochs, spec.post_hoc.max_steps)
     rate = learning_rate * spec.post_hoc.learning_rate_factor
     return [Phase("adapter", first, learning_rate), Phase("posterior", second, rate)]
+
+
+def warmup_steps(spec: TrainingSpec, steps: int) -> int:
+    """Those of a phase of ``steps`` over which the learning rate rises."""
+    return math.ceil(steps * spec.warmup_ratio)
 
 
 def plan_of(recipe: Recipe, phase: Phase, rows: int) -> Plan:

@@ -192,7 +192,7 @@ def _is_lost(losses: Sequence[float]) -> bool:
     if len(losses) < 2 * _WINDOW:
         return False
     start, now, best = _mean(losses[:_WINDOW]), _mean(losses[-_WINDOW:]), min(_smoothed(losses))
-    return now > start + max(start - best, 0.1 * start)
+    return now > start + max(start - best, 0.1 * abs(start))
 
 
 def _growth(step: int) -> float:

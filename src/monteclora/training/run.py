@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
 from monteclora.tasks import load
 from monteclora.training import sharding
+from monteclora.training.back_off import Return
 from monteclora.training.ensemble import train_members
 from monteclora.training.phases import train_phase
 from monteclora.training.plans import Phase, phases_of
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["train"]
+
+_SUMMED = ("seconds", "tokens", "skipped_steps", "back_offs")  # over the phases of a run
 
 
 def train(
@@ -87,8 +91,9 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     data = prepare_data(recipe)
     for note in data.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
-    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fresh = _FreshModel(partial(prepare_model, recipe, data.task.kind, data.task.label_names, data.tokenizer))
+    parameters = fresh.model.named_parameters()
+    trained = {name: parameter.numel() for name, parameter in parameters if parameter.requires_grad}
     checkpoint = run.checkpoint()
     memory = PeakMemory(training_device())
     if is_main_process():
@@ -99,11 +104,11 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
         folder.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
     rate = _known_rate(recipe, folder)
     if rate is None:
-        rate = _found_rate(recipe, folder, data, model, console)
-        del model  # before another one takes its place
-        model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
+        rate = _found_rate(recipe, folder, data, fresh.model, console)
+        fresh.renew()
     phases = phases_of(recipe, len(data.train), rate)
-    model = _train_phases(recipe, phases, folder, data, model, frozenset(trained), checkpoint, console)
+    _train_phases(recipe, phases, folder, data, fresh, frozenset(trained), checkpoint, console)
+    model = fresh.model
     with sharding.gathered(model, trained):
         if is_main_process():
             with new_folder(folder.adapter) as stage:
@@ -140,29 +145,51 @@ def _train_phases(
     phases: list[Phase],
     run: RunFolder,
     data: PreparedData,
-    model: nn.Module,
+    fresh: _FreshModel,
     trained: frozenset[str],
     checkpoint: Checkpoint | None,
     console: Console,
-) -> nn.Module:
-    """Train the phases that are left, with a line of metrics for each; gives the model with the weights to keep."""
+) -> None:
+    """Train the phases that are left, with a line of metrics for each; the model ends with the weights to keep."""
     first_step = 0
     if checkpoint is not None:
         phases = list(dropwhile(lambda phase: phase.name != checkpoint.phase, phases))
         first_step = checkpoint.first_step
     for phase in phases:
-        resume = checkpoint if checkpoint is not None and checkpoint.phase == phase.name else None
-        outcome = train_phase(
-            recipe, phase, run, data, model, first_step=first_step, trained=trained, resume=resume, console=console
+        resume: Checkpoint | Return | None = checkpoint
+        if checkpoint is not None and checkpoint.phase != phase.name:
+            resume = None
+        attempt = partial(
+            train_phase, recipe, phase, run, data, first_step=first_step, trained=trained, console=console
         )
+        while isinstance(outcome := attempt(fresh.model, resume=resume), Return):
+            fresh.renew()
+            resume = outcome
         first_step = outcome.step
         if outcome.kept_step != outcome.step:
-            if sharding.is_sharded(model):  # its parameters take no whole ones any more
-                model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
-            get_method(recipe.method.name).load(model, checkpoint_folder(run.checkpoints, outcome.kept_step))
+            if sharding.is_sharded(fresh.model):  # its parameters take no whole ones any more
+                fresh.renew()
+            kept = checkpoint_folder(run.checkpoints, outcome.kept_step)
+            get_method(recipe.method.name).load(fresh.model, kept)
         if is_main_process():
             run.metrics.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
-    return model
+
+
+class _FreshModel:
+    """The model that is trained; never are there two of them.
+
+    Args:
+        prepare: makes it, as a run begins with it.
+    """
+
+    def __init__(self, prepare: Callable[[], nn.Module]) -> None:
+        self._prepare = prepare
+        self.model = prepare()
+
+    def renew(self) -> None:
+        """Throw it away, and make it anew."""
+        del self.model
+        self.model = self._prepare()
 
 
 def _conclusion(run: RunFolder, rate: float, trained_parameters: int, memory: PeakMemory) -> dict[str, Any]:
@@ -179,9 +206,9 @@ def _conclusion(run: RunFolder, rate: float, trained_parameters: int, memory: Pe
         "event": "finished",
         **{name: phases[-1][name] for name in ("phase", "step", "kept_step")},
         "metrics": metrics,
-        "learning_rate": rate,
+        "learning_rate": rate / 2 ** phases[0].get("back_offs", 0),
         "range_test_steps": sum(test["test_steps"] for test in tests),
-        **{name: sum(e.get(name, 0) for e in (*tests, *phases)) for name in ("seconds", "tokens", "skipped_steps")},
+        **{name: sum(e.get(name, 0) for e in (*tests, *phases)) for name in _SUMMED},
         "peak_memory_bytes": memory.bytes,
         "trained_parameters": trained_parameters,
     }
@@ -191,7 +218,9 @@ def _result(run: Run, finished: Mapping[str, Any]) -> RunResult:
     same = ("kept_step", "metrics", "seconds", "peak_memory_bytes", "tokens", "trained_parameters")
     values = {name: finished[name] for name in same}
     since = {
-        name: finished[name] for name in ("skipped_steps", "learning_rate", "range_test_steps") if name in finished
+        name: finished[name]
+        for name in ("skipped_steps", "learning_rate", "range_test_steps", "back_offs")
+        if name in finished
     }
     members = tuple(member.path for member in run.folder.members)
     return RunResult(run.folder.path, run.recipe, finished["step"], **values, **since, members=members)

@@ -9,6 +9,9 @@ from typing import Any, Self
 __all__ = ["TrainingState"]
 
 
+_LATER = frozenset(("back_offs", "good_step", "good_best", "watch"))  # which the first checkpoints do not have
+
+
 @dataclass
 class TrainingState:
     """The numbers that a checkpoint holds beside weights, optimiser and generators. Steps are those of the phase.
@@ -28,6 +31,10 @@ class TrainingState:
         numbers: what the method told of that step, by name.
         skipped, skipped_in_a_row: steps that were not finite, and those of them since the last finite one.
         seconds: of training.
+        back_offs: how often the phase went back, and on at half the learning rate.
+        good_step: the step whose checkpoint it would go back to now; None where there is none.
+        good_best: ``best_step`` at that step.
+        watch: what is known of the loss, see :class:`~monteclora.training.watch.LossWatch`.
     """
 
     step: int = 0
@@ -47,6 +54,10 @@ class TrainingState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    back_offs: int = 0
+    good_step: int | None = None
+    good_best: int | None = None
+    watch: dict[str, float] = field(default_factory=dict)
 
     def to_tree(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
@@ -54,8 +65,9 @@ class TrainingState:
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Self:
-        """What :meth:`to_tree` gave."""
-        return cls(**{each.name: tree[each.name] for each in fields(cls)})
+        """What :meth:`to_tree` gave, in this version or an earlier one."""
+        names = [each.name for each in fields(cls) if each.name in tree or each.name not in _LATER]
+        return cls(**{name: tree[name] for name in names})
 
     def improves(self, value: float, *, greater_is_better: bool) -> bool:
         """Take note of a validation value of this step; whether it is the best so far."""

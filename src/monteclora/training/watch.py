@@ -1,0 +1,93 @@
+"""Whether the training loss of a phase goes wrong, for ``training.back_off``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["LossWatch", "WentWrong", "constant_loss"]
+
+_DECAY = 0.9  # of the moving average that smooths the loss
+_HORIZON = 10  # steps that this average takes to forget
+_SHARE = 0.5  # of what the loss had fallen by, to have risen by
+_RISE = 0.05  # of the first loss, for losses that have not fallen
+_CLEAR = 8.0  # standard errors by which a smoothed loss is higher than the lowest of many
+
+
+class WentWrong(Exception):  # noqa: N818 - no error yet: the phase may go back
+    """The loss says that nothing will come of the phase at this learning rate; the message says why."""
+
+
+@dataclass(frozen=True)
+class LossWatch:
+    """Judges the training loss of a phase by its moving average; a pure function of the losses.
+
+    What it knows is a few numbers, kept in the training state: the number of losses ``count``, the ``last``, their
+    moving sum ``mean``, their ``variance`` (the mean of half the squared differences of neighbours, which a trend does
+    not change much), and the smoothed loss at the ``start`` and at its ``best``.
+
+    Attributes:
+        steps: of the phase.
+        warmup: those of them over which the learning rate rises.
+        constant: the loss of a prediction that does not look at the row, nats; None where there is no such.
+    """
+
+    steps: int
+    warmup: int
+    constant: float | None
+
+    def see(self, numbers: dict[str, float], loss: float) -> None:
+        """Take note of the loss of a step."""
+        count = numbers.get("count", 0.0) + 1
+        if count > 1:
+            variance = numbers.get("variance", 0.0)
+            numbers["variance"] = variance + ((loss - numbers["last"]) ** 2 / 2 - variance) / (count - 1)
+        numbers["mean"] = _DECAY * numbers.get("mean", 0.0) + (1 - _DECAY) * loss
+        numbers["count"], numbers["last"] = count, loss
+        if count <= _HORIZON:
+            numbers["start"] = numbers.get("start", 0.0) + (loss - numbers.get("start", 0.0)) / count
+            numbers["best"] = numbers["start"]
+        else:
+            numbers["best"] = min(numbers["best"], _smoothed(numbers))
+
+    def verdict(self, numbers: dict[str, float], step: int) -> str | None:
+        """What is wrong after ``step``; None for nothing."""
+        if numbers.get("count", 0.0) < 2 * _HORIZON:
+            return None
+        now, best, start, error = _smoothed(numbers), numbers["best"], numbers["start"], _error(numbers)
+        if now > best + max(_SHARE * (start - best), _RISE * abs(start), _CLEAR * error):
+            return f"the smoothed training loss rose from {best:.3g} to {now:.3g}"
+        late = step >= self.warmup + max(2 * _HORIZON, (self.steps - self.warmup) / 4)
+        if self.constant is not None and late and best > self.constant - max(3 * error, 0.01 * self.constant):
+            return f"the training loss is still {now:.3g}, that of giving every row the frequencies of the classes"
+        return None
+
+    def is_good(self, numbers: dict[str, float]) -> bool:
+        """Whether the smoothed loss is at its lowest, within its noise, and has fallen."""
+        if numbers.get("count", 0.0) < 2 * _HORIZON:
+            return False
+        now, error = _smoothed(numbers), _error(numbers)
+        return now <= min(numbers["best"] + 2 * error, numbers["start"] - _CLEAR * error)
+
+
+def _smoothed(numbers: dict[str, float]) -> float:
+    return numbers["mean"] / (1 - _DECAY ** numbers["count"])
+
+
+def _error(numbers: dict[str, float]) -> float:
+    """The standard error of the smoothed loss: of a moving average of independent losses of this variance."""
+    return math.sqrt(numbers["variance"] * (1 - _DECAY) / (1 + _DECAY))
+
+
+def constant_loss(labels: Sequence[int], weights: Sequence[float] | None = None) -> float:
+    """The lowest loss of a prediction that is the same for every row, nats: the entropy of the labels' frequencies.
+
+    Args:
+        labels: of the rows.
+        weights: of the classes in the loss, see :class:`~monteclora.tasks.measures.ClassMeasures`; None for equal ones.
+    """
+    weighed = [n * (1.0 if weights is None else weights[label]) for label, n in Counter(labels).items()]
+    total = sum(weighed)  # the best probabilities are proportional to these
+    return -sum(part * math.log(part / total) for part in weighed if part) / len(labels)

@@ -1,0 +1,89 @@
+"""What the training loss says of a phase, for ``training.back_off``."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from monteclora.training.watch import LossWatch, constant_loss
+
+STEPS, WARMUP, CLASSES = 150, 9, 12
+WATCH = LossWatch(STEPS, WARMUP, math.log(CLASSES))
+
+
+def judged(losses: np.ndarray, watch: LossWatch = WATCH) -> tuple[int, str] | None:
+    """The step at which something is found wrong, and what; None for never."""
+    numbers: dict[str, float] = {}
+    for step, loss in enumerate(losses.tolist(), start=1):
+        watch.see(numbers, loss)
+        if reason := watch.verdict(numbers, step):
+            return step, reason
+    return None
+
+
+def noise(seed: int, size: float) -> np.ndarray:
+    return size * np.random.default_rng(seed).standard_normal(STEPS)
+
+
+STEP = np.arange(STEPS)
+
+
+@pytest.mark.parametrize("size", [0.02, 0.2, 0.5])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_falls_however_noisily_is_let_go_on(seed: int, size: float) -> None:
+    falling = 0.5 + 2.0 * np.exp(-STEP / 30)
+    assert judged(falling + noise(seed, size)) is None
+    slow = 2.9 - 0.1 * STEP / STEPS  # a language model that has little to learn
+    assert judged(slow + noise(seed, size), LossWatch(STEPS, WARMUP, None)) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rise_from_a_plateau_is_seen_within_a_few_steps(seed: int) -> None:
+    fallen = 0.5 + 2.0 * np.exp(-STEP / 20) + np.where(STEP >= 100, 2.0, 0.0)
+    found = judged(fallen + noise(seed, 0.2))
+    assert found is not None
+    assert 101 < found[0] <= 115
+    assert "rose from 0." in found[1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_only_rises_is_seen_as_soon_as_it_is_judged(seed: int) -> None:
+    found = judged(2.5 + np.minimum(STEP, 20) * 0.1 + noise(seed, 0.1), LossWatch(STEPS, WARMUP, None))
+    assert found is not None
+    assert found[0] <= 25
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_loss_of_the_class_frequencies_is_seen_after_a_quarter_of_the_steps(seed: int) -> None:
+    found = judged(np.full(STEPS, math.log(CLASSES) + 0.01) + noise(seed, 0.05))
+    assert found is not None
+    assert found[0] == math.ceil(WARMUP + (STEPS - WARMUP) / 4)
+    assert "frequencies of the classes" in found[1]
+
+
+def test_good_is_a_loss_at_its_lowest_that_has_fallen() -> None:
+    numbers: dict[str, float] = {}
+    good = []
+    for loss in (
+        np.concatenate([np.full(30, 2.5), np.linspace(2.5, 1.0, 40), np.linspace(1.0, 1.8, 10)]) + noise(0, 0.05)[:80]
+    ):
+        WATCH.see(numbers, float(loss))
+        good.append(WATCH.is_good(numbers))
+    assert not any(good[:30])
+    assert all(good[45:70])
+    assert not any(good[78:])
+
+
+def test_constant_loss_is_the_lowest_of_all_constant_predictions() -> None:
+    labels, weights = [0] * 5 + [1] * 2 + [3] * 3, [1.0, 4.0, 9.0, 0.5]
+    probs = np.random.default_rng(0).dirichlet(np.ones(4), 20_000)
+    losses = -(np.log(probs) * weights)[:, labels].mean(-1)
+    found = constant_loss(labels, weights)
+    assert found <= losses.min() <= found + 0.02
+
+
+def test_constant_loss_is_the_entropy_of_the_labels() -> None:
+    assert constant_loss([0, 1, 2, 3] * 5) == pytest.approx(math.log(4))
+    assert constant_loss([0, 0, 0, 1]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
