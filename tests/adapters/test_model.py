@@ -546,3 +546,16 @@ def test_wrapping_a_wrapped_model_is_refused_or_right() -> None:
     assert "add_adapter" in caught.value.hint
     assert posterior_of(model).draws == 0
     train_step(model)
+
+
+def test_a_model_whose_layers_were_adapted_before_is_refused() -> None:
+    """The first wrapper's draws would go on beside the second one's."""
+    base = llama()
+    first = monteclora.get_peft_model(base, config_for(llama))
+    with pytest.raises(ConfigError, match=r"was adapted before: 'model\.layers\.0\.self_attn\.q_proj'"):
+        monteclora.get_peft_model(base, config_for(llama))
+    with pytest.raises(ConfigError, match="was adapted before"):
+        monteclora.get_peft_model(
+            peft.get_peft_model(bert(), LoraConfig(target_modules=["query"])).get_base_model(), config_for(bert)
+        )
+    monteclora.get_peft_model(first.unload(), config_for(llama))

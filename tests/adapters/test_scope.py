@@ -515,6 +515,40 @@ def test_per_sample_gradients_by_torch_func_work_at_the_mean_and_are_refused_und
             torch.testing.assert_close(found[name].sum(0), parameter.grad)
 
 
+def test_an_exported_model_has_no_frozen_draw() -> None:
+    model, x = wrapped(perceptron), torch.randn(5, 12)
+    model(x)
+    for export in (lambda: torch.export.export(model, (x,)), lambda: torch.jit.trace(model, (x,), check_trace=False)):
+        with pytest.raises(ConfigError, match="constant of the model"):
+            export()
+        with posterior_sampling(model.eval()), pytest.raises(ConfigError, match=r"constant of|compiled"):
+            export()
+        model.train()
+    model.eval()
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+    with posterior_sampling(model, resample=False):
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["merge_adapter", "merge_and_unload"])
+def test_merging_where_draws_are_asked_for_is_refused(name: str) -> None:
+    model, batch = wrapped(llama).eval(), batch_for(llama)
+    mean = model(**batch).logits
+    with posterior_sampling(model), pytest.raises(ConfigError, match="would merge the mean"):
+        getattr(model, name)()
+    assert torch.equal(model(**batch).logits, mean)
+    assert monteclora.predict(model, batch, num_samples=2).epistemic.max() > 0
+
+
+def test_an_input_without_a_batch_is_drawn_too() -> None:
+    model, x = wrapped(perceptron).eval(), torch.randn(3, 12)
+    with posterior_sampling(model, resample=False):
+        torch.testing.assert_close(torch.stack([model(row) for row in x]), model(x))
+        torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    with posterior_sampling(model, num_samples=2), pytest.raises(ConfigError, match="2 draws at once"):
+        model(x[0])
+
+
 # -- which rows are whose --------------------------------------------------------------------------------------------
 
 

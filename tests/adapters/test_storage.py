@@ -519,3 +519,14 @@ def test_a_posterior_at_its_bound_is_told_of(tmp_path: Path, caplog: pytest.LogC
     assert [record.getMessage() for record in caplog.records] == [
         "rho of the posterior has reached its bound of 20 and is held at it: lower the learning rate"
     ]
+
+
+def test_a_posterior_far_wider_than_its_prior_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = trained()
+    with torch.no_grad():
+        posterior_of(model).rho[:2] = 5.0  # exp(5) is 148
+    model.save_pretrained(tmp_path)
+    rows = len(posterior_of(model).rho)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the posterior is over 100 times as wide as its prior in 2 of {rows} rows: lower the learning rate"
+    ]

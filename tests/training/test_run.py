@@ -291,6 +291,21 @@ def test_divergence_within_a_step(recipe: MakeRecipe) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_a_posterior_that_is_destroyed_is_divergence_though_every_number_is_finite(
+    recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Post-hoc training moves nothing but the posterior, so that validation, at the mean, would look as before."""
+    made = recipe(mode="post_hoc", post_hoc={"learning_rate_factor": 1e7}, warmup_ratio=0.0)
+    with pytest.raises(DivergenceError, match=r"rho is at its bound of 20 in \d+ of \d+ rows") as error:
+        quietly(made)
+    assert error.value.exit_code == 3
+    output = Path(made["output"])
+    checkpoint = newest_complete(output / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.phase == "adapter"
+    assert not (output / "adapter").exists()
+
+
 def test_a_weight_that_overflows_is_never_saved(recipe: MakeRecipe) -> None:
     made = recipe(learning_rate=1e39, max_grad_norm=None, warmup_ratio=0.0, save_every=1)
     with pytest.raises(DivergenceError, match="is not finite after step 1"):

@@ -88,7 +88,7 @@ def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: 
         ConfigError: S does not divide the first dimension of ``x``.
     """
     count = draw.transposed.shape[0]
-    if x.dim() == 1 or x.shape[0] % count:
+    if count > 1 and (x.dim() == 1 or x.shape[0] % count):
         raise ConfigError(
             f"{count} draws at once met a layer input of shape {tuple(x.shape)}, whose rows are not the batch {count} "
             "times over",

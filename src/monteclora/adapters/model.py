@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
@@ -396,6 +397,13 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise ConfigError(
             f"get_peft_model was given a {type(model).__name__}, which has adapters of peft already",
             "Give the model that model.unload() returns.",
+        )
+    adapted = next((name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)), None)
+    if adapted is not None:
+        # the layers of an earlier wrapper, whose draws would go on beside the new ones
+        raise ConfigError(
+            f"get_peft_model was given a {type(model).__name__} that was adapted before: '{adapted}' has an adapter",
+            "Load the base model anew, or give the model that the first wrapper's unload() returns.",
         )
 
 

@@ -82,7 +82,12 @@ class PosteriorSampler:
 
 @contextmanager
 def _outside_transforms() -> Iterator[None]:
-    """Raise ConfigError for a draw that is made inside a transform of ``torch.func``."""
+    """Raise ConfigError for a draw that is made inside a transform of ``torch.func``, or while a model is exported."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise ConfigError(
+            "a draw would become a constant of the model that is being exported or traced",
+            "Export it in evaluation mode, which uses the mean, or write draws with monteclora.export_samples.",
+        )
     try:
         yield
     except RuntimeError as error:
@@ -171,6 +176,11 @@ class DrawScope:
     def _running(self, number: int | None) -> None:
         others = {scope: running for scope, running in _levels.get().items() if scope is not self}
         _levels.set(others if number is None else {**others, self: number})
+
+    @property
+    def samples(self) -> bool:
+        """Whether evaluation-mode forward passes of this context draw."""
+        return self in _samplers.get()
 
     def enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Draw, if this is the outermost call and not a repetition inside a backward pass.

@@ -26,7 +26,7 @@ from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.names import plain_name
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape, PosteriorSettings
-from monteclora.posterior.bounds import BOUND, at_bound
+from monteclora.posterior.bounds import BOUND, WIDE, at_bound, rows_wider
 from monteclora.system.atomic import write_file
 
 __all__ = [
@@ -92,10 +92,7 @@ def save_posterior(
     """
     values = {name: (state or {}).get(name, getattr(posterior, name)) for name in _TENSORS}
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in values.items()}
-    for name in ("rho", "eta"):
-        if at_bound(tensors[name]):
-            what = "%s of the posterior has reached its bound of %g and is held at it: lower the learning rate"
-            logger.warning(what, name, BOUND)
+    _warn_of_divergence(tensors)
     fields = {
         "format": _FORMAT,
         "layers": [(plain_name(layer.name), *layer[1:]) for layer in posterior.layers],
@@ -110,6 +107,17 @@ def save_posterior(
     if posterior.calibration is not None:
         fields["calibration"] = dict(posterior.calibration)
     write_document(folder, fields, tensors)
+
+
+def _warn_of_divergence(tensors: Mapping[str, Tensor]) -> None:
+    for name in ("rho", "eta"):
+        if at_bound(tensors[name]):
+            what = "%s of the posterior has reached its bound of %g and is held at it: lower the learning rate"
+            logger.warning(what, name, BOUND)
+    rho = tensors["rho"]
+    if rows_wider(rho, WIDE) and not at_bound(rho):
+        what = "the posterior is over %g times as wide as its prior in %d of %d rows: lower the learning rate"
+        logger.warning(what, WIDE, rows_wider(rho, WIDE), len(rho))
 
 
 def write_document(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -384,7 +384,8 @@ class MonteCLoRATuner(LoraModel):
         """As in peft.
 
         Raises:
-            ConfigError: a target's weight is also another layer's, which would change along with it.
+            ConfigError: a target's weight is also another layer's, which would change along with it; or draws are
+                asked for, none of which would be merged.
         """
         self._check_merge()
         super().merge_adapter(*args, **kwargs)
@@ -393,7 +394,8 @@ class MonteCLoRATuner(LoraModel):
         """As in peft; the base model is left without hooks.
 
         Raises:
-            ConfigError: a target's weight is also another layer's, which would change along with it.
+            ConfigError: a target's weight is also another layer's, which would change along with it; or draws are
+                asked for, none of which would be merged.
         """
         self._check_merge()
         merged = cast(nn.Module, super().merge_and_unload(*args, **kwargs))
@@ -407,6 +409,11 @@ class MonteCLoRATuner(LoraModel):
         return base
 
     def _check_merge(self) -> None:
+        if self.scope.samples:
+            raise ConfigError(
+                "merging inside posterior_sampling would merge the mean, and every draw would be the mean",
+                "Merge outside the block, or write draws with monteclora.export_samples.",
+            )
         shared = shared_targets(self.model)
         if shared:
             raise ConfigError(

@@ -158,6 +158,13 @@ class Method:
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """Called after step ``step`` (from 1) of ``steps`` changed the weights, while gradients are still there."""
 
+    def diverged(self, model: nn.Module) -> str | None:
+        """What training has destroyed though every number is finite, in words; None for nothing.
+
+        Asked for before a checkpoint is written, which is then not written.
+        """
+        return None
+
     # -- what it costs ------------------------------------------------------------------------------------------------
 
     def virtual_tokens(self, options: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -97,6 +98,24 @@ class MonteCLoRA(AdapterMethod):
 
         found = regularisation(model)
         return None if found is None else Added(found.loss, {"kl": found.first.kl, "pi_squared_norm": found.first.coop})
+
+    def diverged(self, model: nn.Module) -> str | None:
+        """A posterior at its bound: post-hoc training moves nothing else, so that the mean's metrics tell nothing.
+
+        Without a KL term nothing holds a posterior that collapses to its mean, and it is no divergence.
+        """
+        from monteclora.adapters.active import active_posteriors
+        from monteclora.posterior.bounds import BOUND, rows_destroyed
+
+        for posterior in active_posteriors(model):
+            rho, held = posterior.rho, posterior.settings.kl_weight > 0
+            rows = rows_destroyed(rho, collapse=held) if posterior.enabled else 0
+            if rows:
+                return (
+                    f"the posterior diverged: rho is at its bound of {BOUND:g} in {rows} of {len(rho)} rows, where "
+                    f"draws are {math.exp(BOUND):.0e} times as wide as the prior's, or as narrow,"
+                )
+        return None
 
     def kept_whole(self, model: nn.Module) -> list[nn.Module]:
         """Rho and eta: the draws of all layers are made of them before the first block runs."""

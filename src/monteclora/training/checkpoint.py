@@ -59,7 +59,7 @@ class Checkpoints:
         """Write the whole checkpoint of the step, or nothing of it.
 
         Raises:
-            DivergenceError: a weight is not finite.
+            DivergenceError: a weight is not finite, or the method has diverged.
             CheckpointError: the disk refuses it.
         """
         generators = gather_object([generator_states()])
@@ -68,7 +68,7 @@ class Checkpoints:
         state = _training_state(loop, generators)
         with sharding.gathered(model, self.trained):
             if is_main_process():
-                _check_weights(model, loop.state.step)
+                _check_weights(model, loop)
                 checkpoint = self._describe(loop)
                 with new_folder(checkpoint.path) as stage:
                     loop.method.save(model, stage)
@@ -179,13 +179,16 @@ def _restore_optimizer(loop: Loop, optimizer: dict[str, Any], scheduler: dict[st
         group.update(own, lr=rate)
 
 
-def _check_weights(model: nn.Module, step: int) -> None:
+def _check_weights(model: nn.Module, loop: Loop) -> None:
+    found = loop.method.diverged(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise DivergenceError(
-                f"the weight {name} is not finite after step {step}",
-                "Lower training.learning_rate, or set training.max_grad_norm.",
-            )
+            found = f"the weight {name} is not finite"
+    if found is not None:
+        raise DivergenceError(
+            f"{found} after step {loop.state.step}",
+            "Lower training.learning_rate (or training.post_hoc.learning_rate_factor), or set training.max_grad_norm.",
+        )
 
 
 def _state_of_0_1(checkpoint: Path, tree: dict[str, Any]) -> dict[str, Any]:
