@@ -29,12 +29,13 @@ def check_base(name: str, layer: nn.Module) -> None:
         raise ConfigError(f"target module '{name}' is offloaded, and MonteCLoRA draws before any layer runs", _HINT)
 
 
-def check_here(posterior: AdapterPosterior, layers: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Check that nothing of an adapter was offloaded since it was made.
+def check_here(posterior: AdapterPosterior, layers: Iterable[tuple[str, Tensor | None]], model: nn.Module) -> None:
+    """Check that accelerate has offloaded nothing of an adapter since it was made.
 
     Args:
         posterior: the adapter's.
         layers: its layers' names, each with A where it is at hand.
+        model: has the layers.
 
     Raises:
         ConfigError: rho and eta, or an A, are.
@@ -45,7 +46,8 @@ def check_here(posterior: AdapterPosterior, layers: Iterable[tuple[str, Tensor |
             _HINT,
         )
     for name, weight in layers:
-        if weight is not None and weight.is_meta:
+        # whoever else moves A has it back when its layer runs, as the parameter that it was
+        if weight is not None and weight.is_meta and any(map(has_offloaded_params, model.modules())):
             raise ConfigError(
                 f"the adapter's weights of '{name}' are offloaded (on the meta device), and draws are made before any "
                 "layer runs",

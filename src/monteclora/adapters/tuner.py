@@ -137,7 +137,7 @@ class MonteCLoRATuner(LoraModel):
     def check_here(self, posterior: AdapterPosterior) -> None:
         """Raise ConfigError for an adapter of which anything was offloaded since it was made."""
         name = self._name_of(posterior)
-        check_here(posterior, zip(self.hooked_layers[name], self._mean_weights(name), strict=True))
+        check_here(posterior, zip(self.hooked_layers[name], self._mean_weights(name), strict=True), self.model)
 
     def means(self, posterior: AdapterPosterior) -> list[Tensor] | None:
         """mu of a posterior's layers, if it can be added to the noise of all of them at once.
