@@ -20,6 +20,7 @@ from monteclora.cli import (
     generate,
     harness,
     listing,
+    new,
     predict,
     recipes,
     report,
@@ -47,6 +48,7 @@ app = App(
 )
 app.command(demo.demo)
 app.command(recipes.app)
+app.command(new.new)
 app.command(check.check, usage=f"Usage: monteclora check {RECIPE_USAGE}")
 app.command(train.train, usage=f"Usage: monteclora train {RECIPE_USAGE}")
 app.command(evaluate.evaluate)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
-from monteclora.cli.output import Flag, Json, print_facts, print_json
+from monteclora.cli.output import Flag, Json, note, print_facts, print_json
 from monteclora.cli.overrides import Overrides, parse_overrides
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
 
     loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
 
+    from monteclora.evaluation.verdict import verdict
     from monteclora.training.run import train as run
 
     result = run(loaded, override=override)
+    judged = verdict(result.members[0] if result.members else result.folder)
     metrics = dict(result.metrics)
     if as_json:
         print_json(
@@ -47,6 +50,8 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
                 "tokens": result.tokens,
                 "trained_parameters": result.trained_parameters,
                 "skipped_steps": result.skipped_steps,
+                "findings": list(judged.findings),
+                "warnings": list(judged.warnings),
                 "learning_rate": result.learning_rate,
                 "range_test_steps": result.range_test_steps,
                 "members": list(result.members),
@@ -62,12 +67,15 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
             ("trained", f"{result.steps} steps{kept} in {cost}, {result.trained_parameters:,} parameters"),
             *_learning_rate(result),
             *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))] if metrics else []),
+            *[("" if number else "verdict", text) for number, text in enumerate(judged.findings)],
             ("members", f"{len(result.members)} runs in {result.members[0].parent}")
             if result.members
             else ("adapter", str(result.adapter)),
-            ("next", f"monteclora evaluate {result.folder}"),
+            ("next", f"monteclora evaluate {quote(str(result.folder))}"),
         ]
     )
+    for text in judged.warnings:
+        note(text)
 
 
 def _learning_rate(result: RunResult) -> list[tuple[str, str]]:

@@ -1,0 +1,193 @@
+"""A recipe for somebody's own file: what was found in it, and settings that learn from so many rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from monteclora.data.columns import find_columns
+from monteclora.data.encoding import encode
+from monteclora.data.files import open_table
+from monteclora.data.guessing import guess_columns
+from monteclora.data.models import STARTERS, load_tokenizer, resolve_model
+from monteclora.errors import ConfigError, DataError
+from monteclora.runs.recipe import load_recipe
+from monteclora.tasks import DataSpec, TaskData, load
+from monteclora.tasks.local import looks_like_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["NewRecipe", "new_recipe"]
+
+_STARTER = {"classification": "minilm", "causal_lm": "smollm2"}
+_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+_MEASURED_ROWS = 1000  # whose lengths choose data.max_length
+_COVERED = 0.98  # of the rows are not truncated
+_STEPS = 320  # optimiser steps, within the bounds of the epochs
+_EPOCHS = (3, 30)
+_FEW_VALIDATION, _MORE_VALIDATION = 60, 0.2  # below so many rows, this share is set aside instead
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a kind of model learns well with: starting points, of which the learning rate matters most."""
+
+    learning_rate: float
+    batch_size: int
+    modules_to_save: tuple[str, ...] = ()
+    why: str = ""
+
+
+# minilm's pooler was never trained as a classifier's, and has to be learned whole
+_SETTINGS = {
+    "minilm": _Settings(0.003, 16, ("pooler",), "MiniLM's pooler is untrained: it is learned whole"),
+    "smollm2": _Settings(0.001, 8),
+    "classification": _Settings(0.0005, 16),
+    "causal_lm": _Settings(0.0002, 8),
+}
+
+
+@dataclass(frozen=True)
+class NewRecipe:
+    """A recipe as text.
+
+    Attributes:
+        text: YAML with comments.
+        notes: what was found in the file.
+    """
+
+    text: str
+    notes: tuple[str, ...]
+
+
+def new_recipe(
+    file: str | Path,
+    *,
+    text: Sequence[str] = (),
+    label: str | None = None,
+    model: str | None = None,
+    method: str = "monteclora",
+) -> NewRecipe:
+    """A recipe that trains on a file: its columns, labels and lengths are looked at, and nothing is trained.
+
+    Args:
+        file: anything that ``data.task`` takes as a path.
+        text, label: columns of texts to be classified and of their labels. Without them they are recognised by their
+            names, and where these say nothing, by what the columns hold, which a note says.
+        model: by default the starter model for what the file holds.
+        method: by name.
+
+    Raises:
+        DataError: the file, its columns, rows or labels are wrong.
+        ConfigError: there is no such model or method, or no starter model for what the file holds.
+    """
+    columns, guess = _named_columns(str(file), text, label)
+    spec = DataSpec(task=str(file), **columns)
+    data = load(spec)
+    if looks_like_file(str(file)) and len(data.splits.get("validation", ())) < _FEW_VALIDATION:  # it was set aside
+        spec = dataclasses.replace(spec, validation_fraction=_MORE_VALIDATION)
+        data = load(spec)
+    rows = data.split("train")
+    if model is None:
+        if data.kind not in _STARTER:
+            raise ConfigError(f"{file} holds {data.kind}, for which there is no starter model", "Give --model.")
+        model = _STARTER[data.kind]
+    length = _length(rows, data, model)
+    settings = _SETTINGS[model] if model in STARTERS else _SETTINGS[data.kind]
+    epochs = min(max(math.ceil(_STEPS * settings.batch_size / len(rows)), _EPOCHS[0]), _EPOCHS[1])
+    content = _text(spec, data, model, method, length, epochs, settings)
+    load_recipe({"name": "new", **yaml.safe_load(content)})  # a wrong method or name is told before anything is written
+    return NewRecipe(content, (*guess, *data.notes, *data.leaks))
+
+
+def _named_columns(file: str, text: Sequence[str], label: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The columns to name in the recipe, and what was guessed."""
+    if not looks_like_file(file):
+        return {}, ()
+    table = open_table(file)
+    try:
+        find_columns(table, text, label)
+    except DataError:
+        guess = guess_columns(table)
+        if guess is None or text or label:
+            raise
+        found = {"text_columns": [guess.text], "label_column": guess.label}
+        return found, (f"guessed from what they hold: {guess.text} is the text, {guess.label} the label",)
+    given = {"text_columns": list(text), "label_column": label}
+    return {key: value for key, value in given.items() if value}, ()
+
+
+def _length(rows: Dataset, data: TaskData, model: str) -> int:
+    """The shortest usual length that holds most rows whole, and that the model reads."""
+    tokenizer = load_tokenizer(resolve_model(model), trust_remote_code=False)
+    most = min(tokenizer.model_max_length, _LENGTHS[-1])
+    encoded = encode(rows.select(range(min(len(rows), _MEASURED_ROWS))), data.kind, tokenizer, most).dataset
+    wanted = np.quantile([len(ids) for ids in encoded["input_ids"]], _COVERED)
+    return min(next((length for length in _LENGTHS if length >= wanted), most), most)
+
+
+def _text(
+    spec: DataSpec, data: TaskData, model: str, method: str, length: int, epochs: int, settings: _Settings
+) -> str:
+    larger = spec.validation_fraction == _MORE_VALIDATION
+    about = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
+    saved = f"\n  modules_to_save: [{', '.join(settings.modules_to_save)}]  # {settings.why}"
+    lines = [
+        f"# {Path(str(spec.task)).name}: {data.kind.replace('_', ' ')}, {about} rows",
+        "# Made by `monteclora new`, to be changed.",
+        "# Every key: `monteclora recipes keys`. A dry run with rows, memory and time: `monteclora check`.",
+        "",
+        "model:",
+        f"  name: {_yaml(model)}",
+        "data:",
+        f"  task: {_yaml(spec.task)}",
+        *_columns(data),
+        *([f"  validation_fraction: {spec.validation_fraction}  # few rows: more to judge by"] if larger else []),
+        f"  max_length: {length}  # tokens; {_COVERED:.0%} of the rows are not longer",
+        "method:",
+        f"  name: {_yaml(method)}" + (saved if settings.modules_to_save else ""),
+        "training:",
+        f"  learning_rate: {settings.learning_rate}",
+        f"  batch_size: {settings.batch_size}",
+        f"  epochs: {epochs}  # about {math.ceil(epochs * len(data.split('train')) / settings.batch_size)} steps",
+        "  group_by_length: true",
+    ]
+    if "validation" in data.splits:
+        lines += [
+            "  best_metric: nll  # keep the weights of the evaluation with the best validation likelihood",
+            "  early_stopping_patience: 5  # evaluations, of which each epoch has one",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _columns(data: TaskData) -> list[str]:
+    """The columns and labels that were found, written out so that they can be corrected."""
+    columns = data.columns
+    if columns is None:
+        return []
+    found: dict[str, Any] = {}
+    if data.kind == "classification":
+        found = {"text_columns": list(columns.text), "label_column": columns.target}
+    elif columns.conversation and len(columns.text) == 1:
+        found = {"messages_column": columns.text[0]}
+    elif not columns.conversation and len(columns.text) <= 1:
+        found = {"prompt_column": columns.text[0] if columns.text else None, "completion_column": columns.target}
+    lines = [f"  {key}: {_yaml(value)}" for key, value in found.items() if value]
+    if not lines:
+        lines = [f"  # columns: {', '.join((*columns.text, *([columns.target] if columns.target else [])))}"]
+    if data.label_names:
+        lines.append(f"  # labels: {', '.join(data.label_names[:20])}{', ...' if len(data.label_names) > 20 else ''}")
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("...\n").strip()

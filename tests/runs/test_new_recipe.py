@@ -1,0 +1,80 @@
+"""Recipes for one's own files: what they say is what is in the file, and they load."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from monteclora.errors import ConfigError, DataError
+from monteclora.runs.new_recipe import new_recipe
+from monteclora.runs.recipe import Recipe, load_recipe
+
+TEAMS = ("billing", "login", "shipping")
+
+
+def teams(path: Path, rows: int, columns: tuple[str, ...] = ("message", "team")) -> Path:
+    chosen = random.Random(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for number in range(rows):
+            team = TEAMS[number % 3]
+            message = f"please help me with the {team} of order {number} {' '.join(chosen.choices('abcdef', k=4))}"
+            writer.writerow([message, team, chosen.randrange(10**6)][: len(columns)])
+    return path
+
+
+def loaded(text: str, tmp_path: Path) -> Recipe:
+    file = tmp_path / "made.yaml"
+    file.write_text(text)
+    return load_recipe(file)
+
+
+def test_columns_that_their_names_do_not_tell_are_guessed_and_said(tmp_path: Path) -> None:
+    file = teams(tmp_path / "teams.csv", 300, ("message", "team", "customer"))
+    made = new_recipe(file)
+    recipe = loaded(made.text, tmp_path)
+    assert recipe.data.text_columns == ["message"]
+    assert recipe.data.label_column == "team"
+    assert "guessed from what they hold: message is the text, team the label" in made.notes
+    assert "# labels: billing, login, shipping" in made.text
+    assert recipe.model.name == "minilm"
+    assert recipe.method.modules_to_save == ["pooler"]  # type: ignore[attr-defined]
+    assert recipe.training.best_metric == "nll"
+    assert recipe.data.max_length == 32  # 20-odd tokens a row
+
+
+def test_settings_follow_the_number_of_rows(tmp_path: Path) -> None:
+    few = loaded(new_recipe(teams(tmp_path / "few.csv", 60)).text, tmp_path)
+    many = loaded(new_recipe(teams(tmp_path / "many.csv", 3000)).text, tmp_path)
+    assert (few.training.epochs, many.training.epochs) == (30, 3)
+    assert (few.data.validation_fraction, many.data.validation_fraction) == (0.2, 0.1)
+
+
+def test_named_columns_and_another_model_and_method(tmp_path: Path) -> None:
+    file = teams(tmp_path / "two.csv", 60, ("team", "message"))  # contents the other way round
+    recipe = loaded(new_recipe(file, text=["team"], label="message", method="lora").text, tmp_path)
+    assert (recipe.data.text_columns, recipe.data.label_column, recipe.method.name) == (["team"], "message", "lora")
+
+
+def test_prompts_with_completions_get_a_language_model(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Name {n}?", "completion": f"It is {n}."} for n in range(40)]
+    file = tmp_path / "qa.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = loaded(new_recipe(file).text, tmp_path)
+    assert recipe.model.name == "smollm2"
+    assert (recipe.data.prompt_column, recipe.data.completion_column) == ("prompt", "completion")
+
+
+def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "two-labels.csv"
+    lines = [f"some longer text number {n},{'ab'[n % 2]},{'cd'[n % 2]}" for n in range(30)]
+    file.write_text("words,first,second\n" + "\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="cannot tell which columns"):
+        new_recipe(file)
+    with pytest.raises(ConfigError, match="there is no method"):
+        new_recipe(teams(tmp_path / "teams.csv", 60), method="magic")
