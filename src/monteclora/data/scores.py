@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from monteclora.config import brief
 from monteclora.errors import DataError
 
@@ -86,6 +84,8 @@ class ScoreScale:
     @classmethod
     def of(cls, scores: Sequence[float], name: str) -> ScoreScale:
         """The scale of training scores. Raises DataError that names the data where all are equal."""
+        import numpy as np
+
         found = np.asarray(scores, dtype=np.float64)
         centre, spread = float(found.mean()), float(found.std())
         if not spread > 0 or not math.isfinite(spread):
@@ -94,6 +94,8 @@ class ScoreScale:
 
     def standardised(self, rows: Dataset) -> Dataset:
         """The rows with the scores in the column ``label`` as they are learned."""
+        import numpy as np
+
         if "label" not in rows.column_names:
             return rows
         scores = (np.asarray(rows["label"][:], dtype=np.float64) - self.centre) / self.spread
@@ -102,6 +104,8 @@ class ScoreScale:
 
 def describe_scores(splits: Mapping[str, Sequence[float]]) -> list[str]:
     """The scores of each split for people."""
+    import numpy as np
+
     notes = []
     for split, values in splits.items():
         found = np.asarray(values, dtype=np.float64)
