@@ -89,6 +89,11 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
 
 
 def _pretrained_states(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    if (
+        model.active_peft_config.is_prompt_learning
+    ):  # virtual tokens are put before the model, which peft leaves as it is
+        found: torch.Tensor = model.get_base_model()(**batch, output_hidden_states=True).hidden_states[-1]
+        return found
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
