@@ -10,6 +10,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "MonteCLoRAError",
+    "ServerError",
     "UnsafeCodeError",
 ]
 
@@ -57,6 +58,10 @@ class DivergenceError(MonteCLoRAError):
     """The loss or a gradient became non-finite."""
 
     exit_code = 3
+
+
+class ServerError(MonteCLoRAError):
+    """A server cannot be reached, or answers what was not asked."""
 
 
 class UnsafeCodeError(MonteCLoRAError):
