@@ -4,7 +4,8 @@
 
 ``evaluation-*``: a forward pass in evaluation mode, of the mean weights beside peft's LoRA, and of the merged model
 beside the base. ``posterior-*``: the predictive distribution of 16 posterior draws from ``monteclora.predict``, which
-batches them, beside one forward pass a draw.
+batches them, beside one forward pass a draw. ``layers-*``: with noise in the last k of L blocks, beside one pass at the
+mean; ``ideal`` is (1 - k / L) + S k / L, what it would cost if the blocks were everything.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ POSTERIOR = (
     Setting("smollm2", "1x16"),
     Setting("smollm2", "1x64"),
 )
+
+
+LAYERS = ((Setting("minilm", "32x64"), 1), (Setting("smollm2", "32x64"), 2))
 
 
 def measure_evaluation(base: PreTrainedModel, setting: Setting, **options: Any) -> dict[str, Any]:
@@ -81,6 +85,31 @@ def measure_posterior(base: PreTrainedModel, setting: Setting, draws: int = DRAW
     return {"rows": compare(times, dict.fromkeys(steps, f"{draws} draws, one by one")), "seconds": times}
 
 
+def measure_layers(
+    base: PreTrainedModel, setting: Setting, layers: int, draws: int = DRAWS, **options: Any
+) -> dict[str, Any]:
+    """``draws`` posterior draws of the last ``layers`` blocks, beside those of all, beside one pass at the mean."""
+    model = build("shared", base, setting).eval()
+    inputs = {name: tensor for name, tensor in batch_of(base, setting).items() if name != "labels"}
+
+    def mean() -> Tensor:
+        with evaluating(model):
+            return class_logits(model, inputs).softmax(-1)
+
+    last, every = f"{draws} draws of the last {layers} blocks", f"{draws} draws of all blocks"
+    steps = {
+        "mean, one pass": mean,
+        last: partial(monteclora.predict, model, inputs, draws, layers=layers),
+        every: partial(monteclora.predict, model, inputs, draws),
+    }
+    times = alternate(steps, base.device, **options)
+    rows = compare(times, dict.fromkeys(steps, "mean, one pass"))
+    share = layers / base.config.num_hidden_layers
+    for label, of_blocks in ((last, share), (every, 1.0)):
+        rows[label]["ideal"] = 1 - of_blocks + draws * of_blocks
+    return {"rows": rows, "seconds": times}
+
+
 def main() -> None:
     args = timed_arguments(__doc__).parse_args()
     options = {"seconds": args.seconds, "rounds": args.rounds}
@@ -90,6 +119,7 @@ def main() -> None:
 
     cases = {f"evaluation-{s.name}": partial(case, s, measure_evaluation) for s in usual_settings()}
     cases |= {f"posterior-{s.name}": partial(case, s, measure_posterior) for s in POSTERIOR}
+    cases |= {f"layers-{s.name}": partial(case, s, partial(measure_layers, layers=k)) for s, k in LAYERS}
     run_cases("prediction", cases, args)
 
 

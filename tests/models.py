@@ -32,12 +32,12 @@ PAD, END = 0, 1
 
 def bert(seed: int = 0, **options: Any) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    options = {"num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **options}
+    options = {"num_hidden_layers": 2, "num_labels": 3, "hidden_dropout_prob": 0.0, **options}
+    options = {"attention_probs_dropout_prob": 0.0, **options}
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
-            num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=40,
             max_position_embeddings=48,

@@ -212,3 +212,23 @@ def test_a_plain_lora_run_gets_a_posterior_that_evaluation_uses_until_undone(ass
     assert not undo_calibration(run)
     assert {path.name: path.read_bytes() for path in (run / "adapter").iterdir()} == files
     assert quietly(run).posterior is None
+
+
+def test_a_scale_is_fitted_for_the_blocks_that_are_drawn_and_used_with_them(run):
+    result = calibrate(run, layers=1, num_samples=3, temperature=True, progress=False)
+    assert result.layers == posterior_scale(run / "adapter")["layers"] == 1
+    found = quietly(run, split="validation", num_samples=3)
+    assert (found.layers, found.facts()["layers"]) == (1, 1)
+    held_out = carve_validation(found.rows, 0.5, 0, "rows")[1]["text"]
+    place = [found.rows["text"].index(text) for text in held_out]
+    by_hand = measure("classes", found.scored.predictions.probs[place], found.scored.predictions.labels[place])
+    assert result.report["calibrated"] == pytest.approx(by_hand, abs=1e-5)
+    whole = quietly(run, split="validation", num_samples=3, layers=2)  # of the model's two blocks
+    assert not np.allclose(whole.scored.predictions.probs, found.scored.predictions.probs, atol=1e-4)
+    assert len(json.loads((run / "calibration.json").read_text())["calibrators"]) == 2
+    assert quietly(run, layers=2, num_samples=3, calibrator="temperature").calibrator == "temperature"
+    assert len(json.loads((run / "calibration.json").read_text())["calibrators"]) == 3
+    with pytest.raises(ConfigError, match="layers is 3, and the model has 2 adapted blocks"):
+        quietly(run, layers=3)
+    with pytest.raises(ConfigError, match="layers is 1, and the sampler mean draws none"):
+        quietly(run, layers=1, sampler="mean")

@@ -99,7 +99,9 @@ class DrawnAdapters:
         drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in self.mean.items()}
         for index, layer in enumerate(self.posterior.layers):
             key = f"base_model.model.{layer.name}.lora_A.weight"
-            noise = draw.layers[index].matrix[0]
+            part = draw.layers[index]
+            assert part is not None  # every layer is drawn
+            noise = part.matrix[0]
             mu = self.mean[key]
             drawn[key] = (mu.to(noise.device, noise.dtype) + noise).to(mu.dtype).cpu().contiguous()
         return drawn

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from monteclora.adapters.rows import RowOrder, batch_tensor, batch_tensors, row_
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, in_force
 
-__all__ = ["AdaptedLayers", "RowChecks", "RowOrderError", "batch_size", "probing"]
+__all__ = ["AdaptedLayers", "RowChecks", "RowOrderError", "batch_size", "call_kind", "probe", "probing"]
 
 _probing: ContextVar[bool] = ContextVar("probing", default=False)
 
@@ -34,8 +35,26 @@ class AdaptedLayers(Protocol):
         ...
 
 
+@contextmanager
+def probe() -> Iterator[None]:
+    """In the block this context runs a model only to find something out."""
+    token = _probing.set(True)
+    try:
+        yield
+    finally:
+        _probing.reset(token)
+
+
+def call_kind(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], posteriors: Sequence[AdapterPosterior]
+) -> tuple[Any, ...]:
+    """What two calls have in common for which the same is found out."""
+    given = tuple(sorted(name for name, value in kwargs.items() if value is not None))
+    return id(module), len(args), given, tuple(id(posterior) for posterior in posteriors)
+
+
 def probing() -> bool:
-    """Whether this context runs a model only to find out the order of its rows: nothing is drawn then."""
+    """Whether this context runs a model only to find something out: nothing is drawn then."""
     return _probing.get()
 
 
@@ -126,18 +145,13 @@ class RowChecks:
         posteriors: Sequence[AdapterPosterior],
     ) -> str | None:
         """What :func:`~monteclora.adapters.rows.row_order` finds, for each kind of call until every layer ran once."""
-        given = tuple(sorted(name for name, value in kwargs.items() if value is not None))
-        kind = (id(module), len(args), given, tuple(id(posterior) for posterior in posteriors))
+        kind = call_kind(module, args, kwargs, posteriors)
         known = self._order.get(kind, RowOrder())
         if not known.settled:
             layers = {k: v for posterior in posteriors for k, v in self.source.adapted_layers(posterior).items()}
-            token = _probing.set(True)
-            try:
-                with in_force.restored():
-                    for posterior in self.source.known_posteriors():
-                        in_force.put(posterior, None)
-                    known = row_order(module, args, kwargs, layers, groups, known)
-            finally:
-                _probing.reset(token)
+            with probe(), in_force.restored():
+                for posterior in self.source.known_posteriors():
+                    in_force.put(posterior, None)
+                known = row_order(module, args, kwargs, layers, groups, known)
             self._order[kind] = known
         return known.disorder

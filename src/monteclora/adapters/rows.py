@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from monteclora.system.modes import evaluating
 from monteclora.system.randomness import preserved_generators
 
-__all__ = ["RowOrder", "batch_tensor", "batch_tensors", "row_order"]
+__all__ = ["RowOrder", "batch_tensor", "batch_tensors", "copied", "row_order"]
 
 # one number for each token, of which there may be as many as rows
 _POSITIONS = ("cache_position",)
@@ -152,7 +152,7 @@ def _inputs(
     found: dict[str, list[Tensor]] = {}
     wrong: list[str] = []
     thread = get_ident()
-    copied_args, copied_kwargs = _copied(args), _copied(dict(kwargs))
+    copied_args, copied_kwargs = copied(args), copied(dict(kwargs))
 
     def record(name: str, x: Tensor) -> None:
         if get_ident() != thread:
@@ -248,17 +248,17 @@ def _row_counts(args: Sequence[Any], kwargs: Mapping[str, Any], groups: int) -> 
     return {tensor.shape[0] for tensor in tensors if tensor.shape[0] % groups == 0}
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Arguments that a call may change, caches among them, without their graph."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_copied(part) for part in value)
+        return tuple(copied(part) for part in value)
     if isinstance(value, list):
-        return [_copied(part) for part in value]
+        return [copied(part) for part in value]
     if isinstance(value, MutableMapping):
         result = copy.copy(value)
         for key, part in value.items():
-            result[key] = _copied(part)
+            result[key] = copied(part)
         return result
     return copy.deepcopy(value)

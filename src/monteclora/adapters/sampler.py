@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from monteclora.adapters.active import posterior_sampling
+from monteclora.adapters.active import drawn_blocks, posterior_sampling
 
 __all__ = ["Posterior"]
 
@@ -19,16 +19,28 @@ class Posterior:
     Attributes:
         num_samples: S.
         seed: the stream of draws.
+        layers: the last adapted blocks that are drawn; None draws in all.
     """
 
     num_samples: int
     seed: int = 0
     name: str = "posterior"
+    layers: int | None = None
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ConfigError for a model with fewer adapted blocks than are to be drawn."""
+        if self.layers is not None:
+            drawn_blocks(model, self.layers)
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether draws of one forward pass share a part of it."""
+        return self.layers is not None
 
     def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Draw ``number`` of the stream, for all forward passes in the block."""
-        return posterior_sampling(model, self.seed, first=number, resample=False)
+        return posterior_sampling(model, self.seed, first=number, resample=False, layers=self.layers)
 
     def draws(self, model: nn.Module, first: int, count: int) -> AbstractContextManager[None]:
         """Draws ``first``, ... for passes over a batch ``count`` times over; see the protocol of the same name."""
-        return posterior_sampling(model, self.seed, num_samples=count, first=first, resample=False)
+        return posterior_sampling(model, self.seed, num_samples=count, first=first, resample=False, layers=self.layers)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from monteclora.adapters import checkpointing
+from monteclora.adapters.prefix import LastBlocks, SharedPrefix
 from monteclora.adapters.row_checks import AdaptedLayers, RowChecks, batch_size, probing
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
@@ -61,23 +62,28 @@ class PosteriorSampler:
         count: draws made at once; the batch is then the examples repeated ``count`` times.
         resample: whether every forward pass has new draws; else all have the first ones.
         first: number of the first draw.
+        last: the blocks that are drawn; None is every layer.
     """
 
-    def __init__(self, seed: int, count: int = 1, *, resample: bool = True, first: int = 0) -> None:
+    def __init__(
+        self, seed: int, count: int = 1, *, resample: bool = True, first: int = 0, last: LastBlocks | None = None
+    ) -> None:
         self.seed = seed
         self.count = count
         self.resample = resample
         self.number = self.next = first
+        self.last = last
         self.checked = False  # whether a batch was seen to be the examples repeated
 
     def advance(self) -> None:
         """The coming forward pass has new draws."""
         self.number, self.next = self.next, self.next + self.count
 
-    def __call__(self, posterior: AdapterPosterior) -> Draw:
-        """The draws of the coming forward pass."""
+    def __call__(self, posterior: AdapterPosterior, count: int | None = None) -> Draw:
+        """The draws of the coming forward pass, or its first ``count``."""
+        drawn = None if self.last is None else self.last.drawn.get(posterior)
         with _outside_transforms():
-            return posterior.sample(self.seed, self.number, self.count)
+            return posterior.sample(self.seed, self.number, self.count if count is None else count, drawn)
 
 
 @contextmanager
@@ -132,6 +138,7 @@ class DrawScope:
         self._blocks: list[nn.Module] = []
         self._everywhere = False  # whether every module around a layer that is known is hooked
         self._rows = RowChecks(source)
+        self._prefix = SharedPrefix()
 
     def install(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
         """Hook ``modules``, outermost first; ``blocks`` are those that may be checkpointed.
@@ -140,6 +147,7 @@ class DrawScope:
         """
         self._blocks, self._everywhere = list(blocks), False
         self._rows.forget()
+        self._prefix.forget()
         known = {id(module) for module in self._hooked}
         if all(id(module) in known for module in modules):
             return
@@ -163,6 +171,7 @@ class DrawScope:
         """Take every hook away."""
         for handle in self._handles:
             handle.remove()
+        self._prefix.remove()
         checkpointing.unbind(self._blocks)
         self._hooked, self._within, self._handles, self._blocks = [], (), [], []
         self._everywhere = False
@@ -201,6 +210,7 @@ class DrawScope:
             return
         if self._running == number:
             self._running = None
+            self._prefix.end()
             sampler = _samplers.get().get(self)
             repeated = in_backward()
             for posterior in self.source.known_posteriors():
@@ -275,6 +285,9 @@ class DrawScope:
             self._rows.check_draws(self._hooked[number], args, kwargs, sampler.count, posteriors)
         if sampler.resample:
             sampler.advance()
+        if sampler.count > 1 and sampler.last is not None and sampler.last.first > 0:
+            self._prefix.begin(self._hooked[number], args, kwargs, sampler.last, sampler.count, posteriors, sampler)
+        if sampler.resample:
             for posterior in self.source.known_posteriors():
                 if posterior in posteriors:
                     posterior.predict_with(sampler(posterior))

@@ -29,6 +29,7 @@ def calibrate(
     temperature: Flag = False,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     batch_size: int | None = None,
     undo: Flag = False,
     as_json: Json = False,
@@ -52,6 +53,8 @@ def calibrate(
         temperature: also fit a temperature at that scale, for --calibrator temperature of evaluate and predict.
         num_samples: posterior draws; by default the recipe's number.
         seed: of the draws, the same ones at every scale.
+        layers: draw in so many of the last adapted blocks alone, here and from now on, which costs less; by default the
+            recipe's number, else all.
         batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
         undo: put the scale of training back; what a plain LoRA was given is taken away.
     """
@@ -65,6 +68,7 @@ def calibrate(
             "batch-size": batch_size,
             "seed": seed or None,
             "temperature": temperature or None,
+            "layers": layers,
             "rows": rows,
             "base": base,
             "data": data,
@@ -90,6 +94,7 @@ def calibrate(
         temperature=temperature,
         num_samples=num_samples,
         seed=seed,
+        layers=layers,
         batch_size=batch_size,
     )
     if as_json:

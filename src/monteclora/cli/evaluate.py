@@ -24,6 +24,7 @@ def evaluate(
     calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     base: Flag = False,
     rows: int | None = None,
     batch_size: int | None = None,
@@ -45,6 +46,8 @@ def evaluate(
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
+        layers: draw from the posterior in so many of the last adapted blocks alone, which costs less; by default those
+            that its scale was calibrated with, else the recipe's number, else all.
         base: measure the pretrained model without the adapter (causal LM only).
         rows: measure at most so many rows, the same ones for every run.
         batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
@@ -61,6 +64,7 @@ def evaluate(
         calibrator=calibrator,
         num_samples=num_samples,
         seed=seed,
+        layers=layers,
         base=base,
         rows=rows,
         batch_size=batch_size,

@@ -29,6 +29,7 @@ def predict(
     calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     risk: float | None = None,
@@ -56,6 +57,8 @@ def predict(
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: of the draws.
+        layers: of a file: draw from the posterior in so many of the last adapted blocks alone, which costs less; by
+            default those that its scale was calibrated with, else the recipe's number, else all.
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's training.eval_batch_size.
         risk: the share of wrong answers wanted among those a classifier does not abstain from; by default 0.1.
@@ -67,13 +70,14 @@ def predict(
     if page is not None:
         _check_page(page, tokens)
     if text:
-        only_files = {
+        only_files: dict[str, object] = {
             "page": page,
             "out": out,
             "keep": keep,
             "sampler": sampler,
             "calibrator": calibrator,
             "batch-size": batch_size,
+            "layers": layers,
         }
         _check_alone(others, [name for name, value in only_files.items() if value is not None])
         options = {"num_samples": num_samples, "seed": seed, "max_new_tokens": max_new_tokens, "answers": answers}
@@ -95,6 +99,7 @@ def predict(
         calibrator=calibrator,
         num_samples=num_samples,
         seed=seed,
+        layers=layers,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         keep=[column.strip() for column in keep.split(",")] if keep else (),

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 import torch
 
 from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.grafting import Rows
 from monteclora.adapters.rescaling import rescale_posterior, restore_posterior
+from monteclora.adapters.sampler import Posterior
 from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.data.splitting import content_sha256
 from monteclora.errors import ConfigError, DataError
@@ -63,6 +64,7 @@ class CalibrationResult:
         rows: how many rows were fitted to, and how many are reported on.
         num_samples: draws.
         temperature: T, fitted at that scale to the rows of the fit; None where none was asked for.
+        layers: the last adapted blocks that are drawn; None for all.
         grafted: how the rows of a posterior are scaled that training did not make; None where it did.
         notes: what was taken for granted, in words.
     """
@@ -75,6 +77,7 @@ class CalibrationResult:
     rows: tuple[int, int]
     num_samples: int
     temperature: float | None = None
+    layers: int | None = None
     grafted: Rows | None = None
     notes: tuple[str, ...] = ()
 
@@ -89,6 +92,7 @@ class CalibrationResult:
             "report_rows": self.rows[1],
             "num_samples": self.num_samples,
             "temperature": self.temperature,
+            "layers": self.layers,
             "grafted": self.grafted,
         }
 
@@ -104,6 +108,7 @@ def calibrate(
     temperature: bool = False,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> CalibrationResult:
@@ -127,6 +132,7 @@ def calibrate(
             for the calibrator ``temperature`` of evaluation and prediction at this number of draws and seed.
         num_samples: draws; by default the recipe's number.
         seed: the stream of draws.
+        layers: draw in so many of the last adapted blocks alone, from now on; by default the recipe's number.
         batch_size: sequences per forward pass.
         progress: whether to draw a progress bar on standard error.
 
@@ -143,8 +149,9 @@ def calibrate(
         loaded.check_single("calibration")
         loaded, grafted = with_posterior(loaded, rows)
         fit, held_out, origin = _halves(loaded, temperature, tolerance)
-        sampler = loaded.sampler("posterior", num_samples, seed)
-        assert sampler is not None
+        layers = loaded.recipe.evaluation.layers if layers is None else layers
+        sampler = replace(cast(Posterior, loaded.sampler("posterior", num_samples, seed)), layers=layers)
+        sampler.check(loaded.model)
         score = _scoring(loaded, sampler, batch_size)
         steps = len(_GRID) + _REFINEMENTS
         with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: posterior scale", steps, progress) as advance:
@@ -160,7 +167,7 @@ def calibrate(
         used = {"split": FIT_SPLIT, "rows_sha256": content_sha256(fit)}
         if grafted is not None:
             grafted.save(dict(enumerate(loaded.label_names or ())))
-        how = {"criterion": criterion, "num_samples": sampler.num_samples, **used}
+        how = {"criterion": criterion, "num_samples": sampler.num_samples, "layers": layers, **used}
         rescale_posterior(RunFolder(loaded.folder).adapter, factor, how)
     fitted = None
     if temperature:
@@ -170,7 +177,7 @@ def calibrate(
         fitted = calibrators[sampler.name].state["temperature"]
     counts, curve = (len(fit), len(held_out)), dict(sorted(curve.items()))
     result = CalibrationResult(
-        loaded.folder, factor, criterion, curve, report, counts, sampler.num_samples, fitted, made, notes
+        loaded.folder, factor, criterion, curve, report, counts, sampler.num_samples, fitted, layers, made, notes
     )
     stored = read_calibration(loaded.folder)
     write_calibration(loaded.folder, {**stored, _SECTION: {**result.facts(), **used, "seed": seed}})

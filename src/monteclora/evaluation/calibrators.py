@@ -125,7 +125,9 @@ def _key(name: str, sampler: Sampler, seed: int, loaded: LoadedRun) -> str:
         return f"{name}/{sampler.name}"
     if loaded.members:  # the weights that are compared on reading are the first run's alone
         return f"{name}/{sampler.name}/{loaded.weights_sha256()}"
-    return f"{name}/{sampler.name}/{sampler.num_samples} draws/seed {seed}"
+    layers = getattr(sampler, "layers", None)
+    where = "" if layers is None else f"/last {layers} blocks"
+    return f"{name}/{sampler.name}/{sampler.num_samples} draws/seed {seed}{where}"
 
 
 def _kept(loaded: LoadedRun) -> dict[str, dict[str, Any]]:

@@ -83,6 +83,7 @@ def predict_file(
     calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     keep: Sequence[str] = (),
@@ -109,6 +110,8 @@ def predict_file(
         calibrator: ``temperature`` or ``none``, the default; fitted to the run's validation rows and stored with it.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: the stream of draws.
+        layers: of the posterior's draws: the last adapted blocks that have noise; by default those that its scale was
+            calibrated with, else the recipe's number, else all.
         max_new_tokens: the most tokens of a completion.
         batch_size: rows a forward pass; by default the recipe's ``training.eval_batch_size``.
         keep: columns of the file that are written as they are, after the index.
@@ -134,7 +137,7 @@ def predict_file(
     rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
     kept = _kept(file, keep)
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
-    kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed)
+    kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed, layers)
     _check_calibrated(calibrator, kind, loaded.folder)
     # refuses what it cannot do before anything is computed
     predict = _predicting(loaded, loaded.predictor(drawn, batch_size), max_new_tokens, tokens, answers)

@@ -190,6 +190,7 @@ def abstention_of(
         "sampler": MEAN.name if sampler is None else sampler.name,
         "num_samples": 0 if sampler is None else sampler.num_samples,
         "seed": seed,
+        "layers": getattr(sampler, "layers", None),
         "risk": risk,
         "level": level,
         "rows": "the half of the validation rows that did not choose the posterior's scale" if halved else FIT_SPLIT,
@@ -243,7 +244,7 @@ def _stored(document: dict[str, Any], how: Mapping[str, Any]) -> Abstention | No
     values: dict[str, Any] = {
         field.name: kinds.get(field.name, float)(document[field.name]) for field in dataclasses.fields(Abstention)
     }
-    known = {"rows": FIT_SPLIT, **document}  # the first documents did not name the rows
+    known = {"rows": FIT_SPLIT, "layers": None, **document}  # the first documents did not name these
     return Abstention(**values) if all(known.get(name) == value for name, value in how.items()) else None
 
 

@@ -61,6 +61,7 @@ class EvaluationResult:
         calibrator: what corrected the probabilities, by name; ``none`` where nothing did.
         num_samples: draws, 0 for none.
         seed: their stream.
+        layers: the last adapted blocks that were drawn; None for all.
         cost: forward passes (calls of the model) and seconds of each sampler, by its name.
         scored: predictions, labels, and the metrics of both.
         rows: what was predicted.
@@ -90,6 +91,7 @@ class EvaluationResult:
     notes: tuple[str, ...]
     shift: Shift
     members: tuple[Path, ...] = ()
+    layers: int | None = None
     calibration: Mapping[str, float] | None = None
 
     def __repr__(self) -> str:
@@ -129,6 +131,7 @@ class EvaluationResult:
             "members": [str(folder) for folder in self.members],
             "calibrator": self.calibrator,
             "num_samples": self.num_samples,
+            **({} if self.layers is None else {"layers": self.layers}),
             "seed": self.seed,
             "cost": {name: dict(cost) for name, cost in self.cost.items()},
             "point": dict(self.point),
@@ -156,6 +159,7 @@ def evaluate(
     calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     base: bool = False,
     rows: int | None = None,
     batch_size: int | None = None,
@@ -183,6 +187,8 @@ def evaluate(
         calibrator: ``temperature`` or ``none``, the default; fitted to the validation rows and stored with the run.
         num_samples: draws; by default the recipe's number, 0 for the mean alone.
         seed: the stream of draws.
+        layers: of the posterior's draws: the last adapted blocks that have noise; by default those that its scale was
+            calibrated with, else the recipe's number, else all.
         base: evaluate the pretrained model without the adapter (causal LM only).
         rows: at most so many rows, chosen by their content: the same ones for every run.
         batch_size: sequences a forward pass; by default the recipe's ``training.eval_batch_size``.
@@ -206,6 +212,7 @@ def evaluate(
         calibrator=calibrator,
         num_samples=num_samples,
         seed=seed,
+        layers=layers,
         rows=rows,
         batch_size=batch_size,
         ood=ood,
@@ -222,6 +229,7 @@ def evaluate_loaded(
     calibrator: str | None = None,
     num_samples: int | None = None,
     seed: int = 0,
+    layers: int | None = None,
     rows: int | None = None,
     batch_size: int | None = None,
     ood: str | Path | None = None,
@@ -230,7 +238,7 @@ def evaluate_loaded(
     """As :func:`evaluate`, with a run that is loaded already."""
     check_at_least_one(rows=rows)
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
-    drawn = loaded.sampler(sampler, num_samples, seed)
+    drawn = loaded.sampler(sampler, num_samples, seed, layers)
     check_calibrator(calibrator or NO_CALIBRATOR)
     outside = outside_rows(loaded, ood)
     asked = _asked(loaded, split, task, rows)
@@ -245,7 +253,7 @@ def evaluate_loaded(
         metered(loaded.model) as meter,
         progress_bar(f"{loaded.recipe.name}: {asked.name}", len(asked.rows), progress) as advance,
     ):
-        predictor = loaded.predictor(drawn and Metered(drawn, meter), batch_size, advance, calibrators)
+        predictor = loaded.predictor(drawn and Metered.of(drawn, meter), batch_size, advance, calibrators)
         scored = KINDS[loaded.kind].score(predictor, asked.rows)
     seconds = time.perf_counter() - started
     with quiet_libraries():
@@ -271,6 +279,7 @@ def evaluate_loaded(
         shift=shift,
         calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=predictor.bins),
         members=loaded.members,
+        layers=getattr(drawn, "layers", None),
     )
     _keep(loaded, result)
     return result

@@ -52,7 +52,7 @@ class Draw:
 
     Attributes:
         index: the draw's number in its stream.
-        layers: each layer's part, as views of flat buffers.
+        layers: each layer's part, as views of flat buffers; None for one that is not drawn.
         groups: 0 for training, else S, the number of draws made at once.
         row_scale: what each row of the noise was multiplied by, shape (R,) or (S, R), without gradient:
             ``eps ||pi|| exp(rho) sqrt(c/nu)``, with a diagonal covariance times ``sqrt(chi2)`` of the row.
@@ -63,7 +63,7 @@ class Draw:
     """
 
     index: int
-    layers: tuple[LayerDraw, ...]
+    layers: tuple[LayerDraw | None, ...]
     groups: int
     row_scale: Tensor
     squared_norm: Tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -244,7 +244,7 @@ class AdapterPosterior(MovableModule):
             )
         self._repetitions.note(self.current.index)
 
-    def sample(self, seed: int, first: int, count: int = 1) -> Draw:
+    def sample(self, seed: int, first: int, count: int = 1, drawn: Collection[int] | None = None) -> Draw:
         """Draw from the posterior for prediction; the training counter and ``current`` stay as they are.
 
         Args:
@@ -252,11 +252,15 @@ class AdapterPosterior(MovableModule):
             first: number of the first draw in that stream.
             count: S: the draws first, ..., first + S - 1 are made at once, for a batch that is repeated S times along
                 its first dimension.
+            drawn: numbers of the layers that have noise; the others have no part in the draw and are at their mean.
+                None is every layer. A layer's noise does not depend on what other layers have.
         """
         raws = [self._raw(seed, 0, first + s, posterior_sample=True) for s in range(count)]
         blocks = self._layout.transposed_blocks(torch.stack([raw.cells for raw in raws]))
         row_scale = torch.stack([raw.row_scale for raw in raws])
-        return Draw(first, tuple(LayerDraw(block) for block in blocks), count, row_scale, *raws[0][4:])
+        parts = [LayerDraw(block) for block in blocks]
+        layers = tuple(part if drawn is None or i in drawn else None for i, part in enumerate(parts))
+        return Draw(first, layers, count, row_scale, *raws[0][4:])
 
     def _differentiable(self, raw: RawDraw, means: Sequence[Tensor] | None) -> Sequence[Tensor]:
         """The layers' parts of a training draw, with gradient where anything has one."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from monteclora.prediction.forward import Collate, FloatArray, batches, to_device
 from monteclora.prediction.predictions import Predictions
-from monteclora.prediction.predictive import class_logits, evaluating
-from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.prediction.predictive import class_logits, drawn_logits, evaluating
+from monteclora.prediction.sampler import MEAN, Sampler, sharing
 from monteclora.system.progress import Progress
 
 __all__ = ["collect", "predict_classes", "predict_outputs"]
@@ -26,6 +26,7 @@ def collect(
     *,
     batch_size: int,
     progress: Progress | None = None,
+    draws: Callable[[list[int]], Tensor] | None = None,
 ) -> FloatArray:
     """Score every row under every draw: float64, shape (S, B, C).
 
@@ -36,21 +37,26 @@ def collect(
         sampler: what is drawn.
         batch_size: rows per batch.
         progress: told how many rows are done, batch by batch.
+        draws: from B row numbers to scores under every draw, (S, B, C), for a sampler that makes them together.
     """
     found: FloatArray | None = None
     with evaluating(model):
         for indices in batches(rows, batch_size):
-            draws = []
-            for number in range(sampler.num_samples):
-                with sampler.draw(model, number):
-                    draws.append(score(indices).cpu())
-            values = torch.stack(draws).numpy()
+            values = (draws(indices) if draws else _one_by_one(model, indices, score, sampler)).cpu().numpy()
             if found is None:
                 found = np.empty((values.shape[0], len(rows), values.shape[2]))
             found[:, indices] = values
             if progress is not None:
                 progress(len(indices))
     return np.empty((sampler.num_samples, 0, 0)) if found is None else found
+
+
+def _one_by_one(model: nn.Module, indices: list[int], score: Callable[[list[int]], Tensor], sampler: Sampler) -> Tensor:
+    found = []
+    for number in range(sampler.num_samples):
+        with sampler.draw(model, number):
+            found.append(score(indices).cpu())
+    return torch.stack(found)
 
 
 def predict_classes(
@@ -94,8 +100,17 @@ def predict_outputs(
     """
     inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
 
-    def score(indices: list[int]) -> Tensor:
-        batch = to_device(collate([inputs[i] for i in indices]), model)
-        return of(class_logits(model, batch).double())
+    def batch_of(indices: list[int]) -> dict[str, Any]:
+        return to_device(collate([inputs[i] for i in indices]), model)
 
-    return collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress)
+    def score(indices: list[int]) -> Tensor:
+        return of(class_logits(model, batch_of(indices)).double())
+
+    def together(indices: list[int]) -> Tensor:
+        assert shared is not None
+        found = [of(logits) for logits in drawn_logits(model, batch_of(indices), shared).double()]
+        return torch.stack(found)
+
+    shared = sharing(sampler)
+    draws = None if shared is None else together
+    return collect(model, inputs, score, sampler, batch_size=batch_size, progress=progress, draws=draws)

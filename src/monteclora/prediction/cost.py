@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.prediction.sampler import MEAN, Batched, Sampler, sharing
 
 __all__ = ["Meter", "Metered", "metered"]
 
@@ -70,6 +70,11 @@ class Metered:
     sampler: Sampler
     meter: Meter
 
+    @classmethod
+    def of(cls, sampler: Sampler, meter: Meter) -> Metered:
+        """The sampler, counted; its draws can share a forward pass if they could before."""
+        return _MeteredTogether(sampler, meter) if isinstance(sampler, Batched) else Metered(sampler, meter)
+
     @property
     def name(self) -> str:
         """The sampler's."""
@@ -80,13 +85,31 @@ class Metered:
         """The sampler's."""
         return self.sampler.num_samples
 
-    @contextmanager
-    def draw(self, model: nn.Module, number: int) -> Iterator[None]:
+    def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """As the sampler's, counted."""
+        return self._counted(self.sampler.draw(model, number))
+
+    @contextmanager
+    def _counted(self, draws: AbstractContextManager[None]) -> Iterator[None]:
         started, calls = time.perf_counter(), self.meter.calls
         try:
-            with self.sampler.draw(model, number):
+            with draws:
                 yield
         finally:
             self.meter.drawn_seconds += time.perf_counter() - started
             self.meter.drawn_calls += self.meter.calls - calls
+
+
+@dataclass(frozen=True)
+class _MeteredTogether(Metered):
+    """See :class:`monteclora.prediction.sampler.SharesPasses`."""
+
+    @property
+    def shares_passes(self) -> bool:
+        """The sampler's."""
+        return sharing(self.sampler) is not None
+
+    def draws(self, model: nn.Module, first: int, count: int) -> AbstractContextManager[None]:
+        """As the sampler's, counted: a call for several draws is one."""
+        assert isinstance(self.sampler, Batched)
+        return self._counted(self.sampler.draws(model, first, count))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from monteclora.adapters.active import posterior_sampling, sampled_posteriors
+from monteclora.adapters.active import sampled_posteriors
 from monteclora.adapters.row_checks import RowOrderError
+from monteclora.adapters.sampler import Posterior
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
 from monteclora.prediction.forward import base_of, placed, text_mask
+from monteclora.prediction.sampler import SharesPasses
 from monteclora.system.modes import evaluating
 
-__all__ = ["PredictiveDistribution", "class_logits", "evaluating", "predict"]
+__all__ = ["PredictiveDistribution", "class_logits", "drawn_logits", "evaluating", "predict"]
 
 _ROWS_AT_ONCE = 64
+_SHARING_ROWS = 512
 _OTHER_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 
 
@@ -100,7 +103,9 @@ def _last_positions(mask: Tensor | None, sequence: Tensor) -> Tensor:
     return (mask.long() * torch.arange(length, device=mask.device)).argmax(-1)
 
 
-def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0) -> PredictiveDistribution:
+def predict(
+    model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, seed: int = 0, layers: int | None = None
+) -> PredictiveDistribution:
     """Sample the posterior predictive distribution of labels or next tokens.
 
     Draw s is the same for every input and every call with this seed: the result for an input depends neither on what
@@ -113,13 +118,16 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
             ignored.
         num_samples: S.
         seed: the stream of draws.
+        layers: draw in so many of the last adapted blocks alone, which costs less: the blocks below run once for all
+            draws where a trial shows that this changes nothing, else a warning says why not. None draws in all.
 
     Returns:
         Probabilities of shape (S, B, C), and their split into aleatoric and epistemic uncertainty.
 
     Raises:
         ConfigError: the model has no active MonteCLoRA adapter or a head of another kind, ``num_samples`` is below 1,
-            or the batch has no tensor, is no mapping, or its ``input_ids`` are not of shape (B, T).
+            there are fewer adapted blocks than ``layers``, or the batch has no tensor, is no mapping, or its
+            ``input_ids`` are not of shape (B, T).
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ConfigError(
@@ -139,32 +147,88 @@ def predict(model: nn.Module, batch: Mapping[str, Any], num_samples: int = 16, s
         for key, value in batch.items()
         if key not in ("labels", "label")
     }
-    rows = max((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), default=0)
-    if rows == 0:
+    if _rows(inputs) == 0:
         raise ConfigError(
             "the batch has no tensor with a row in it", "Give what the model takes, such as input_ids of shape (B, T)."
         )
-    together = max(1, _ROWS_AT_ONCE // rows)
-    chunks = []
+    sampler = Posterior(num_samples, seed, layers=layers)
+    return PredictiveDistribution(drawn_logits(model, inputs, sampler, torch.softmax))
+
+
+def drawn_logits(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sampler: SharesPasses,
+    change: Callable[[Tensor, int], Tensor] = lambda logits, dim: logits,
+) -> Tensor:
+    """What :func:`class_logits` gives under each draw, shape (S, B, C), float32, in few forward passes.
+
+    Args:
+        model: with a MonteCLoRA adapter.
+        inputs: what the model takes, on its device; at least one tensor has the shape (B, ...).
+        sampler: of the draws.
+        change: of the logits and their dimension, pass by pass.
+
+    Raises:
+        ConfigError: as :func:`predict`.
+    """
+    rows, count = _rows(inputs), sampler.num_samples
+    if sampler.shares_passes:  # all draws of some rows, which share what is below them
+        size, together = max(1, _SHARING_ROWS // count), count
+    else:
+        size, together = rows, max(1, _ROWS_AT_ONCE // rows)
     with evaluating(model):
-        for first in range(0, num_samples, together):
-            count = min(together, num_samples - first)
-            repeated = {key: _repeated(value, rows, count) for key, value in inputs.items()}
-            try:
-                with posterior_sampling(model, seed, num_samples=count, first=first):
-                    logits = class_logits(model, repeated)
-            except RowOrderError as error:
-                warnings.warn(f"{error.message}: they are drawn one at a time", UserWarning, stacklevel=2)
-                chunks += [_one(model, inputs, seed, s) for s in range(first, num_samples)]
-                break
-            chunks.append(logits.softmax(-1).view(count, rows, -1))
-    return PredictiveDistribution(torch.cat(chunks))
+        parts = [
+            _drawn(model, {k: _some(v, rows, first, size) for k, v in inputs.items()}, sampler, together, change)
+            for first in range(0, rows, size)
+        ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _one(model: nn.Module, inputs: Mapping[str, Any], seed: int, number: int) -> Tensor:
-    """Probabilities under one draw, shape (1, B, C)."""
-    with posterior_sampling(model, seed, first=number):
-        return class_logits(model, inputs).softmax(-1).unsqueeze(0)
+def _drawn(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sampler: SharesPasses,
+    together: int,
+    change: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Logits, changed, (S, B, C), so many draws at once as are made ``together``."""
+    rows, chunks = _rows(inputs), []
+    for first in range(0, sampler.num_samples, together):
+        count = min(together, sampler.num_samples - first)
+        repeated = {key: _repeated(value, rows, count) for key, value in inputs.items()}
+        try:
+            with sampler.draws(model, first, count):
+                logits = class_logits(model, repeated)
+        except RowOrderError as error:
+            warnings.warn(f"{error.message}: they are drawn one at a time", UserWarning, stacklevel=4)
+            chunks += [_one(model, inputs, sampler, s, change) for s in range(first, sampler.num_samples)]
+            break
+        chunks.append(change(logits, -1).view(count, rows, -1))
+    return torch.cat(chunks)
+
+
+def _one(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sampler: SharesPasses,
+    number: int,
+    change: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Logits, changed, under one draw, shape (1, B, C)."""
+    with sampler.draws(model, number, 1):
+        return change(class_logits(model, inputs), -1).unsqueeze(0)
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    return max((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), default=0)
+
+
+def _some(value: Any, rows: int, first: int, count: int) -> Any:
+    """Of what belongs to the rows, that of ``count`` of them."""
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+        return value[first : first + count]
+    return value
 
 
 def _check_batch(batch: Any) -> None:

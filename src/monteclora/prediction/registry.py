@@ -30,6 +30,7 @@ class SamplerKind:
         build: from the number of draws and the seed.
         needs_posterior: whether it draws from a method's own posterior.
         needs_several_runs: whether its draws are runs, so that no run has it alone.
+        takes_layers: whether it can be restricted to the last blocks of a model; it then has a field ``layers``.
         needs_fit: whether something must be fitted to the training rows first, and attached to the model.
     """
 
@@ -38,6 +39,7 @@ class SamplerKind:
     build: Callable[[int, int], Sampler]
     needs_posterior: bool = False
     needs_several_runs: bool = False
+    takes_layers: bool = False
     needs_fit: bool = False
 
 
@@ -45,7 +47,13 @@ SAMPLERS: Mapping[str, SamplerKind] = {
     kind.name: kind
     for kind in (
         SamplerKind("mean", "the point estimate: one forward pass", lambda num_samples, seed: MEAN),
-        SamplerKind("posterior", "draws from the posterior of a MonteCLoRA adapter", Posterior, needs_posterior=True),
+        SamplerKind(
+            "posterior",
+            "draws from the posterior of a MonteCLoRA adapter",
+            Posterior,
+            needs_posterior=True,
+            takes_layers=True,
+        ),
         SamplerKind("mc_dropout", "draws of the dropout masks of training", MCDropout),
         SamplerKind(
             LAPLACE, "draws from a Laplace approximation of the adapter's weights, linearised", Laplace, needs_fit=True

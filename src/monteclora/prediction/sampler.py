@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from torch import nn
 
-__all__ = ["MEAN", "Batched", "Checked", "Mean", "Sampler"]
+__all__ = ["MEAN", "Batched", "Checked", "Mean", "Sampler", "SharesPasses", "sharing"]
 
 
 class Sampler(Protocol):
@@ -44,6 +44,20 @@ class Batched(Protocol):
         A pass raises RowOrderError where a layer of the model mixes rows.
         """
         ...
+
+
+class SharesPasses(Batched, Sampler, Protocol):
+    """A sampler whose draws are cheaper together than one at a time."""
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether they are, as it is set."""
+        ...
+
+
+def sharing(sampler: Sampler) -> SharesPasses | None:
+    """The sampler, if its draws are cheaper together than one at a time."""
+    return cast(SharesPasses, sampler) if getattr(sampler, "shares_passes", False) else None
 
 
 @runtime_checkable

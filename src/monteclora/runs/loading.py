@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.checks import adapter_errors, check_adapter, check_head
 from monteclora.adapters.model import MonteCLoRAModel, from_pretrained
 from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE
@@ -114,7 +115,9 @@ class LoadedRun:
         """Makes a batch of encoded rows."""
         return collator(self.kind, self.tokenizer)
 
-    def sampler(self, name: str | None = None, num_samples: int | None = None, seed: int = 0) -> Sampler | None:
+    def sampler(
+        self, name: str | None = None, num_samples: int | None = None, seed: int = 0, layers: int | None = None
+    ) -> Sampler | None:
         """How predictions are drawn; None for the mean alone.
 
         Args:
@@ -122,19 +125,36 @@ class LoadedRun:
                 one, ``posterior`` for a method that has one, else ``mean``.
             num_samples: draws; by default the recipe's number. 0 asks for the mean alone.
             seed: the stream of draws.
+            layers: the last adapted blocks that are drawn; by default those that the posterior's scale was calibrated
+                with, else the recipe's number.
 
         Raises:
             ConfigError: there is no such sampler, or the model has nothing that it draws; a negative number; draws of
-                the mean.
+                the mean; ``layers`` of a sampler that has none, or more than there are.
         """
         chosen = self.sampler_kind(name, num_samples)
+        if chosen.name == MEAN.name or num_samples == 0 or not chosen.takes_layers:
+            self._check_no_layers(layers, "mean" if num_samples == 0 else chosen.name)
         if chosen.name == MEAN.name or num_samples == 0:
             return None
         count = num_samples or len(self.members) or self.recipe.evaluation.num_samples
-        sampler = chosen.build(count, seed)
+        sampler: Any = chosen.build(count, seed)
+        if chosen.takes_layers:
+            sampler = replace(sampler, layers=self._layers() if layers is None else layers)
         if isinstance(sampler, Checked):
             sampler.check(self.model)
-        return sampler
+        return cast(Sampler, sampler)
+
+    def _layers(self) -> int | None:
+        """Those that the posterior's scale was calibrated with, else the recipe's."""
+        calibration = active_posteriors(self.model)[0].calibration or {}
+        found: int | None = calibration.get("layers", self.recipe.evaluation.layers)
+        return found
+
+    @staticmethod
+    def _check_no_layers(layers: int | None, sampler: str) -> None:
+        if layers is not None:
+            raise ConfigError(f"layers is {layers}, and the sampler {sampler} draws none of them", "Leave it out.")
 
     def sampler_kind(self, name: str | None, num_samples: int | None) -> SamplerKind:
         """Which sampler :meth:`sampler` makes of these arguments. Raises ConfigError where they do not fit the run."""

@@ -176,14 +176,17 @@ class EvaluationSpec:
     Args:
         num_samples: posterior draws per prediction.
         bins: of the calibration error and the reliability diagram.
+        layers: draw from the posterior in so many of the last adapted blocks alone, which costs less; null draws in
+            all. A scale that was calibrated with some number is used with that number.
     """
 
     num_samples: int = _free(16)
     bins: int = _free(15)
+    layers: int | None = _free(None)
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values, see :mod:`monteclora.config`."""
-        return _at_least(self, {"num_samples": 1, "bins": 1})
+        return _at_least(self, {"num_samples": 1, "bins": 1, "layers": 1})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,355 @@
+"""Noise in the last blocks alone, and one pass through the blocks below for all draws.
+
+Where the first blocks of a model are not drawn, S draws of a batch agree up to the block where noise begins. The model
+is then called with the batch repeated S times, as for draws of all blocks, and everything outside the blocks sees that
+batch. But the blocks below the noise are given its first rows alone, and what comes out of them is repeated in front of
+the first block that is drawn. That this changes nothing is found out for each kind of call: the model is run both ways.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from monteclora.adapters.row_checks import call_kind, probe
+from monteclora.adapters.rows import batch_tensors, copied
+from monteclora.errors import ConfigError
+from monteclora.posterior import AdapterPosterior, Draw, in_force
+from monteclora.system.modes import evaluating
+from monteclora.system.randomness import preserved_generators
+
+__all__ = ["LastBlocks", "SharedPrefix", "last_blocks"]
+
+Place = tuple[int | str, ...]
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the size of outputs; of half precision
+_HALF_PRECISION = 5e-2
+
+
+class LastBlocks(NamedTuple):
+    """Which layers are drawn.
+
+    Attributes:
+        drawn: numbers of the drawn layers of each posterior.
+        blocks: the list of blocks in which noise begins, from its first to its last.
+        first: the place in it of the first block that is drawn.
+        alone: whether every adapted block is in that list.
+    """
+
+    drawn: Mapping[AdapterPosterior, frozenset[int]]
+    blocks: tuple[nn.Module, ...]
+    first: int
+    alone: bool
+
+
+def last_blocks(model: nn.Module, layers: Mapping[AdapterPosterior, Collection[str]], count: int) -> LastBlocks:
+    """The layers of the last ``count`` adapted blocks, and those behind all blocks.
+
+    A block is an element of the outermost list of modules around a layer. Blocks are in the order in which the model
+    has them, an encoder's before a decoder's.
+
+    Args:
+        model: that has the layers.
+        layers: the names of each posterior's layers.
+        count: at least 1.
+
+    Raises:
+        ConfigError: there are fewer adapted blocks.
+    """
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    found = sorted({b for names in layers.values() for n in names if (b := _block_of(model, n))}, key=order.__getitem__)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(found):
+        has = f"{len(found)} adapted blocks" if found else "no list of blocks with an adapted layer"
+        raise ConfigError(
+            f"layers is {count!r}, and the model has {has}",
+            f"Give a whole number from 1 to {len(found)}, or leave layers out." if found else "Leave layers out.",
+        )
+    chosen, begin = {*found[-count:]}, order[found[-count]]
+
+    def is_drawn(name: str) -> bool:
+        block = _block_of(model, name)
+        return order[name] > begin if block is None else block in chosen
+
+    drawn = {p: frozenset(i for i, name in enumerate(names) if is_drawn(name)) for p, names in layers.items()}
+    of_list, _, place = found[-count].rpartition(".")
+    siblings = dict(model.get_submodule(of_list).named_children())
+    return LastBlocks(
+        drawn, tuple(siblings.values()), list(siblings).index(place), {b.rpartition(".")[0] for b in found} == {of_list}
+    )
+
+
+def _block_of(model: nn.Module, layer: str) -> str | None:
+    """The name of the block that a layer is in; None for one in no list of modules."""
+    module, parts = model, layer.split(".")
+    for depth, part in enumerate(parts[:-1], 1):
+        outer, module = module, module.get_submodule(part)
+        if isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
+            return ".".join(parts[:depth])
+    return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a kind of call.
+
+    Attributes:
+        problem: why the blocks below the noise run for every draw; None where they need not.
+        hidden: where the first drawn block is given the hidden states.
+        rows: for each block below, where it is given tensors with the batch along their first dimension, and
+        others: where it is given other tensors.
+    """
+
+    problem: str | None = None
+    hidden: Place = ()
+    rows: tuple[frozenset[Place], ...] = ()
+    others: tuple[frozenset[Place], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A call that goes on: the batch, of ``total`` rows, is the examples ``count`` times over."""
+
+    plan: _Plan
+    count: int
+    total: int
+
+
+_active: ContextVar[Mapping[SharedPrefix, _Active]] = ContextVar("active", default=MappingProxyType({}))
+_recording: ContextVar[Mapping[SharedPrefix, list[tuple[int, dict[Place, tuple[int, ...]]]]]] = ContextVar(
+    "recording", default=MappingProxyType({})
+)
+
+
+@dataclass(eq=False)
+class SharedPrefix:
+    """Runs the blocks below the noise once, where that is known to change nothing."""
+
+    hooked: dict[int, int] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    plans: dict[Any, _Plan] = field(default_factory=dict)
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in self.handles:
+            handle.remove()
+        self.forget()
+
+        self.hooked.clear()
+        self.handles.clear()
+
+    def forget(self) -> None:
+        """The layers have changed: nothing is known any more."""
+        self.plans.clear()
+
+    def begin(
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        last: LastBlocks,
+        count: int,
+        posteriors: Sequence[AdapterPosterior],
+        draw: Callable[[AdapterPosterior, int], Draw],
+    ) -> None:
+        """Let the call that goes on in this context share its pass through the blocks below the noise till :meth:`end`.
+
+        Where it cannot, that is said the first time.
+
+        Args:
+            module: about to be called; the first time it is called up to four times, in evaluation mode, on copies of
+                its arguments.
+            args, kwargs: of the call, with the batch ``count`` times over.
+            last: the blocks.
+            count: of draws.
+            posteriors: that are drawn.
+            draw: a number of draws of a posterior.
+        """
+        total = batch_tensors(args, kwargs)[0].shape[0]
+        # of a single row it could not be seen whether rows are kept apart
+        kind = (call_kind(module, args, kwargs, posteriors), last.first, total == count)
+        if kind not in self.plans:
+
+            def drawing(number: int) -> None:
+                for posterior in posteriors:
+                    in_force.put(posterior, draw(posterior, number) if number else None)
+
+            with probe(), in_force.restored(), preserved_generators(), evaluating(module), torch.no_grad():
+                try:
+                    self.plans[kind] = self._find(last, module, args, kwargs, count, drawing)
+                except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                    reason = str(error).partition("\n")[0]
+                    problem = f"with fewer rows than the batch they raise {type(error).__name__}: {reason}"
+                    self.plans[kind] = _Plan(problem)
+            if self.plans[kind].problem is not None:
+                text = f"the blocks below the last that are drawn run for every draw: {self.plans[kind].problem}"
+                warnings.warn(text, UserWarning, stacklevel=2)
+        if self.plans[kind].problem is None:
+            _active.set({**_active.get(), self: _Active(self.plans[kind], count, total)})
+
+    def _find(
+        self,
+        last: LastBlocks,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        count: int,
+        drawing: Callable[[int], None],
+    ) -> _Plan:
+        if any(hasattr(part, "_orig_mod") for part in module.modules()):
+            return _Plan("the model is compiled")
+        if not last.alone:
+            return _Plan("the adapted blocks are in several lists")
+        self._hook(last.blocks)
+        drawing(0)
+        seen = []
+        for draws in (1, 2):
+            with self._recorded() as record:
+                batch, named = _parts(args, kwargs, count, draws)
+                module.forward(*batch, **named)
+            seen.append(record)
+        planned = _compared(seen[0], seen[1], len(last.blocks), last.first)
+        if planned.problem is not None:
+            return planned
+        drawing(2)
+        batch, named = _parts(args, kwargs, count, 2)
+        expected = module.forward(*copied(batch), **copied(named))  # a copy: a call may change a cache
+        total = next(iter(batch_tensors(batch, named))).shape[0]
+        token = _active.set({**_active.get(), self: _Active(planned, 2, total)})
+        try:
+            found = module.forward(*batch, **named)
+        finally:
+            _active.reset(token)
+        return planned if _agree(expected, found) else _Plan("its outputs would be others")
+
+    @contextmanager
+    def _recorded(self) -> Iterator[list[tuple[int, dict[Place, tuple[int, ...]]]]]:
+        record: list[tuple[int, dict[Place, tuple[int, ...]]]] = []
+        token = _recording.set({**_recording.get(), self: record})
+        try:
+            yield record
+        finally:
+            _recording.reset(token)
+
+    def end(self) -> None:
+        """The call is over."""
+        if self in _active.get():
+            _active.set({prefix: active for prefix, active in _active.get().items() if prefix is not self})
+
+    def _hook(self, blocks: Sequence[nn.Module]) -> None:
+        """For good: hooks that came and went would be seen by other threads."""
+        for place, block in enumerate(blocks):
+            if id(block) not in self.hooked:
+                self.hooked[id(block)] = place
+                self.handles.append(block.register_forward_pre_hook(partial(self._before, place), with_kwargs=True))
+
+    def _before(self, place: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block is given instead; None for what it is given anyhow."""
+        if torch.compiler.is_compiling():
+            return None
+        record = _recording.get().get(self)
+        if record is not None:
+            record.append((place, {at: tuple(tensor.shape) for at, tensor in _leaves((args, kwargs))}))
+        active = _active.get().get(self)
+        if active is None or place > len(active.plan.rows):
+            return None
+        plan, count = active.plan, active.count
+        if place == len(plan.rows):
+            return _mapped(
+                (args, kwargs),
+                lambda at, x: x.repeat(count, *[1] * (x.dim() - 1)) if at == plan.hidden else x,
+            )
+        rows, others = plan.rows[place], plan.others[place]
+
+        def first_rows(at: Place, x: Tensor) -> Tensor:
+            # a mask that no earlier call had tells by its shape alone
+            belongs = at in rows or (at not in others and x.dim() > 1)
+            return x[: active.total // count] if belongs and x.dim() and x.shape[0] == active.total else x
+
+        return _mapped((args, kwargs), first_rows)
+
+
+def _parts(
+    args: Sequence[Any], kwargs: Mapping[str, Any], count: int, draws: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A copy of a call with a batch ``count`` times over, with the batch ``draws`` times over."""
+    batch = {id(tensor) for tensor in batch_tensors(args, kwargs)}
+
+    def part(_: Place, x: Tensor) -> Tensor:
+        return x.detach()[: draws * (x.shape[0] // count)].clone() if id(x) in batch else x.detach().clone()
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = _mapped((tuple(args), dict(kwargs)), part)
+    return found
+
+
+def _compared(
+    one: Sequence[tuple[int, Mapping[Place, tuple[int, ...]]]],
+    two: Sequence[tuple[int, Mapping[Place, tuple[int, ...]]]],
+    blocks: int,
+    first: int,
+) -> _Plan:
+    """A plan, from what the blocks were given with the batch once and twice."""
+    if any([place for place, _ in record] != list(range(blocks)) for record in (one, two)):
+        return _Plan("they do not run one after the other")
+    rows: list[frozenset[Place]] = []
+    others: list[frozenset[Place]] = []
+    for (place, before), (_, after) in zip(one[: first + 1], two[: first + 1], strict=True):
+        if before.keys() != after.keys():
+            return _Plan(f"what block {place} is given depends on the number of rows")
+        doubled = {at for at, shape in before.items() if shape and after[at] == (2 * shape[0], *shape[1:])}
+        if any(after[at] != shape for at, shape in before.items() if at not in doubled):
+            return _Plan(f"the input of block {place} is not ordered by rows of the batch")
+        rows.append(frozenset(doubled))
+        others.append(frozenset(before.keys() - doubled))
+    hidden = next((at for at in one[first][1] if at in rows[first]), None)
+    if hidden is None:
+        return _Plan(f"block {first} is given nothing of the batch")
+    return _Plan(None, hidden, tuple(rows[:first]), tuple(others[:first]))
+
+
+def _agree(expected: Any, found: Any) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    pairs = [(dict(_leaves(output))) for output in (expected, found)]
+    if not pairs[0] or pairs[0].keys() != pairs[1].keys():
+        return False
+    for at, one in pairs[0].items():
+        other = pairs[1][at]
+        if one.shape != other.shape:
+            return False
+        if one.is_floating_point():
+            size = one.double().abs().amax() if one.numel() else 0.0
+            tolerance = _TOLERANCE.get(one.dtype, _HALF_PRECISION)
+            if not bool(((one.double() - other.double()).abs() <= tolerance * size + 1e-30).all()):
+                return False
+    return True
+
+
+def _leaves(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """The tensors in nested tuples, lists and mappings, with their places; what else there is has none."""
+    if isinstance(value, Tensor):
+        yield at, value
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            yield from _leaves(part, (*at, number))
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, (*at, key))
+
+
+def _mapped(value: Any, change: Callable[[Place, Tensor], Tensor], at: Place = ()) -> Any:
+    """The same nested value with other tensors."""
+    if isinstance(value, Tensor):
+        return change(at, value)
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(part, change, (*at, number)) for number, part in enumerate(value))
+    if type(value) is dict:
+        return {key: _mapped(part, change, (*at, key)) for key, part in value.items()}
+    return value
