@@ -25,7 +25,8 @@ def wrapped(make, task, blocks=4, **options):
     depth = {"n_layer": blocks} if make is gpt2 else {"num_hidden_layers": blocks}
     # the positions that DeBERTa projects are the same for every row: draws could not be told apart there
     targets = ["query_proj", "value_proj"] if make is deberta else "all-linear"
-    config = {"r": 3, "target_modules": targets, "sample_scale": "relative:2.0", "task_type": task, **options}
+    scale = "relative:40.0" if make is deberta else "relative:2.0"
+    config = {"r": 3, "target_modules": targets, "sample_scale": scale, "task_type": task, **options}
     model = monteclora.get_peft_model(make(**depth), monteclora.MonteCLoRAConfig(**config))
     generator = torch.Generator().manual_seed(7)
     for name, weight in model.named_parameters():
