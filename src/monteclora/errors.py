@@ -10,6 +10,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "MonteCLoRAError",
+    "NotAtHandError",
     "ServerError",
     "UnsafeCodeError",
 ]
@@ -48,6 +49,10 @@ class ConfigError(MonteCLoRAError, ValueError):
 
 class DataError(MonteCLoRAError, ValueError):
     """A data file, column, row or label is wrong."""
+
+
+class NotAtHandError(ConfigError, DataError):
+    """A model or data set is not on this machine, and cannot be fetched from the hub."""
 
 
 class CheckpointError(MonteCLoRAError):

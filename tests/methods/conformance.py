@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from monteclora.errors import ConfigError
+from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.run import evaluate
 from monteclora.methods import get_method
 from monteclora.runs.loading import load_run
+from monteclora.runs.manifest import newest_complete
+from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.training import range_test
 from monteclora.training.loop import Loop
 from monteclora.training.run import train
 from monteclora.training.watch import WentWrong
 from tests.models import batch_for, bert
-from tests.training.conftest import StopAfter, train_until
 
 __all__ = ["MethodSuite"]
 
@@ -38,25 +45,76 @@ def saved(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
 
 
+def killed(recipe: Recipe, step: int) -> None:
+    """Train in a child that is killed when step ``step`` has changed the weights, before anything of it is saved."""
+
+    def work() -> None:
+        original = Loop.step
+
+        def stepped(loop: Loop, *args: Any) -> None:
+            before = loop.state.step
+            original(loop, *args)
+            if before + 1 >= step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Loop.step = stepped  # type: ignore[method-assign]
+        quietly(recipe)
+
+    child = multiprocessing.get_context("fork").Process(target=work)  # to import everything again takes longer
+    child.start()
+    child.join(300)
+    assert child.exitcode == -signal.SIGKILL
+
+
 class MethodSuite:
     """Subclass it with a fixture ``method``: the name of a registered method."""
 
+    finished: dict[tuple[str, str], RunResult]
+    """Runs that the tests of a method share, by method and kind of task; no test changes them."""
+
+    def __init_subclass__(cls) -> None:
+        cls.finished = {}
+
     @pytest.fixture
     def made(self, method: str, assets: Path, tmp_path: Path) -> Any:
-        def make(name: str = "run", **training: Any) -> Recipe:
+        def make(name: str = "run", kind: str = "class", **training: Any) -> Recipe:
             return {
                 "name": name,
                 "output": str(tmp_path / name),
-                "model": {"name": str(assets / "bert")},
-                "data": {"task": str(assets / "class.jsonl"), "max_length": 24, "validation_fraction": 0.15},
+                "model": {"name": str(assets / ("bert" if kind == "class" else "llama"))},
+                "data": {"task": str(assets / f"{kind}.jsonl"), "max_length": 24, "validation_fraction": 0.15},
                 "method": {"name": method},
-                "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "logging_every": 3, **training},
+                "training": {
+                    "epochs": 2,
+                    "batch_size": 8,
+                    "learning_rate": 1e-2,
+                    "logging_every": 3,
+                    **training,
+                },
             }
 
         return make
 
-    def test_trains_and_says_what_it_cost(self, made: Any) -> None:
-        result = quietly(made())
+    @pytest.fixture
+    def run(self, made: Any, method: str, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+        """A classifier of ten steps."""
+        return self._finished(made, method, "class", tmp_path_factory)
+
+    @pytest.fixture
+    def language_run(self, made: Any, method: str, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+        """A language model of ten steps."""
+        return self._finished(made, method, "text", tmp_path_factory)
+
+    def _finished(
+        self, made: Callable[..., Recipe], method: str, kind: str, folders: pytest.TempPathFactory
+    ) -> RunResult:
+        if (method, kind) not in self.finished:
+            output = str(folders.mktemp(method) / kind)
+            self.finished[method, kind] = quietly({**made(kind=kind, save_every=4), "output": output})
+        return self.finished[method, kind]
+
+    def test_trains_and_says_what_it_cost(self, run: RunResult) -> None:
+        result = run
         events = RunFolder(result.folder).metrics.read()
         losses = [event["loss"] for event in events if event["event"] == "train"]
         assert result.steps == 10
@@ -66,13 +124,43 @@ class MethodSuite:
         assert result.peak_memory_bytes > 0
         assert result.tokens > 0
 
-    def test_evaluates_as_it_validated(self, made: Any) -> None:
-        result = quietly(made())
-        found = evaluate(result, "validation", num_samples=0, progress=False)
-        assert found.point == pytest.approx(dict(result.metrics), abs=1e-5)
+    def test_evaluates_as_it_validated(self, run: RunResult) -> None:
+        found = evaluate(run, "validation", num_samples=0, progress=False)
+        assert found.point == pytest.approx(dict(run.metrics), abs=1e-5)
 
-    def test_loads_in_a_fresh_process(self, made: Any, tmp_path: Path) -> None:
-        result = quietly(made())
+    def test_predicts_a_file(self, run: RunResult, assets: Path, tmp_path: Path) -> None:
+        """Each row as an evaluation does, whatever its order in the file."""
+        whole = evaluate(run, "train", num_samples=0, progress=False)
+        texts = [row["text"] for row in reversed(whole.scored.table.to_pylist())]
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        written = predict_file(run, file, tmp_path / "out.parquet", num_samples=0, progress=False)
+        table = pq.read_table(written.path)
+        assert table["text"].to_pylist() == texts
+        expected = whole.scored.at_mean.probs.max(1)[::-1]
+        np.testing.assert_allclose(table["confidence"].to_numpy(), expected, atol=1e-5)
+
+    def test_trains_a_language_model(self, language_run: RunResult) -> None:
+        found = evaluate(language_run, "validation", num_samples=0, progress=False)
+        assert found.point == pytest.approx(dict(language_run.metrics), abs=1e-5)
+        before, after = (
+            evaluate(language_run, "train", num_samples=0, base=base, progress=False).point for base in (True, False)
+        )
+        assert after["nll"] < before["nll"]
+
+    def test_a_language_model_predicts_a_file(self, language_run: RunResult, tmp_path: Path) -> None:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(3)))
+        written = predict_file(
+            language_run, file, tmp_path / "out.parquet", num_samples=0, max_new_tokens=3, progress=False
+        )
+        table = pq.read_table(written.path)
+        assert table["prompt"].to_pylist() == ["w0 w1", "w1 w2", "w2 w3"]
+        assert all(isinstance(text, str) for text in table["completion"].to_pylist())
+        assert all(0 < value <= 1 for value in table["confidence"].to_pylist())
+
+    def test_loads_in_a_fresh_process(self, run: RunResult) -> None:
+        result = run
         here = evaluate(result, "validation", num_samples=0, progress=False).scored.at_mean.probs
         code = (
             "import sys, json; from monteclora.evaluation.run import evaluate; import tests.methods.registered;"
@@ -82,11 +170,14 @@ class MethodSuite:
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         np.testing.assert_allclose(json.loads(output.splitlines()[-1]), here, atol=1e-6)
 
-    def test_resumes_to_the_bit(self, made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        quietly(made("whole"))
-        train_until(monkeypatch, StopAfter(3), made("parts"))
-        quietly(made("parts"))
-        assert saved(tmp_path / "whole") == saved(tmp_path / "parts")
+    def test_resumes_to_the_bit_after_a_kill(self, run: RunResult, made: Any, tmp_path: Path) -> None:
+        killed(made("parts", save_every=4), step=7)
+        checkpoint = newest_complete(RunFolder(tmp_path / "parts").checkpoints)
+        assert checkpoint is not None
+        assert checkpoint.total_step == 4
+        assert RunFolder(tmp_path / "parts").finished is None
+        quietly(made("parts", save_every=4))
+        assert saved(run.folder) == saved(tmp_path / "parts")
 
     def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(
         self, made: Any, assets: Path, tmp_path: Path
@@ -136,8 +227,8 @@ class MethodSuite:
         quietly(made("given", learning_rate=5e-3, max_steps=6))
         assert saved(tmp_path / "back") == saved(tmp_path / "given")
 
-    def test_merges_where_it_can(self, made: Any) -> None:
-        loaded = load_run(quietly(made()).folder)
+    def test_merges_where_it_can(self, run: RunResult) -> None:
+        loaded = load_run(run.folder)
         method = get_method(loaded.recipe.method.name)
         try:
             merged = method.merge(loaded.model)

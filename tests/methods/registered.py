@@ -21,13 +21,13 @@ class HeadOptions(MethodOptions):
 
 
 class HeadOnly(Method):
-    """Trains the biases and the classification head."""
+    """Trains the biases, the norms and the classification head."""
 
-    name, description, options = "head_only", "trains biases and head", HeadOptions
+    name, description, options = "head_only", "trains biases, norms and head", HeadOptions
 
     def wrap(self, model: Any, options: Any, task_kind: str, seed: int) -> nn.Module:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("bias" in name or "classifier" in name)
+            parameter.requires_grad_(any(part in name for part in ("bias", "classifier", "norm")))
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import transformers
 from accelerate import init_empty_weights
 
+from monteclora.data.published import published_config
 from monteclora.methods import get_method, list_methods
 from tests.methods import registered
 from tests.methods.common import wrap
-from tests.methods.published import published_config
 
 ROBERTA = ("FacebookAI/roberta-base", "classification", ["key", "value", "query", "dense"], 8)
 LLAMA_7B = ("huggyllama/llama-7b", "causal_lm", ["q_proj", "k_proj", "v_proj"], 32)

@@ -45,29 +45,44 @@ def check(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
 
 
 def _facts(report: CheckReport) -> list[tuple[str, str]]:
-    from monteclora.reports.formats import duration, size
+    from monteclora.reports.formats import size
 
     sizes, memory = report.sizes, report.memory
-    rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items())
+    rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items()) or "unknown"
     parts = (
         f"weights {size(memory.weights)}, optimiser {size(memory.optimizer)}, activations {size(memory.activations)}"
     )
-    test = f" and a learning-rate range test of at most {n}" if (n := report.range_test_steps) else ""
-    time = f"{report.steps:,} steps{test}, {report.operations:.1e} operations"
-    if report.seconds is not None:
-        time += f", about {duration(report.seconds)} on this machine (a step was measured)"
     share = sizes.trained / sizes.parameters
     return [
         ("recipe", report.recipe.name),
         ("output", str(report.recipe.folder)),
         ("task", f"{report.recipe.data.task or 'own files'} ({report.kind}): {rows} rows"),
-        ("tokens", f"{report.tokens[0]:.0f} a row on average, {report.tokens[1]} at most"),
+        ("tokens", _tokens(report)),
         (
             "model",
             f"{report.recipe.model.name}: {sizes.parameters:,} parameters, {sizes.trained:,} trained ({share:.2%})",
         ),
         ("method", report.recipe.method.name),
         *(("trained" if i == 0 else "", f"{name} {n:,}") for i, (name, n) in enumerate(report.trained.items())),
-        ("memory", f"about {size(memory.total)} a step ({parts})"),
-        ("time", time),
+        ("memory", f"about {size(memory.total)} a step ({parts}){'' if report.rows else ', for rows of full length'}"),
+        ("time", _time(report)),
     ]
+
+
+def _tokens(report: CheckReport) -> str:
+    if report.tokens is None:
+        return "unknown"
+    about = "about " if report.tokens_estimated else ""
+    return f"{about}{report.tokens[0]:.0f} a row on average, {about}{report.tokens[1]} at most"
+
+
+def _time(report: CheckReport) -> str:
+    from monteclora.reports.formats import duration
+
+    if report.operations is None or report.least_seconds is None:
+        return "unknown"
+    test = f" and a learning-rate range test of at most {n}" if (n := report.range_test_steps) else ""
+    time = f"{report.steps:,} steps{test}, {report.operations:.1e} operations"
+    if report.seconds is not None:
+        return f"{time}, about {duration(report.seconds)} on this machine (a step was measured)"
+    return f"{time}, {duration(report.least_seconds)} or more on this machine (at the speed of its matrix products)"

@@ -13,13 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from monteclora.config import nearest
 from monteclora.data.gguf import dequantised_folder
 from monteclora.data.kinds import TEXT_KINDS, Kind
-from monteclora.errors import ConfigError, UnsafeCodeError
+from monteclora.errors import ConfigError, NotAtHandError, UnsafeCodeError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["STARTERS", "ModelSource", "StarterModel", "load_model", "load_tokenizer", "refuse_encoder", "resolve_model"]
+__all__ = [
+    "STARTERS",
+    "ModelSource",
+    "StarterModel",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "positions_of",
+    "refuse_encoder",
+    "resolve_model",
+]
 
 _SHIFTED = frozenset(("camembert", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"))
 
@@ -145,20 +155,32 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of {source.name} has no token to pad with", "Use another model.")
         tokenizer.pad_token = tokenizer.eos_token
-    positions = _positions(source, trust_remote_code)
+    positions = positions_of(load_config(source, trust_remote_code))
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 
-def _positions(source: ModelSource, trust_remote_code: bool) -> int | None:
-    """How many tokens the model has positions for; None where its configuration does not say."""
+def load_config(source: ModelSource, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        NotAtHandError: it is on the hub, which cannot be reached.
+        ConfigError: it cannot be read.
+        UnsafeCodeError: it needs code that comes with it, and ``trust_remote_code`` is False.
+    """
     import transformers
 
     with _as_our_errors(source), _quiet():
-        config = transformers.AutoConfig.from_pretrained(
+        found: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             _ordinary_path(source), trust_remote_code=trust_remote_code
-        ).get_text_config()
+        )
+    return found
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model has positions for; None where its configuration does not say."""
+    config = config.get_text_config()
     found = getattr(config, "max_position_embeddings", None)
     if not isinstance(found, int) or found < 1:
         return None
@@ -314,4 +336,5 @@ def _as_our_errors(source: ModelSource) -> Iterator[None]:
                 "Read that code; if you trust it, set model.trust_remote_code to true.",
             ) from None
         hint = source.remedy or "Check that the folder holds a whole transformers model."
-        raise ConfigError(f"cannot load the model {source.name}: {reason}", hint) from None
+        kind = NotAtHandError if source.where == "hub" and isinstance(error, OSError) else ConfigError
+        raise kind(f"cannot load the model {source.name}: {reason}", hint) from None

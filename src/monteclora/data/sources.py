@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monteclora.data.files import Attempt, Table, open_table
-from monteclora.errors import DataError, UnsafeCodeError
+from monteclora.errors import DataError, NotAtHandError, UnsafeCodeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +47,7 @@ def open_split(task: str, split: str, folder: Path | None, hub: HubData | None =
     """Open one split of a task, from the folder if it is there, else from the hub.
 
     Raises:
-        DataError: it is in neither place; the message names both remedies.
+        NotAtHandError: it is in neither place; the message names both remedies.
         UnsafeCodeError: the hub's data set is a program.
     """
     root = folder or os.environ.get(DATA_FOLDER_VARIABLE)
@@ -58,7 +58,7 @@ def open_split(task: str, split: str, folder: Path | None, hub: HubData | None =
             raise DataError("it is not on the hub")
         dataset = _load_from_hub(hub.name, hub.config, hub.splits.get(split, split))
     except DataError as error:
-        raise DataError(
+        raise NotAtHandError(
             f"the {split} split of {task} is not at hand: {error.message}",
             f"Set {DATA_FOLDER_VARIABLE} to a folder with {task}/{split}.jsonl.gz, or run where the hub is reachable.",
         ) from None
@@ -122,4 +122,5 @@ def _load_from_hub(name: str, config: str | None, split: str | None) -> Any:
     except (OSError, ValueError) as error:
         # ConnectionError and DatasetNotFoundError are OSErrors; an unknown config or split is a ValueError.
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"cannot load {source} from the hub: {reason}", "Check the name and the network.") from None
+        kind = NotAtHandError if isinstance(error, OSError) else DataError
+        raise kind(f"cannot load {source} from the hub: {reason}", "Check the name and the network.") from None

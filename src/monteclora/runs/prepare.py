@@ -10,7 +10,7 @@ import torch
 
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.data.chat import use_template
-from monteclora.data.encoding import Encoded, collator
+from monteclora.data.encoding import Encoded, collator, encode
 from monteclora.data.kinds import Kind
 from monteclora.data.models import load_model, load_tokenizer, resolve_model
 from monteclora.data.token_cache import encode_once
@@ -62,10 +62,15 @@ class PreparedData:
         return self.encoded["validation"].dataset if "validation" in self.encoded else None
 
 
-def prepare_data(recipe: Recipe) -> PreparedData:
+def prepare_data(recipe: Recipe, stand_in: Callable[[TaskData], PreTrainedTokenizerBase] | None = None) -> PreparedData:
     """Load and tokenise the rows of a recipe.
 
+    Args:
+        recipe: names model and data.
+        stand_in: makes a tokenizer for these rows, to be taken in place of the model's.
+
     Raises:
+        NotAtHandError: rows or tokenizer are on the hub, which cannot be reached.
         DataError: files, columns, rows or labels are wrong.
         ConfigError: the model or task is unknown, or an option does not fit the task.
     """
@@ -80,10 +85,11 @@ def prepare_data(recipe: Recipe) -> PreparedData:
             f"training.best_metric is {recipe.training.best_metric}, and there are no validation rows",
             "Give data.validation_file or a data.validation_fraction above 0.",
         )
-    tokenizer = tokenizer_of(recipe)
+    tokenizer = tokenizer_of(recipe, None if stand_in is None else stand_in(task))
     length, truncation = recipe.data.max_length, recipe.data.truncation
+    encoding = encode_once if stand_in is None else encode  # what a stand-in makes is not worth keeping
     encoded = {
-        split: encode_once(kind.to_learn(rows, task), task.kind, tokenizer, length, truncation)
+        split: encoding(kind.to_learn(rows, task), task.kind, tokenizer, length, truncation)
         for split, rows in task.splits.items()
     }
     return PreparedData(
@@ -96,13 +102,13 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     )
 
 
-def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the recipe's chat template where it names one.
+def tokenizer_of(recipe: Recipe, stand_in: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one in its place, with the recipe's chat template where it names one.
 
     Raises:
         ConfigError: it cannot be loaded, or there is no such template.
     """
-    tokenizer = load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
+    tokenizer = stand_in or load_tokenizer(resolve_model(recipe.model.name), recipe.model.trust_remote_code)
     if recipe.data.chat_template is not None:
         use_template(tokenizer, recipe.data.chat_template)
     _leave_room(recipe, tokenizer)

@@ -24,7 +24,7 @@ from monteclora.config import brief
 from monteclora.data.files import Row, Table, open_table
 from monteclora.data.labels import label_key
 from monteclora.data.sources import DATA_FOLDER_VARIABLE, HubData, convert, local_splits, open_split
-from monteclora.errors import DataError
+from monteclora.errors import DataError, NotAtHandError
 from monteclora.tasks.multiple_choice import CHOICES, WINOGRANDE_SIZES, open_questions
 from monteclora.tasks.registry import Task, register
 
@@ -191,7 +191,7 @@ def _load_published(name: str, split: str, folder: Path | None) -> Table:
         if (path := place / f"{name}.json").is_file():
             return convert(open_table(path), _COLUMNS, _standard_row)
     if split not in local_splits(name, folder):
-        raise DataError(
+        raise NotAtHandError(
             f"{name} is not at hand, and it is not on the hub",
             f"Put {name}.json of AGI-Edgerunners/LLM-Adapters (ft-training_set) into a folder, and set data.folder "
             f"or {DATA_FOLDER_VARIABLE} to it.",

@@ -13,7 +13,7 @@ from monteclora.data.kinds import Kind
 from monteclora.errors import ConfigError
 from monteclora.tasks.generation import Generation
 
-__all__ = ["Task", "get_task", "list_tasks", "register"]
+__all__ = ["Task", "get_task", "is_task", "list_tasks", "register"]
 
 _FAMILIES = ("glue", "superglue", "multiple_choice", "commonsense", "gsm8k", "code", "helpdesk")
 _TASKS: dict[str, Task] = {}
@@ -62,6 +62,11 @@ def list_tasks() -> tuple[Task, ...]:
     for family in _FAMILIES:
         importlib.import_module(f"monteclora.tasks.{family}")
     return tuple(_TASKS[name] for name in sorted(_TASKS))
+
+
+def is_task(name: str) -> bool:
+    """Whether there is a task of that name."""
+    return any(task.name == name for task in list_tasks())
 
 
 def get_task(name: str) -> Task:

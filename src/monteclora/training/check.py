@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,13 +16,13 @@ from accelerate import init_empty_weights
 from monteclora.data.encoding import RowView, describe_rows
 from monteclora.data.kinds import Kind
 from monteclora.data.models import ModelSource, refuse_encoder, resolve_model
-from monteclora.errors import ConfigError
 from monteclora.methods import get_method
-from monteclora.runs.prepare import PreparedData, prepare_data, prepare_model
+from monteclora.runs.prepare import PreparedData, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.system.devices import PeakMemory, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks.kinds import KINDS
+from monteclora.training.at_hand import AtHand, config_of, look
 from monteclora.training.estimate import Memory, Sizes, operations, required_memory
 from monteclora.training.plans import Phase, batches, phases_of, plan_of
 from monteclora.training.range_test import MOST_STEPS, NOMINAL
@@ -53,29 +53,33 @@ class CheckReport:
     Attributes:
         recipe: with every default written out.
         kind: of its task.
-        rows: of each split.
-        tokens: mean and longest row of the training split.
+        rows: of each split; empty where they are not on this machine.
+        tokens: mean and longest row of the training split; None likewise.
+        tokens_estimated: whether they were counted without the model's tokenizer.
         notes: what was set aside, truncated or left out.
         views: the first training rows as the model sees them.
         sizes: counts of the model.
         trained: names of what is trained, layer numbers replaced by ``*``, with how many numbers.
-        phases: of the run.
-        memory: estimated.
-        operations: floating-point operations of the whole run, estimated.
+        phases: of the run; empty where the number of rows is not known.
+        memory: estimated; of rows as long as the recipe allows where their lengths are not known.
+        operations: floating-point operations of the whole run, estimated; None where the rows are not known.
+        matmul_speed: what this machine does of them in a second at its best, in large matrix products.
         measured: a step on this machine; None where the weights are not at hand or too large to load for this.
     """
 
     recipe: Recipe
     kind: Kind
     rows: Mapping[str, int]
-    tokens: tuple[float, int]
+    tokens: tuple[float, int] | None
+    tokens_estimated: bool
     notes: tuple[str, ...]
     views: tuple[RowView, ...]
     sizes: Sizes
     trained: Mapping[str, int]
     phases: tuple[Phase, ...]
     memory: Memory
-    operations: float
+    operations: float | None
+    matmul_speed: float
     measured: MeasuredStep | None
 
     @property
@@ -113,6 +117,11 @@ class CheckReport:
             * (trained_rows + _EVALUATION_SHARE * evaluations * self.rows.get("validation", 0))
         )
 
+    @property
+    def least_seconds(self) -> float | None:
+        """The run at the speed of large matrix products, which nothing exceeds; None where its size is not known."""
+        return None if self.operations is None else self.recipe.ensemble * self.operations / self.matmul_speed
+
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""
         facts = asdict(self)
@@ -123,6 +132,7 @@ class CheckReport:
             "steps": self.steps,
             "range_test_steps": self.range_test_steps,
             "seconds": self.seconds,
+            "least_seconds": self.least_seconds,
         }
 
 
@@ -130,6 +140,8 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
     """Go through everything that training does before its first step, and measure or estimate one.
 
     Large models, and those whose weights are not on this machine, are built without weights from their configuration.
+    No network is needed for the models of :mod:`monteclora.data.published`: trained parameters are exact, and the notes
+    say what could not be read or was estimated.
 
     Args:
         recipe: as for :func:`monteclora.train`.
@@ -141,71 +153,79 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
     """
     recipe = load_recipe(recipe, overrides)
     with quiet_libraries():
-        data = prepare_data(recipe)
-        model = _empty_model(recipe, data)
-        sizes = Sizes.of(model)
-        trained = _trained_names(model)
-        lengths = [len(ids) for ids in data.train["input_ids"]]
-        given = recipe.training.learning_rate
-        phases = tuple(phases_of(recipe, len(lengths), NOMINAL if given == "auto" else given))
-        micro = min(batches(recipe.training)[0], len(lengths))
+        found = look(recipe)
+        model = _empty_model(recipe, found)
+        sizes, trained, lengths = Sizes.of(model), _trained_names(model), found.lengths
         method = get_method(recipe.method.name)
+        phases = _phases(recipe, found)
+        for phase in phases:  # what training would refuse at its start
+            method.begin_phase(model, plan_of(recipe, phase, len(lengths)))
         virtual = method.virtual_tokens(recipe.method)
-        mean = sum(lengths) / len(lengths)
+        micro = batches(recipe.training)[0]
+        micro = min(micro, len(lengths)) if lengths else micro
         memory = required_memory(
             recipe,
             sizes,
             micro,
-            max(lengths) + virtual,
-            predicts_tokens=KINDS[data.task.kind].predicts_tokens,
+            max(lengths, default=recipe.data.max_length) + virtual,
+            predicts_tokens=KINDS[found.kind].predicts_tokens,
             extra=method.extra_memory(model, recipe.method),
         )
-        for phase in phases:  # what training would refuse at its start
-            method.begin_phase(model, plan_of(recipe, phase, len(lengths)))
-        steps = sum(phase.steps for phase in phases) + (MOST_STEPS if given == "auto" else 0)
         measured = None
-        if memory.weights <= _LARGEST_TO_LOAD and _weights_at_hand(resolve_model(recipe.model.name)):
+        if _can_be_measured(recipe, found, memory):
             del model
-            measured = _measure(
-                prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer), recipe, data, micro
-            )
-        shown = partial(KINDS[data.task.kind].shown, data=data.task)
+            measured = _measure(recipe, cast(PreparedData, found.data), micro)
+        mean = sum(lengths) / len(lengths) if lengths else None
         return CheckReport(
             recipe=recipe,
-            kind=data.task.kind,
-            rows={split: len(encoded.dataset) for split, encoded in data.encoded.items()},
-            tokens=(mean, max(lengths)),
-            notes=data.notes,
-            views=tuple(describe_rows(data.encoded["train"], data.tokenizer, _ROWS_SHOWN, shown)),
+            kind=found.kind,
+            rows={split: len(encoded.dataset) for split, encoded in found.encoded.items()},
+            tokens=None if mean is None else (mean, max(lengths)),
+            tokens_estimated=found.estimated,
+            notes=found.notes,
+            views=() if found.data is None else _views(found.data),
             sizes=sizes,
             trained=trained,
             phases=phases,
             memory=memory,
-            operations=operations(recipe, sizes, steps * recipe.training.batch_size * (mean + virtual)),
+            operations=None if mean is None else _operations(recipe, sizes, phases, mean + virtual),
+            matmul_speed=_matmul_speed(recipe),
             measured=measured,
         )
 
 
-def _empty_model(recipe: Recipe, data: PreparedData) -> nn.Module:
+def _phases(recipe: Recipe, found: AtHand) -> tuple[Phase, ...]:
+    rate = recipe.training.learning_rate
+    return tuple(phases_of(recipe, len(found.lengths), NOMINAL if rate == "auto" else rate)) if found.lengths else ()
+
+
+def _operations(recipe: Recipe, sizes: Sizes, phases: Sequence[Phase], tokens: float) -> float:
+    """Of the run, for rows of so many tokens on average."""
+    steps = sum(phase.steps for phase in phases) + (MOST_STEPS if recipe.training.learning_rate == "auto" else 0)
+    return operations(recipe, sizes, steps * recipe.training.batch_size * tokens)
+
+
+def _views(data: PreparedData) -> tuple[RowView, ...]:
+    shown = partial(KINDS[data.task.kind].shown, data=data.task)
+    return tuple(describe_rows(data.encoded["train"], data.tokenizer, _ROWS_SHOWN, shown))
+
+
+def _empty_model(recipe: Recipe, found: AtHand) -> nn.Module:
     """The model with its adapter, without weights."""
     import transformers
 
     source = resolve_model(recipe.model.name)
     if source.gguf_file is not None:
-        return prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
-    try:
-        config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"cannot read the configuration of {source.name}: {reason}", source.remedy) from error
-    if data.task.kind == "causal_lm":
+        return prepare_model(recipe, found.kind, found.label_names, tokenizer_of(recipe))
+    config = config_of(recipe)
+    if found.kind == "causal_lm":
         refuse_encoder(source, config)
-    auto: Any = getattr(transformers, KINDS[data.task.kind].auto_class)
-    if outputs := KINDS[data.task.kind].outputs(data.task.label_names):
+    auto: Any = getattr(transformers, KINDS[found.kind].auto_class)
+    if outputs := KINDS[found.kind].outputs(found.label_names):
         config.num_labels = len(outputs)
     with init_empty_weights(include_buffers=True):
         model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-    return get_method(recipe.method.name).wrap(model, recipe.method, data.task.kind, recipe.seed)
+    return get_method(recipe.method.name).wrap(model, recipe.method, found.kind, recipe.seed)
 
 
 def _trained_names(model: nn.Module) -> dict[str, int]:
@@ -228,8 +248,28 @@ def _weights_at_hand(source: ModelSource) -> bool:
     return any(isinstance(try_to_load_from_cache(source.path, name), str) for name in files)
 
 
-def _measure(model: nn.Module, recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
+def _can_be_measured(recipe: Recipe, found: AtHand, memory: Memory) -> bool:
+    """Whether rows and weights are there, and not too large to load for this."""
+    ready = found.data is not None and not found.estimated and memory.weights <= _LARGEST_TO_LOAD
+    return ready and _weights_at_hand(resolve_model(recipe.model.name))
+
+
+def _matmul_speed(recipe: Recipe) -> float:
+    """Operations a second of this machine in a large matrix product, in the precision of the recipe."""
+    device, size = training_device(), 1024
+    half = recipe.training.precision != "fp32"
+    factor = torch.ones(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        (factor @ factor)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return 2.0 * size**3 / min(seconds)
+
+
+def _measure(recipe: Recipe, data: PreparedData, rows: int) -> MeasuredStep:
     """The faster of two passes over the first rows, after one that warms up."""
+    model = prepare_model(recipe, data.task.kind, data.task.label_names, data.tokenizer)
     device = training_device()
     if recipe.model.quantization == "none":
         model.to(device)

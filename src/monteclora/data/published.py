@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["PUBLISHED", "published_config"]
+__all__ = ["CHAT_MODELS", "PUBLISHED", "published_config"]
 
 _ROBERTA_BASE = {
     "model_type": "roberta",
@@ -64,6 +64,8 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """Values of configurations, by the models' names on the hub."""
+CHAT_MODELS = frozenset(name for name in PUBLISHED if name.endswith("-Instruct"))
+"""Those whose tokenizers have a chat template."""
 
 
 def published_config(name: str) -> PretrainedConfig | None:
