@@ -12,8 +12,9 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, hotswap, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import monteclora
@@ -91,18 +92,30 @@ def test_a_state_dict_gives_mean_and_posterior(tmp_path: Path) -> None:
         assert not torch.equal(getattr(posterior_of(loaded), name), getattr(posterior_of(model), name))
 
 
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def test_hotswap_refuses_another_mean_for_a_posterior(tmp_path: Path) -> None:
     wrapped(llama, seed=3).save_pretrained(tmp_path)
     model = wrapped(llama)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for trained in (True, False):
         model.requires_grad_(trained)
-        with pytest.raises(ValueError, match="Configs are incompatible: for num_components, 4 != "):
+        with pytest.raises(ConfigError, match="'default' has a posterior, which would be paired with another mean"):
             hotswap_adapter(model, tmp_path, "default")
+        weights = {name.replace(".weight", ".default.weight"): value for name, value in saved_weights(tmp_path).items()}
+        with pytest.raises(ConfigError, match="'default' has a posterior"):
+            hotswap.hotswap_adapter_from_state_dict(model, weights, "default", config_for(llama).plain_lora())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     # what has no posterior is swapped as ever
     plain = peft.get_peft_model(llama(), config_for(llama).plain_lora())
     hotswap_adapter(plain, tmp_path, "default")
+    model.add_adapter("plain", config_for(llama).plain_lora())
+    weights = {name.replace(".weight", ".plain.weight"): value for name, value in saved_weights(tmp_path).items()}
+    hotswap.hotswap_adapter_from_state_dict(model, weights, "plain", config_for(llama).plain_lora())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(plain.eval()(**inputs()).logits, loaded.eval()(**inputs()).logits)
 

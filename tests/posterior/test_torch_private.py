@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monteclora.posterior.torch_private import (
+    COMPILED,
     MovableModule,
     add_to_each,
     in_backward,
+    original,
     parameters_of,
     parts_of,
     standard_gamma,
@@ -99,3 +101,10 @@ def test_a_module_has_a_say_in_every_conversion() -> None:
     assert stubborn.conversions == 4
     assert stubborn.weight.dtype == torch.float32
     assert plain.value.dtype == torch.bfloat16
+
+
+def test_the_module_in_a_compiled_one_and_its_part_in_names() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    compiled = torch.compile(model)
+    assert original(compiled) is original(model) is model
+    assert {name for name, _ in compiled.named_parameters()} == {f"{COMPILED}.0.weight", f"{COMPILED}.0.bias"}

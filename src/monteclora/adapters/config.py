@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftType
-from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
 from monteclora.errors import ConfigError
 from monteclora.posterior.settings import PosteriorSettings, is_whole
@@ -142,6 +142,4 @@ class _Refusal:
 
 PEFT_TYPE_TO_CONFIG_MAPPING[cast(PeftType, OWN_TYPE)] = MonteCLoRAConfig
 PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, OWN_TYPE)] = _Refusal
-# hotswap_adapter writes another mean into an adapter, past every check of a model: configurations that differ in one of
-# these fields are all that it refuses, and what a folder gives it is a plain LoRA's, without the method's fields
-CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("num_components")
+PEFT_TYPE_TO_PREFIX_MAPPING[cast(PeftType, OWN_TYPE)] = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA]

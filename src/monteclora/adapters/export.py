@@ -23,6 +23,7 @@ from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior
+from monteclora.posterior.torch_private import original
 from monteclora.system.atomic import staged
 
 __all__ = ["DrawnAdapters", "export_merged", "export_samples", "write_model"]
@@ -124,8 +125,7 @@ def export_merged(model: PeftModel, directory: str | os.PathLike[str], tokenizer
     Raises:
         ConfigError: the base model is not a transformers model.
     """
-    base = model.get_base_model()
-    base = getattr(base, "_orig_mod", base)
+    base = original(model.get_base_model())
     if not isinstance(base, PreTrainedModel):
         raise ConfigError(f"{type(base).__name__} is not a transformers model", "Use model.merge_and_unload() instead.")
     return write_model(cast(PreTrainedModel, merged_copy(model)), directory, tokenizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from monteclora.errors import ConfigError
+from monteclora.posterior.torch_private import original
 
 __all__ = ["merged_copy", "shared_targets", "uncompiled"]
 
@@ -61,12 +62,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
     Saved with them, it would have weights of other names, which nothing finds again.
     """
-    model = cast(nn.Module, getattr(model, "_orig_mod", model))
+    model = original(model)
     for module in list(model.modules()):
         for name, part in module.named_children():
-            inner = getattr(part, "_orig_mod", part)
-            if inner is not part:
-                module.register_module(name, inner)
+            if original(part) is not part:
+                module.register_module(name, original(part))
     return model
 
 

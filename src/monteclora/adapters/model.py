@@ -18,12 +18,15 @@ from torch import nn
 
 from monteclora.adapters import card, checks, names, storage
 from monteclora.adapters.config import OWN_TYPE, MonteCLoRAConfig
+from monteclora.adapters.hotswapping import refuse_posteriors
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.adapters.transformers_private import earlier_names
 from monteclora.adapters.tuner import TUNER_TYPE, MonteCLoRATuner, check_target_names
 from monteclora.errors import CheckpointError, ConfigError, MonteCLoRAError
 from monteclora.posterior import AdapterPosterior
 from monteclora.system import atomic
+
+refuse_posteriors()
 
 __all__ = ["MonteCLoRAModel", "build", "from_pretrained", "get_peft_model"]
 

@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from monteclora.errors import CheckpointError
+from monteclora.posterior.torch_private import COMPILED
 from monteclora.system.atomic import write_file
 
 __all__ = ["current_names", "key_mapping_for", "localised", "names_in", "plain_file", "plain_name", "plain_patterns"]
 
-_COMPILED = "_orig_mod"
 _PREFIX = "base_model.model."
 
 
 def plain_name(name: str) -> str:
     """A name without what ``torch.compile`` puts into it."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
+    return ".".join(part for part in name.split(".") if part != COMPILED) if COMPILED in name else name
 
 
 def names_in(path: Path) -> list[str]:
@@ -51,7 +51,7 @@ def names_in(path: Path) -> list[str]:
 
 def plain_file(path: Path) -> None:
     """Give the tensors of an adapter's file their plain names; a file that has them is left as it is."""
-    if any(_COMPILED in name for name in names_in(path)):
+    if any(COMPILED in name for name in names_in(path)):
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         write_file(path, save({plain_name(name): value for name, value in load_file(path).items()}, metadata=metadata))
@@ -87,9 +87,9 @@ def localised(config: LoraConfig, model: nn.Module) -> None:
 def _actual_names(model: nn.Module) -> dict[str, str]:
     """The names of a model's modules by their plain ones; empty where no part of it is compiled."""
     names = [name for name, _ in model.named_modules()]
-    if not any(_COMPILED in name for name in names):
+    if not any(COMPILED in name for name in names):
         return {}
-    return {plain_name(name): name for name in names if name.rpartition(".")[2] != _COMPILED or name == _COMPILED}
+    return {plain_name(name): name for name in names if name.rpartition(".")[2] != COMPILED or name == COMPILED}
 
 
 def key_mapping_for(
@@ -107,7 +107,7 @@ def key_mapping_for(
     """
     keys = [key.removeprefix(_PREFIX) for key in keys]
     actual = _actual_names(model)
-    if not actual and not any(_COMPILED in key for key in keys):
+    if not actual and not any(COMPILED in key for key in keys):
         return None if key_mapping is None else dict(key_mapping)
     found = {}
     for key in keys:

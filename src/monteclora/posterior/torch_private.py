@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "COMPILED",
     "MovableModule",
     "add_to_each",
     "in_backward",
+    "original",
     "parameters_of",
     "parts_of",
     "standard_gamma",
@@ -64,6 +66,15 @@ def parts_of(module: nn.Module) -> Mapping[str, nn.Module]:
 def parameters_of(module: nn.Module) -> Mapping[str, Tensor | None]:
     """The parameters registered in a module, by name; for the same reason as :func:`parts_of`."""
     return module._parameters
+
+
+COMPILED = "_orig_mod"
+"""What ``torch.compile`` calls the module in its wrapper, also in the names of everything inside; there is no other."""
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module in a wrapper of ``torch.compile``; any other module as it is."""
+    return cast(nn.Module, getattr(module, COMPILED, module))
 
 
 class MovableModule(nn.Module):
