@@ -24,6 +24,7 @@ from monteclora.studies.folder import StudyFolder
 from monteclora.studies.plan import make_plan
 from monteclora.studies.recipe import load_study
 from monteclora.studies.study import StudyResult, study
+from monteclora.training import range_test
 from tests.training.conftest import adapter_content
 
 DRIVER = (
@@ -215,3 +216,22 @@ def test_trials_are_evaluated_as_the_study_says(make_study: Callable[..., dict[s
         study(make_study(grid=grid, sampler="ensemble"), workers=0)  # a trial is one run
     with pytest.raises(ConfigError, match="sampler is 'posterio', expected one of mean, posterior"):
         study(wrong, workers=0)
+
+
+def test_a_rate_that_is_found_and_going_back_are_settings_like_others(
+    make_study: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(range_test, "STEPS_PER_DECADE", 2)
+    monkeypatch.setattr(range_test, "MOST_STEPS", 15)
+    grid = {"method.name": ["lora"], "training.learning_rate": ["auto", 1e-2], "training.back_off": [0, 1], "seed": [0]}
+    result = study(make_study(grid=grid), workers=0)
+    notes = {
+        (trial.settings["training.learning_rate"], trial.settings["training.back_off"]): result.outcomes[trial.id].notes
+        for trial in result.plan.trials
+    }
+    assert len(notes) == 4
+    assert all(outcome.status == "finished" for outcome in result.outcomes.values())
+    for (rate, _), found in notes.items():
+        assert any("found by a range test of 15 steps" in note for note in found) is (rate == "auto")
+    page = write_study_report(result.folder).read_text()
+    assert "auto" in page

@@ -24,10 +24,13 @@ torch.set_num_threads(1)
 from monteclora.posterior import AdapterPosterior
 from monteclora.training import run
 from monteclora.training.loop import Loop
-original_step, kill_at = Loop.step, int(sys.argv[3])
+original_step, kill_at, fail_at = Loop.step, int(sys.argv[3]), int(sys.argv[4])
 def step(loop, batches):
     if kill_at >= 0 and loop.saver.first_step + loop.state.step == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
+    if loop.state.step == fail_at and not loop.state.back_offs:
+        with torch.no_grad():
+            next(p for p in loop.model.parameters() if p.requires_grad).fill_(float("nan"))
     original_step(loop, batches)
 Loop.step = step
 kept = []
@@ -45,7 +48,13 @@ torch.save(numbers, sys.argv[2])
 
 
 def launch(
-    recipe: Recipe, folder: Path, processes: int, *, sharded: bool = False, kill_at: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    processes: int,
+    *,
+    sharded: bool = False,
+    kill_at: int | None = None,
+    fail_at: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Train a recipe on so many processes; gives what each had in the end.
 
@@ -57,6 +66,7 @@ def launch(
         processes: how many.
         sharded: as ``accelerate launch --use_fsdp --fsdp_version 2`` has it.
         kill_at: all of them are killed after so many steps.
+        fail_at: after so many steps a weight is not finite, unless the run has gone back.
     """
     folder.mkdir()
     file = folder / "recipe.json"
@@ -75,7 +85,7 @@ def launch(
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         command = [sys.executable, "-c", WORKER, str(file), str(folder / f"{rank}.pt")]
-        command.append("-1" if kill_at is None else str(kill_at))
+        command += ["-1" if step is None else str(step) for step in (kill_at, fail_at)]
         started.append(subprocess.Popen(command, env={**shared, **place}, stderr=subprocess.PIPE, text=True))
     for process in started:
         _, errors = process.communicate(timeout=300)

@@ -19,6 +19,7 @@ from monteclora.training.checkpoint import Checkpoints
 from monteclora.training.loop import Loop
 from monteclora.training.watch import LossWatch
 from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, train_until, without_times
+from tests.training.processes import launch
 from tests.training.test_checkpoint import assert_same
 
 MakeRecipe = Callable[..., Recipe]
@@ -157,3 +158,12 @@ def test_posterior_phase_never_goes_back(fails: Callable[..., None], recipe: Mak
 def test_a_number_of_times(recipe: MakeRecipe) -> None:
     with pytest.raises(ConfigError, match=r"training\.back_off is -1, expected at least 0"):
         load_recipe(recipe(back_off=-1))
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(recipe: MakeRecipe, tmp_path: Path) -> None:
+    options = {"kind": "causal_lm", "micro_batch_size": 2, "max_steps": 6}
+    launch(recipe(name="back", back_off=1, **options), tmp_path / "with", 2, fail_at=4)
+    launch(recipe(name="given", learning_rate=5e-3, **options), tmp_path / "without", 2)
+    assert [event["left_step"] for event in of(tmp_path / "back", "back_off")] == [4]
+    assert adapter_content(tmp_path / "back") == adapter_content(tmp_path / "given")
