@@ -211,6 +211,16 @@ def test_peft_alone_refuses_the_configuration() -> None:
     model = peft.get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="different peft types"):
         model.add_adapter("second", config_for(llama))
+    with pytest.raises(ValueError, match="'MONTECLORA' is not compatible with the `PeftMixedModel`"):
+        peft.PeftMixedModel(llama(), config_for(llama))
+
+
+def test_the_name_of_another_base_model_is_replaced_with_a_warning() -> None:
+    config = config_for(llama, base_model_name_or_path="someone/other")
+    with pytest.warns(UserWarning, match="renamed from 'someone/other'"):
+        model = monteclora.get_peft_model(llama(), config)
+    assert model.peft_config["default"].base_model_name_or_path is None
+    assert config.base_model_name_or_path == "someone/other"
 
 
 def test_other_methods_are_refused() -> None:

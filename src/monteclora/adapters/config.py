@@ -16,8 +16,18 @@ from monteclora.posterior.settings import PosteriorSettings, is_whole
 
 __all__ = ["OTHER_VARIANTS", "OWN_TYPE", "MonteCLoRAConfig"]
 
+
+class _OwnType(str):
+    """A name that peft can take for one of its enumeration."""
+
+    @property
+    def value(self) -> str:
+        """What peft's messages show."""
+        return str(self)
+
+
 # the type of a configuration that no model has taken yet: peft has no tuner of this type, and makes no LoRA of it
-OWN_TYPE = "MONTECLORA"
+OWN_TYPE = _OwnType("MONTECLORA")
 # LoRA variants with a forward of their own; a drawn A means nothing to them
 OTHER_VARIANTS = (
     "use_dora",

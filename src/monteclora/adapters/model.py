@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -383,6 +384,12 @@ def get_peft_model(
         raise ConfigError("mixed=True is not supported with MonteCLoRA", "Leave it out.")
     config = peft_config.of_type(OWN_TYPE)
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    if peft_config.base_model_name_or_path not in (None, config.base_model_name_or_path):
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{peft_config.base_model_name_or_path}' to "
+            f"'{config.base_model_name_or_path}', the name of the model at hand.",
+            stacklevel=2,
+        )
     config.revision = kwargs.pop("revision", None) or config.revision
     names.localised(config, model)
     check_target_names(config, model)

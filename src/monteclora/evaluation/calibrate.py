@@ -81,6 +81,9 @@ class CalibrationResult:
     grafted: Rows | None = None
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"CalibrationResult({self.folder}, factor={self.factor:.4g}, {self.rows[0]} rows, {self.criterion})"
+
     def facts(self) -> dict[str, Any]:
         """For JSON."""
         return {

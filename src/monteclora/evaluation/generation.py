@@ -69,6 +69,10 @@ class GenerationResult:
     seconds: float
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={score.mean:.4g}" for name, score in self.scores.items())
+        return f"GenerationResult({self.folder}, {self.task}, {self.split}, {self.problems} problems: {shown})"
+
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""
         found = asdict(self)

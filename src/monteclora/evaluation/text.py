@@ -70,6 +70,10 @@ class TextPredictions:
     high: list[float] | None = None
     probabilities: list[dict[str, float]] | None = None
 
+    def __repr__(self) -> str:
+        columns = ", ".join(name for name in self.to_dict() if name not in ("texts", "labels"))
+        return f"TextPredictions({len(self.texts)} texts: labels, {columns})"
+
     def to_dict(self) -> dict[str, Any]:
         """The columns by name, without those that are None."""
         columns = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "notes"}
@@ -97,6 +101,9 @@ class TextModel:
     _judges: dict[tuple[Sampler | None, int], tuple[Judge | None, tuple[str, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __repr__(self) -> str:
+        return f"TextModel({self.run.folder})"
 
     def predict(
         self,

@@ -81,6 +81,9 @@ class LoadedRun:
     trained: tuple[str, ...] = ()
     scale: ScoreScale | None = None
 
+    def __repr__(self) -> str:
+        return f"LoadedRun({self.folder}, {type(self.model).__name__})"
+
     @property
     def has_posterior(self) -> bool:
         """Whether predictions can be drawn."""

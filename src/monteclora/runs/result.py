@@ -63,6 +63,10 @@ class RunResult:
     back_offs: int = 0
     members: tuple[Path, ...] = ()
 
+    def __repr__(self) -> str:
+        shown = "".join(f", {name}={value:.4g}" for name, value in self.metrics.items())
+        return f"RunResult({self.folder}, step {self.kept_step} of {self.steps}{shown})"
+
     @property
     def adapter(self) -> Path:
         """The trained adapter, as ``save_pretrained`` writes it."""

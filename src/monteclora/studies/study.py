@@ -40,6 +40,9 @@ class StudyResult:
     outcomes: Mapping[str, Outcome] = field(repr=False)
     summaries: tuple[Summary, ...]
 
+    def __repr__(self) -> str:
+        return f"StudyResult({self.folder}, {len(self.outcomes)} of {len(self.plan.trials)} trials done)"
+
     @cached_property
     def centred(self) -> Centred:
         """Which trials are near to each arm's best learning rate, or value of another setting."""
