@@ -100,7 +100,12 @@ def _print(result: EvaluationResult) -> None:
 
 
 def _print_shift(result: EvaluationResult) -> None:
+    from monteclora.evaluation.error_detection import ERROR_SCORES
     from monteclora.evaluation.shift import COVERAGE, SCORES
+
+    if result.error_detection is not None:
+        by = ", ".join(f"{ERROR_SCORES[name]} {value:.3f}" for name, value in result.error_detection.items())
+        print_line(f"AUROC of wrong against right answers by {by}")
 
     selective, ood = result.shift.selective, result.shift.ood
     if selective is not None:

@@ -19,6 +19,7 @@ from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibration_errors import calibration_errors
 from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.error_detection import error_detection
 from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
 from monteclora.evaluation.shift import Shift, outside_rows
@@ -72,6 +73,8 @@ class EvaluationResult:
         members: the folders of the runs of an ensemble, whose first one ``point`` is of; empty for a single run.
         calibration: more measures of calibration than the metrics have, by name; see
             :func:`monteclora.evaluation.calibration_errors.calibration_errors`. None for completions.
+        error_detection: the AUROC of wrong against right answers by score; see
+            :func:`monteclora.evaluation.error_detection.error_detection`.
     """
 
     folder: Path
@@ -93,6 +96,7 @@ class EvaluationResult:
     members: tuple[Path, ...] = ()
     layers: int | None = None
     calibration: Mapping[str, float] | None = None
+    error_detection: Mapping[str, float] | None = None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -138,6 +142,7 @@ class EvaluationResult:
             "posterior": None if self.posterior is None else dict(self.posterior),
             "mean_uncertainty": {name: float(getattr(found, name).mean()) for name in _UNCERTAINTIES},
             **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
+            **({} if self.error_detection is None else {"error_detection": dict(self.error_detection)}),
             **self.shift.facts(),
             "unfinished": self.unfinished,
             "notes": list(self.notes),
@@ -280,6 +285,7 @@ def evaluate_loaded(
         calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=predictor.bins),
         members=loaded.members,
         layers=getattr(drawn, "layers", None),
+        error_detection=error_detection(scored),
     )
     _keep(loaded, result)
     return result
