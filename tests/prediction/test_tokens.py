@@ -92,6 +92,17 @@ def test_draws_that_cannot_share_a_pass_are_made_one_at_a_time(monkeypatch):
     assert_same(found, expected)
 
 
+def test_draws_of_the_last_blocks_alone():
+    model = wrapped(llama).double()
+    found = score_tokens(model, PROMPTS, TEXTS, sampler=Posterior(3, seed=5, layers=1))
+    for prompt, text, scores in zip(PROMPTS, TEXTS, found, strict=True):
+        for number in range(3):
+            with posterior_sampling(model, 5, first=number, resample=False, layers=1):
+                probs = distributions(model, prompt, text).numpy()
+            expected = np.log(probs[np.arange(len(text)), text])
+            np.testing.assert_allclose(scores.draw_log_probs[number], expected, **CLOSE)
+
+
 def test_other_samplers_and_models_without_a_cache(monkeypatch):
     dropout = wrapped(llama, lora_dropout=0.4).double()
     members = Members([wrapped(llama, seed=i).double() for i in range(2)])

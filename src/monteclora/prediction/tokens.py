@@ -29,7 +29,7 @@ from monteclora.prediction import uncertainty
 from monteclora.prediction.cached import cache_name, padded, step
 from monteclora.prediction.forward import FloatArray, batches
 from monteclora.prediction.predictive import evaluating
-from monteclora.prediction.sampler import MEAN, Batched, Sampler
+from monteclora.prediction.sampler import MEAN, Batched, Sampler, sharing
 from monteclora.system.progress import Progress
 
 __all__ = ["SequenceScores", "TokenScores", "one_by_one", "score_tokens"]
@@ -139,7 +139,8 @@ def score_tokens(
 
 def one_by_one(sampler: Sampler, run: Callable[[bool], _T]) -> _T:
     """What ``run(True)`` gives, with draws that share forward passes, or else ``run(False)``, without."""
-    if sampler.num_samples == 1 or not isinstance(sampler, Batched):
+    # where draws share the blocks below theirs, these keep the keys and values of one copy of the rows, not of each
+    if sampler.num_samples == 1 or not isinstance(sampler, Batched) or sharing(sampler):
         return run(False)
     try:
         return run(True)
