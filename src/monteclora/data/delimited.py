@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from monteclora.data.scan import is_plain_csv
 from monteclora.data.table import Attempt, Table, check_columns, with_rows
-from monteclora.data.text import encoding_of, text_lines
+from monteclora.data.text import COMPRESSIONS, encoding_of, text_lines
 from monteclora.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["open_delimited"]
 
@@ -65,8 +70,39 @@ def open_delimited(path: Path, suffix: str) -> Table:
             else:
                 yield number, dict(zip(columns, values, strict=True))
 
-    table = Table.of_attempts(str(path), columns, attempts, notes=_notes(path, dialect, usual))
+    def columnar(names: Sequence[str]) -> pa.Table | None:
+        return _at_once(path, dialect, columns, names)
+
+    notes = _notes(path, dialect, usual)
+    table = Table.of_attempts(str(path), columns, attempts, notes=notes, columnar=columnar)
     return with_rows(table, "has a header and no rows")
+
+
+def _at_once(path: Path, dialect: _Dialect, columns: Sequence[str], names: Sequence[str]) -> pa.Table | None:
+    """Some columns of all rows, where they are sure to be what reading line by line gives; else None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import csv as arrow
+
+    plain = path.suffix.lower() not in COMPRESSIONS and dialect.encoding == "utf-8" and dialect.quoted
+    if not plain or len(columns) < 2 or not is_plain_csv(path, dialect.delimiter):
+        return None  # of a single column, a quoted empty cell is a row and a blank line is none
+    try:
+        found = arrow.read_csv(
+            path,
+            arrow.ReadOptions(column_names=list(columns), skip_rows=dialect.skip, skip_rows_after_names=1),
+            arrow.ParseOptions(delimiter=dialect.delimiter, newlines_in_values=True),
+            arrow.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string()),
+                include_columns=list(names),
+                strings_can_be_null=False,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowException:
+        return None
+    longest = [pc.max(pc.binary_length(column)).as_py() or 0 for column in found.columns]
+    return found if found.num_rows and sum(longest) < _LONGEST_FIELD else None
 
 
 def _notes(path: Path, dialect: _Dialect, usual: str) -> tuple[str, ...]:

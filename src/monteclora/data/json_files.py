@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monteclora.config import brief
+from monteclora.data.scan import plain_lines
 from monteclora.data.table import Attempt, Table
-from monteclora.data.text import encoding_of, text_lines
+from monteclora.data.text import COMPRESSIONS, encoding_of, text_lines
 from monteclora.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["open_json", "open_jsonl"]
 
+_BLOCK = 2**20  # bytes that the fast reader takes at once; a longer line is left to the other one
+_DEEP = 20  # levels; Python stops at some hundreds, and says where
 _HINT = 'Write rows as {"text": ..., "label": ...}.'
 
 
@@ -29,15 +35,35 @@ def open_jsonl(path: Path) -> Table:
                 except DataError as error:
                     yield number, error
 
-    columns = _keys(path, encoding)
+    at_once = _at_once(path) if encoding == "utf-8" else None
+    columns = _keys(path, encoding) if at_once is None else tuple(at_once.column_names)
     if columns is None:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     notes = () if encoding == "utf-8" else (f"{path}: the encoding is {encoding}",)
-    table = Table.of_attempts(str(path), columns, attempts, notes=notes, keyed=True)
+    columnar = None if at_once is None else at_once.select
+    table = Table.of_attempts(str(path), columns, attempts, notes=notes, keyed=True, columnar=columnar)
     if not columns:
         for _ in table.rows():  # raises what is wrong with the first row, unless that is {}
             raise DataError(f"{path} has no row with a key", _HINT)
     return table
+
+
+def _at_once(path: Path) -> pa.Table | None:
+    """All rows, where they are sure to be what reading line by line gives; else None.
+
+    Numbers and texts may be of other types: see :mod:`monteclora.data.columnar`.
+    """
+    import pyarrow as pa
+    from pyarrow import json as arrow
+
+    if path.suffix.lower() in COMPRESSIONS or not (lines := plain_lines(path)):
+        return None
+    try:
+        found = arrow.read_json(path, arrow.ReadOptions(block_size=_BLOCK))
+    except pa.ArrowException:
+        return None
+    shallow = all(str(column.type).count("<") <= _DEEP for column in found.columns)
+    return found if found.num_rows == lines and found.num_columns and shallow else None
 
 
 def _keys(path: Path, encoding: str) -> tuple[str, ...] | None:

@@ -9,7 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from monteclora.config import brief
+from monteclora.data.coded import Coded
 from monteclora.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,7 +140,7 @@ def refuse_scores(keys: Iterable[str], name: str) -> None:
     Raises:
         DataError: they are; classes that are written as such numbers can be listed.
     """
-    counts = Counter(keys)
+    counts = _counted(keys)
     if not counts or not all(map(_is_number, counts)):
         return
     fractions = [key for key in counts if not _INTEGER.fullmatch(key)]
@@ -168,7 +171,7 @@ def describe_labels(names: Sequence[str], splits: Mapping[str, Sequence[int]], m
         most: so many labels are listed at most, the most frequent first.
     """
     notes = []
-    counts = {split: Counter(ids) for split, ids in splits.items()}
+    counts = {split: _counted(ids) for split, ids in splits.items()}
     for split, found in counts.items():
         listed = ", ".join(f"{brief(names[i], quotes=False)} {n:,}" for i, n in found.most_common(most))
         more = f", and {len(found) - most:,} more" if len(found) > most else ""
@@ -186,6 +189,16 @@ def describe_labels(names: Sequence[str], splits: Mapping[str, Sequence[int]], m
         if split != "train" and (absent := [names[i] for i in train if i not in found]):
             notes.append(f"{split}: labels without a row ({len(absent):,}): {_listed(absent)}")
     return notes
+
+
+def _counted(values: Iterable[Any]) -> Counter[Any]:
+    """As ``Counter``, in the order of their first use, of codes or arrays without a look at each."""
+    codes = values.codes if isinstance(values, Coded) else values
+    if not isinstance(codes, np.ndarray):
+        return Counter(codes)
+    found, first, counts = np.unique(codes, return_index=True, return_counts=True)
+    names = [values.values[code] for code in found] if isinstance(values, Coded) else found.tolist()
+    return Counter({names[i]: int(counts[i]) for i in np.argsort(first)})
 
 
 def _groups(groups: Sequence[Sequence[str]], most: int = 10) -> str:

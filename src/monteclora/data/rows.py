@@ -8,12 +8,15 @@ Texts: ``text``, perhaps ``text_pair``, ``label`` (an id, a score, or 0 or 1 for
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from monteclora.config import brief
+from monteclora.data.coded import Coded
+from monteclora.data.columnar import checked_columns
 from monteclora.data.columns import Columns, listed
 from monteclora.data.conversations import Conversation, read_conversation, with_prompt
 from monteclora.data.files import Table
@@ -55,14 +58,15 @@ class Reading:
 class CheckedRows:
     """Checked columns of a table, their row numbers, and what is to be learned of texts as it stands in the file.
 
+    Where all rows of the table are there, their numbers are looked up when they are needed (None).
     ``label_keys`` has of each row what :func:`label_key`, :func:`read_score` or :func:`read_labels` made of it.
     ``groups`` has what is in the group column of each row, where there is one; ``notes`` says what was left out.
     """
 
     table: Table
     chunks: list[pa.Table]
-    numbers: array[int]
-    label_keys: list[Any]
+    numbers: array[int] | None
+    label_keys: Sequence[Any]
     groups: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
@@ -74,11 +78,24 @@ class CheckedRows:
 
         data = pa.concat_tables(self.chunks, promote_options="default")
         if targets is not None and self.label_keys:
-            rows = zip(self.label_keys, self.numbers, strict=True)
-            values = [targets.value_of(key, self.table.place(number)) for key, number in rows]
-            data = data.append_column("label", pa.array(values, targets.type))
+            data = data.append_column("label", self._values(targets))
         # a fingerprint that is given is not computed, from a pickled copy of all rows
         return datasets.Dataset(InMemoryTable(data), fingerprint=uuid4().hex)
+
+    def _values(self, targets: Targets) -> Any:
+        """What is learned of each row. Raises DataError for a label outside the set."""
+        import pyarrow as pa
+
+        keys = self.label_keys
+        if isinstance(keys, Coded):
+            try:
+                once = [targets.value_of(key, "") for key in keys.values]
+                return pa.array(once, targets.type).take(pa.array(keys.codes))
+            except DataError:
+                pass  # with its place, below
+        numbers = (number for number, _ in self.table.each()) if self.numbers is None else iter(self.numbers)
+        values = [targets.value_of(key, self.table.place(n)) for key, n in zip(keys, numbers, strict=True)]
+        return pa.array(values, targets.type)
 
 
 def read_rows(table: Table, columns: Columns, reading: Reading | None = None) -> CheckedRows:
@@ -100,6 +117,16 @@ def read_rows(table: Table, columns: Columns, reading: Reading | None = None) ->
             f"{table.name} has no column {absent[0]!r}; it has {listed(table)}",
             "Give every file of a task the same columns.",
         )
+    names = [name for name in table.columns if name in columns.used]
+    whole = None if table.columnar is None else table.columnar(names)
+    found = (
+        None
+        if whole is None
+        else checked_columns(whole, columns, partial(_read_target, columns=columns), table.columns)
+    )
+    if found is not None:
+        data, keys, groups = found
+        return CheckedRows(table, [data], None, keys, groups)
     reader = _Reader(table, columns, reading or Reading())
     for number, attempt in table.each():
         reader.add(number, attempt)
@@ -154,7 +181,8 @@ class _Reader:
         first = row.get(columns.text[0]) if columns.text else None
         target = row.get(columns.target) if columns.target else None
         around = columns.system or columns.history or columns.tools
-        if not columns.conversation and not around and not isinstance(first, list) and not isinstance(target, list):
+        messages = isinstance(first, list) or isinstance(target, list)
+        if not columns.text or not (columns.conversation or around or messages):
             return _completion_row(row, columns, place)
         tools = row.get(columns.tools) if columns.tools else None
         conversation = Conversation(place, self._reading.roles, tools)
@@ -316,14 +344,18 @@ def _text(row: dict[str, Any], name: str, place: str) -> str:
 
 
 def _target(row: dict[str, Any], columns: Columns, place: str) -> Any:
-    value, what = row.get(columns.target or ""), "label"
     try:
-        if columns.kind == "regression":
-            what = "score"
-            return read_score(value)
-        if columns.kind == "multi_label":
-            what = "labels"
-            return read_flags(row, columns.flags) if columns.flags else read_labels(value)
-        return label_key(value)
+        return _read_target(row, columns)
     except ValueError as error:
+        what = {"regression": "score", "multi_label": "labels"}.get(columns.kind, "label")
         raise DataError(f"{place} {error}", f"Correct the {what} or remove the row.") from None
+
+
+def _read_target(row: dict[str, Any], columns: Columns) -> Any:
+    """What a row has to learn. Raises ValueError where that is wrong."""
+    value = row.get(columns.target or "")
+    if columns.kind == "regression":
+        return read_score(value)
+    if columns.kind == "multi_label":
+        return read_flags(row, columns.flags) if columns.flags else read_labels(value)
+    return label_key(value)

@@ -7,19 +7,19 @@ rows stay together, and a subset of 500 rows is part of the subset of 1,000.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from monteclora.data.canonical import canonical_batches
 from monteclora.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["carve_validation", "content_ranks", "content_sha256", "shared_inputs", "subset"]
-
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 
 def carve_validation(
@@ -112,19 +112,13 @@ def subset(rows: Dataset, count: int | None, seed: int) -> Dataset:
 def content_sha256(rows: Dataset) -> str:
     """The checksum of the rows' content, the same whatever kind of file they came from."""
     digest = hashlib.sha256()
-    for row in _canonical_rows(rows):
-        digest.update(row + b"\n")
+    for lines in canonical_batches(rows, end="\n"):
+        offsets = np.frombuffer(lines.buffers()[1], np.int64)
+        digest.update(memoryview(lines.buffers()[2])[: offsets[len(lines)]])
     return digest.hexdigest()
 
 
 def content_ranks(rows: Dataset, seed: int, purpose: str) -> list[bytes]:
     """A hash of each row's content with the seed and a purpose: sorting by it is a shuffle that content decides."""
     salt = f"{seed} {purpose} ".encode()
-    return [hashlib.sha256(salt + row).digest() for row in _canonical_rows(rows)]
-
-
-def _canonical_rows(rows: Dataset) -> Iterator[bytes]:
-    names = sorted(rows.column_names)
-    for batch in rows.iter(batch_size=1000):
-        for values in zip(*(batch[name] for name in names), strict=True):
-            yield _CANONICAL.encode(dict(zip(names, values, strict=True))).encode()
+    return [hashlib.sha256(salt + row).digest() for batch in canonical_batches(rows) for row in batch.to_pylist()]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from monteclora.config import brief
 from monteclora.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Row", "Table", "check_columns", "with_rows"]
 
@@ -24,7 +27,8 @@ class Table:
     1. ``class_names`` holds the label names that come with the data, by column. ``notes`` says in words what was found
     out about the file. ``attempts``, where a broken row can be passed over, gives the error in its place. ``places``
     and ``short`` name the row of a number where a table is of several files. ``keyed`` says that rows name their
-    columns themselves, and may lack some.
+    columns themselves, and may lack some. ``columnar`` gives some of the columns of all rows at once, as ``rows``
+    would; None where only ``rows`` can tell.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Table:
     places: Callable[[int], str] | None = None
     short: Callable[[int], str] | None = None
     keyed: bool = False
+    columnar: Callable[[Sequence[str]], pa.Table | None] | None = None
 
     @classmethod
     def of_attempts(

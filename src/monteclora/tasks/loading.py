@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from monteclora.config import brief
+from monteclora.data.coded import Coded
 from monteclora.data.columns import Columns, find_columns, input_columns, listed
 from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
@@ -273,6 +274,12 @@ def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Pla
     return _Plan(task.name, tables, columns, task.label_names or (), task.description, "validation" in available)
 
 
+def _distinct(keys: Sequence[Any]) -> set[Any]:
+    return set(keys.values if isinstance(keys, Coded) else keys)
+
+
 def _hidden(checked: Mapping[str, CheckedRows]) -> set[str]:
     """Splits whose labels are all -1, the hub's mark for labels that are not public."""
-    return {split for split, rows in checked.items() if split != "train" and set(rows.label_keys) in ({"-1"}, {-1.0})}
+    return {
+        split for split, rows in checked.items() if split != "train" and _distinct(rows.label_keys) in ({"-1"}, {-1.0})
+    }

@@ -68,7 +68,7 @@ def describe_targets(kind: Kind, targets: Targets | None, splits: Mapping[str, D
     """The labels or scores of each split, in words."""
     if targets is None:
         return []
-    values = {split: rows["label"][:] for split, rows in splits.items()}
-    if targets.names is None:
-        return describe_scores(values)
-    return (describe_labels if kind == "classification" else describe_label_sets)(targets.names, values)
+    if kind == "multi_label":
+        return describe_label_sets(targets.names or (), {split: rows["label"][:] for split, rows in splits.items()})
+    values = {split: rows.with_format("arrow")["label"][:].to_numpy() for split, rows in splits.items()}
+    return describe_scores(values) if targets.names is None else describe_labels(targets.names, values)
