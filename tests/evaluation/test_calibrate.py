@@ -232,3 +232,26 @@ def test_a_scale_is_fitted_for_the_blocks_that_are_drawn_and_used_with_them(run)
         quietly(run, layers=3)
     with pytest.raises(ConfigError, match="layers is 1, and the sampler mean draws none"):
         quietly(run, layers=1, sampler="mean")
+
+
+def test_the_card_has_the_numbers_of_the_held_out_half_and_keeps_what_people_wrote(run, tmp_path):
+    adapter, readme = run / "adapter", run / "adapter" / "README.md"
+    assert not readme.exists()
+    result = calibrate(run, temperature=True, progress=False)
+    text = readme.read_text()
+    assert "library_name: peft" in text
+    assert f"| calibrated | {result.report['calibrated']['accuracy']:.4f} |" in text
+    assert "| calibrated + temperature |" in text
+    load_run(run).model.save_pretrained(tmp_path / "saved")
+    saved = (tmp_path / "saved" / "README.md").read_text()
+    assert f"| calibrated | {result.report['calibrated']['accuracy']:.4f} |" in saved
+    assert undo_calibration(run)
+    assert not readme.exists()
+    readme.write_text("# Mine\n")
+    for _ in range(2):
+        calibrate(run, progress=False)
+    assert readme.read_text().startswith("# Mine\n")
+    assert readme.read_text().count("## Calibration") == 1
+    assert undo_calibration(run)
+    assert readme.read_text() == "# Mine\n"
+    assert adapter.is_dir()

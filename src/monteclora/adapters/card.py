@@ -10,10 +10,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 
 from monteclora.posterior.settings import PosteriorSettings
+from monteclora.system.atomic import write_file
 from monteclora.system.version import VERSION
 
-__all__ = ["portable_name", "write_card"]
+__all__ = ["add_calibration", "mark_own", "portable_name", "remove_calibration", "without_calibration", "write_card"]
 
+_BEGIN, _END = "<!-- calibration -->", "<!-- end of calibration -->"
+_OWN = "<!-- this card was written by monteclora calibrate, and goes with calibrate --undo -->"
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -62,6 +65,47 @@ def write_card(
     if not card.data.get("pipeline_tag") and config.task_type in _PIPELINES:
         card.data["pipeline_tag"] = _PIPELINES[config.task_type]  # a TaskType is a string too
     card.save(path)
+
+
+def add_calibration(folder: Path, report: Mapping[str, Mapping[str, float]], about: str) -> None:
+    """Put the table of a calibration into the card of an adapter, in the place of an earlier one.
+
+    Args:
+        folder: the adapter's; it has a card.
+        report: metrics by name, of each stage.
+        about: what the numbers are of, in words.
+    """
+    path = folder / "README.md"
+    names = list(next(iter(report.values())))
+    rows = [[stage, *(f"{metrics[name]:.4f}" for name in names)] for stage, metrics in report.items()]
+    table = [["", *names], ["---", *["---:"] * len(names)], *rows]
+    lines = ["## Calibration", "", about, "", *(f"| {' | '.join(row)} |" for row in table)]
+    text = without_calibration(path.read_text(encoding="utf-8")).rstrip("\n")
+    write_file(path, "\n".join([text, "", _BEGIN, *lines, _END, ""]).encode())
+
+
+def without_calibration(text: str) -> str:
+    """A card without that table."""
+    before, mark, rest = text.partition(_BEGIN)
+    return before.rstrip("\n") + "\n" + rest.partition(_END)[2].lstrip("\n") if mark else text
+
+
+def remove_calibration(folder: Path) -> None:
+    """Take the table out of a card; take away a card that was written for it."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    if _OWN in text:
+        path.unlink()
+    elif _BEGIN in text:
+        write_file(path, without_calibration(text).encode())
+
+
+def mark_own(folder: Path) -> None:
+    """Note in a card that it was written for a calibration."""
+    path = folder / "README.md"
+    write_file(path, f"{path.read_text(encoding='utf-8').rstrip()}\n\n{_OWN}\n".encode())
 
 
 def _text(config: LoraConfig, s: PosteriorSettings | None, base: str | None, labels: Mapping[int, str]) -> str:

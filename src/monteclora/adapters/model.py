@@ -202,6 +202,9 @@ class MonteCLoRAModel(PeftModel):
         settings = None if posterior is None else posterior.settings
         base = card.portable_name(self._base_name())
         card.write_card(Path(output_dir), self.peft_config[name], settings, base, self._labels())
+        calibration = {} if posterior is None else posterior.calibration or {}
+        if "report" in calibration:
+            card.add_calibration(Path(output_dir), calibration["report"], calibration["about"])
 
     def load_adapter(
         self,

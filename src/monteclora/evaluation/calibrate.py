@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 import torch
 
 from monteclora.adapters.active import active_posteriors
+from monteclora.adapters.card import add_calibration, mark_own, remove_calibration
 from monteclora.adapters.grafting import Rows
+from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.adapters.rescaling import rescale_posterior, restore_posterior
 from monteclora.adapters.sampler import Posterior
 from monteclora.adapters.storage import POSTERIOR_FILE
@@ -30,6 +32,7 @@ from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.sampler import Sampler
 from monteclora.runs.adoption import adopt, disown, is_plain_adapter, rows_of, with_posterior
 from monteclora.runs.calibration import read_calibration, write_calibration
+from monteclora.runs.data_facts import data_facts
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
@@ -170,7 +173,9 @@ def calibrate(
         used = {"split": FIT_SPLIT, "rows_sha256": content_sha256(fit)}
         if grafted is not None:
             grafted.save(dict(enumerate(loaded.label_names or ())))
-        how = {"criterion": criterion, "num_samples": sampler.num_samples, "layers": layers, **used}
+        about = _about(loaded, factor, criterion, sampler, len(held_out))
+        how: dict[str, Any] = {"criterion": criterion, "num_samples": sampler.num_samples, "layers": layers, **used}
+        how |= {"report": {name: dict(metrics) for name, metrics in report.items()}, "about": about}
         rescale_posterior(RunFolder(loaded.folder).adapter, factor, how)
     fitted = None
     if temperature:
@@ -178,6 +183,7 @@ def calibrate(
             calibrators = fit_calibrators(loaded, "temperature", sampler, seed, best, fit, origin)
             report["calibrated + temperature"] = _metrics(score(factor, held_out, calibrators))
         fitted = calibrators[sampler.name].state["temperature"]
+    _write_card(loaded, report, about)
     counts, curve = (len(fit), len(held_out)), dict(sorted(curve.items()))
     result = CalibrationResult(
         loaded.folder, factor, criterion, curve, report, counts, sampler.num_samples, fitted, layers, made, notes
@@ -185,6 +191,24 @@ def calibrate(
     stored = read_calibration(loaded.folder)
     write_calibration(loaded.folder, {**stored, _SECTION: {**result.facts(), **used, "seed": seed}})
     return result
+
+
+def _about(loaded: LoadedRun, factor: float, criterion: str, sampler: Posterior, rows: int) -> str:
+    where = "" if sampler.layers is None else f" in the last {sampler.layers} blocks"
+    return (
+        f"The posterior is drawn at {factor:.3g} times its scale{where} ({criterion}), which half of the validation "
+        f"rows of {data_facts(RunFolder(loaded.folder)).name} chose. The other half, {rows} rows, says what that is "
+        f"worth, at the mean and under {sampler.num_samples} draws."
+    )
+
+
+def _write_card(loaded: LoadedRun, report: Mapping[str, Mapping[str, float]], about: str) -> None:
+    """Put the numbers into the card of the adapter, and make one where there is none."""
+    folder, model = RunFolder(loaded.folder).adapter, cast(MonteCLoRAModel, loaded.model)
+    if not (folder / "README.md").exists():
+        model.create_or_update_model_card(folder)
+        mark_own(folder)
+    add_calibration(folder, report, about)
 
 
 def _check_arguments(tolerance: float | None, num_samples: int | None, rows: str | None) -> None:
@@ -238,6 +262,7 @@ def undo_calibration(run: str | Path | RunResult) -> bool:
     folder = RunFolder.existing(run.folder if isinstance(run, RunResult) else run)
     has_own = get_method(folder.recipe.method.name).has_posterior
     undone = (has_own or (folder.adapter / POSTERIOR_FILE).is_file()) and restore_posterior(folder.adapter)
+    remove_calibration(folder.adapter)
     sections = read_calibration(folder.path)
     if sections.pop(_SECTION, None) is not None:
         write_calibration(folder.path, sections)
