@@ -3,6 +3,7 @@ import pytest
 
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from tests.finished_runs import assets, trained  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from monteclora.errors import CheckpointError
 from monteclora.runs.documents import read_document, write_document
 from monteclora.system.atomic import replacing
 
-__all__ = ["EVALUATION_FILE", "PREDICTIONS_FILE", "add_evaluation", "add_predictions"]
+__all__ = [
+    "EVALUATION_FILE",
+    "PREDICTIONS_FILE",
+    "add_evaluation",
+    "add_predictions",
+    "read_evaluations",
+    "read_predictions",
+]
 
 EVALUATION_FILE = "evaluation.json"
 PREDICTIONS_FILE = "predictions.parquet"
@@ -68,6 +76,33 @@ def add_evaluation(folder: Path, about: Mapping[str, Any], split: str, model: st
     splits.setdefault(split, {})[model] = dict(facts)
     write_document(path, _FORMAT, {**about, "splits": splits})
     return path
+
+
+def read_evaluations(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """What a run was evaluated on: the facts by split and model; empty where it never was.
+
+    Raises:
+        CheckpointError: ``evaluation.json`` is damaged, or of a later format.
+    """
+    return read_document(Path(folder) / EVALUATION_FILE, _FORMAT, _splits) or {}
+
+
+def read_predictions(folder: str | Path, split: str, model: str) -> pa.Table:
+    """The rows that one evaluation left, in their order.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or has none of them.
+    """
+    path = Path(folder) / PREDICTIONS_FILE
+    try:
+        table = pq.read_table(path, filters=[("split", "=", split), ("model", "=", model)])
+        if not table.num_rows:
+            raise LookupError("it has no such rows")
+        return table.sort_by("index")
+    except (OSError, LookupError, pa.ArrowException) as error:
+        raise CheckpointError(
+            f"{path} has no predictions of {split} by {model} ({type(error).__name__})", "Evaluate the run again."
+        ) from None
 
 
 def _splits(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
