@@ -11,7 +11,8 @@ import monteclora
 from monteclora.errors import ConfigError
 from monteclora.evaluation.prediction import predict_file
 from monteclora.prediction.agreement import agreement
-from monteclora.prediction.generation import Decoding, complete
+from monteclora.prediction.ensemble import Ensemble, Members
+from monteclora.prediction.generation import Decoding, complete, complete_by_draws
 from monteclora.runs.loading import load_run
 from tests.finished_runs import write_rows
 
@@ -57,6 +58,19 @@ def test_each_answer_is_what_its_draw_writes_alone(model):
         for number, answer in enumerate(answers):
             with sampler.draw(run.model, number):
                 assert complete(run.model, run.tokenizer, [prompt], Decoding(5)) == [answer]
+
+
+def test_members_of_an_ensemble_write_their_own_answers(model, trained):
+    other, run = load_run(trained["questions"]).model, model.run
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ([5, 6, 7], [20, 9])]
+    members = Members([run.model, other])
+    found = complete_by_draws(members, run.tokenizer, prompts, Decoding(5), Ensemble(2), 2)
+    expected = [complete(each, run.tokenizer, prompts, Decoding(5)) for each in members.members]
+    assert found == [list(texts) for texts in zip(*expected, strict=True)]
+    assert complete(members, run.tokenizer, prompts, Decoding(5)) == expected[0]  # the first stands for all
 
 
 def test_a_given_completion_is_read_as_training_has_it(model):

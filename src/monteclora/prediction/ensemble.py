@@ -34,6 +34,16 @@ class Members(nn.Module):
         """What the member in force gives for these inputs."""
         return self.members[_current.get()](*args, **kwargs)
 
+    @property
+    def generation_config(self) -> Any:
+        """How language models write, the first member's."""
+        return self.members[0].generation_config
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the member in force writes."""
+        member: Any = self.members[_current.get()]
+        return member.generate(*args, **kwargs)
+
 
 @dataclass(frozen=True)
 class Ensemble:
