@@ -86,7 +86,7 @@ def _written(loaded: LoadedRun, result: EvaluationResult) -> tuple[list[Section]
         return [], ()
     longest = loaded.tokenizer.model_max_length - loaded.recipe.data.max_length
     if longest < 1 or loaded.members:
-        why = "an ensemble writes no text" if loaded.members else "its prompts leave no room for answers"
+        why = "that is done for single runs" if loaded.members else "its prompts leave no room for answers"
         return [], (f"no answers are shown token by token: {why}",)
     predictor = loaded.predictor(loaded.sampler())
     with quiet_libraries():
