@@ -27,7 +27,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
                 return processes._Worker(subprocess.Popen([sys.executable, "-Sc", code], stdout=output), log)
 
         monkeypatch.setattr(processes, "_start", start)
-        monkeypatch.setattr(processes, "_POLL", 0.01)
+        monkeypatch.setattr(processes, "POLL", 0.01)
         return numbers
 
     return use

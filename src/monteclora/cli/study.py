@@ -24,6 +24,8 @@ def study(
     known: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, show_default=False)] = (),
     workers: int | None = None,
     workers_per_device: int = 1,
+    ray: str | None = None,
+    optuna: str | None = None,
     as_json: Json = False,
 ) -> None:
     """Run a grid of trials, and measure how robust each method is against its settings.
@@ -37,6 +39,8 @@ def study(
         known: files results.parquet of earlier studies: outcomes of the same trials are taken from them.
         workers: processes on this machine; by default one for each core or GPU, 0 for none but this one.
         workers_per_device: processes that share a GPU.
+        ray: the address of a Ray cluster whose nodes run the workers, or local for one of this machine.
+        optuna: a URL such as sqlite:///study.db, where the trials are written as an Optuna study for optuna-dashboard.
     """
     from monteclora.studies.study import study as run
 
@@ -46,6 +50,8 @@ def study(
         known=known,
         workers=workers,
         workers_per_device=workers_per_device,
+        ray=ray,
+        optuna=optuna,
     )
     if as_json:
         print_json(

@@ -17,18 +17,58 @@ from monteclora.errors import ConfigError
 from monteclora.studies.folder import StudyFolder
 from monteclora.system.devices import usable_cores
 
-__all__ = ["default_workers", "run_workers"]
+__all__ = [
+    "PATIENCE",
+    "POLL",
+    "Endings",
+    "default_workers",
+    "last_line",
+    "run_workers",
+    "threads_of_a_worker",
+    "worker_command",
+]
 
-_POLL = 0.25  # seconds
+POLL = 0.25  # seconds
 _MOST_FAILURES = 5  # of workers in a row without a new result
 _MOST_KILLED = 30  # likewise, a worker: more than a trial that kills its workers takes to count as failed
-_PATIENCE = 120.0  # seconds for interrupted workers to save
+PATIENCE = 120.0  # seconds for interrupted workers to save
 
 
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
     log: Path
+
+
+class Endings:
+    """Counts how workers end, and gives the study up where they come to nothing.
+
+    Args:
+        folder: of the study.
+        count: how many workers there are.
+        done: how many trials are done.
+    """
+
+    def __init__(self, folder: StudyFolder, count: int, done: int) -> None:
+        self._folder, self._count, self._done = folder, count, done
+        self._failures = self._killed = 0
+
+    def now(self, done: int) -> None:
+        """Told how many trials are done: where there is a new one, earlier ends do not count any more."""
+        if done > self._done:
+            self._failures, self._killed, self._done = 0, 0, done
+
+    def add(self, status: int, said: str) -> None:
+        """Told of a worker that ended with a status other than 0; one that a signal ended has a negative one.
+
+        Raises:
+            ConfigError: there were too many in a row; the message has the last that this one said.
+        """
+        self._failures += status > 0
+        self._killed += status < 0  # by a signal, which may have nothing to do with what it worked on
+        if self._failures >= _MOST_FAILURES or self._killed >= _MOST_KILLED * self._count:
+            how = "fail" if status > 0 else f"are ended by signal {-status}"
+            raise ConfigError(f"workers of {self._folder.path} {how}: {said}", f"See {self._folder.path / 'logs'}.")
 
 
 def default_workers(per_device: int) -> int:
@@ -55,13 +95,11 @@ def run_workers(
         KeyboardInterrupt: asked for; the workers have saved.
     """
     workers = [_start(folder, number, per_device, deadline) for number in range(count)]
-    failures, killed, done = 0, 0, tick()
+    endings = Endings(folder, count, tick())
     try:
         while workers:
-            time.sleep(_POLL)
-            now = tick()
-            if now > done:
-                failures, killed, done = 0, 0, now
+            time.sleep(POLL)
+            endings.now(tick())
             for number, worker in enumerate(list(workers)):
                 status = worker.process.poll()
                 if status is None:
@@ -69,11 +107,7 @@ def run_workers(
                 if status == 0:
                     workers.remove(worker)
                     continue
-                failures += status > 0
-                killed += status < 0  # by a signal, which may have nothing to do with what it worked on
-                if failures >= _MOST_FAILURES or killed >= _MOST_KILLED * count:
-                    how = "fail" if status > 0 else f"are ended by signal {-status}"
-                    raise ConfigError(f"workers of {folder.path} {how}: {_last_line(worker.log)}", f"See {worker.log}.")
+                endings.add(status, last_line(worker.log))
                 workers[workers.index(worker)] = _start(folder, number, per_device, deadline)
     finally:
         _stop(workers)
@@ -82,11 +116,9 @@ def run_workers(
 def _start(folder: StudyFolder, number: int, per_device: int, deadline: float | None) -> _Worker:
     log = folder.path / "logs" / f"worker-{os.getpid()}-{number}.log"
     log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "monteclora.studies.worker", str(folder.path)]
-    command += [] if deadline is None else [str(deadline)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            worker_command(sys.executable, folder.path, deadline),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -96,9 +128,20 @@ def _start(folder: StudyFolder, number: int, per_device: int, deadline: float | 
     return _Worker(process, log)
 
 
+def worker_command(python: str, folder: Path, deadline: float | None) -> list[str]:
+    """Starts a worker of a study's folder, see :mod:`monteclora.studies.worker`."""
+    command = [python, "-m", "monteclora.studies.worker", str(folder)]
+    return command if deadline is None else [*command, str(deadline)]
+
+
+def threads_of_a_worker() -> dict[str, str]:
+    """The environment in which a worker has one thread, whatever their number, so that results do not depend on it."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+
+
 def _environment(number: int, per_device: int) -> Mapping[str, str]:
-    """One thread each, whatever their number, so that results do not depend on it; and a GPU."""
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    """One thread each, and a GPU."""
+    threads = threads_of_a_worker()
     if not torch.cuda.is_available():
         return threads
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -112,7 +155,7 @@ def _stop(workers: list[_Worker]) -> None:
     try:
         for process in running:
             process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + PATIENCE
         for process in running:
             process.wait(max(end - time.monotonic(), 0.1))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -121,6 +164,7 @@ def _stop(workers: list[_Worker]) -> None:
             process.wait()
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a worker said last."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "no reason given"

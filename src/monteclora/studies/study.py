@@ -9,13 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from monteclora.errors import ConfigError
 from monteclora.studies.centring import Centred, centre
 from monteclora.studies.execution import tidy
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.known import read_known, take_known
 from monteclora.studies.live import Live
+from monteclora.studies.optuna_export import check_storage, export_to_optuna
 from monteclora.studies.plan import Plan, make_plan
 from monteclora.studies.processes import default_workers, run_workers
+from monteclora.studies.ray_cluster import run_on_ray
 from monteclora.studies.recipe import StudyRecipe, load_study
 from monteclora.studies.summary import Summary, summarise
 from monteclora.studies.tables import write_tables
@@ -65,6 +68,8 @@ def study(
     output: str | None = None,
     workers: int | None = None,
     workers_per_device: int = 1,
+    ray: str | None = None,
+    optuna: str | None = None,
     known: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> StudyResult:
@@ -78,6 +83,8 @@ def study(
         output: a study folder in place of the recipe's.
         workers: processes on this machine; by default one for each core or GPU; 0 runs the trials in this process.
         workers_per_device: processes that share a GPU.
+        ray: the address of a Ray cluster whose nodes run the workers, or ``local``; ``workers`` counts them all.
+        optuna: the URL of an Optuna storage, as in ``sqlite:///study.db``, to which the trials are written at the end.
         known: files ``results.parquet`` of earlier studies beside the recipe's ``known``; outcomes of the same trials
             are taken from them.
         progress: whether to tell on standard error what happens.
@@ -88,7 +95,11 @@ def study(
         CheckpointError: a file of known outcomes is missing or damaged, or one of the study folder is.
         KeyboardInterrupt: asked for; everything is saved and the same call goes on.
     """
+    if ray is not None and workers == 0:
+        raise ConfigError("workers is 0, and a cluster runs workers", "Leave it out, or give how many.")
     plan = make_plan(load_study(recipe, output))
+    if optuna is not None:
+        check_storage(optuna, plan.study.name)
     found = read_known([*plan.study.known, *known])
     folder = StudyFolder(plan.study.folder)
     folder.write_recipe(plan.study)
@@ -100,12 +111,17 @@ def study(
     with Live(folder, plan, max(count, 1), show=progress) as live:
         if count == 0:
             work(folder, plan, deadline)
+        elif ray is not None:
+            run_on_ray(folder, ray, workers, workers_per_device, deadline, live.tick)
         elif any(not folder.outcome_file(trial.id).is_file() for trial in plan.trials):
             run_workers(folder, min(count, len(plan.trials)), workers_per_device, deadline, live.tick)
         live.tick()
     for trials in plan.runs:  # a worker that was killed behind its result left what is not kept
         tidy(folder, plan.study, trials)
-    return _result(folder, plan)
+    result = _result(folder, plan)
+    if optuna is not None:
+        export_to_optuna(optuna, plan, result.outcomes)
+    return result
 
 
 def read_study(folder: str | Path) -> StudyResult:
