@@ -226,6 +226,17 @@ def test_eva_gives_the_ranks_and_the_scale_of_the_final_mean(tmp_path: Path) -> 
     assert posterior_of(monteclora.from_pretrained(llama(), tmp_path)).layers == posterior.layers
 
 
+def test_an_adapter_that_was_not_trained_yet_is_converted_too(tmp_path: Path) -> None:
+    """Its posterior is not fitted to A for good, which is asked for while peft sees plain configurations."""
+    model = monteclora.get_peft_model(llama(), config_for(llama, init_lora_weights="pissa"))
+    model.save_pretrained(tmp_path / "initial")
+    stir(model)
+    model.save_pretrained(tmp_path / "done", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "done").eval()
+    assert not (tmp_path / "done" / POSTERIOR_FILE).exists()
+    assert loaded.peft_config["default"].r == 8
+
+
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_a_converted_adapter_is_a_plain_lora_that_computes_the_mean(kind: str, tmp_path: Path) -> None:
     model = monteclora.get_peft_model(llama(), config_for(llama, init_lora_weights=kind))

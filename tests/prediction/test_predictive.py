@@ -442,8 +442,12 @@ def test_threads_that_predict_with_one_model_do_not_meet() -> None:
         (["a text"], "given a list, expected"),
         (torch.tensor([[5, 6]]), "given a Tensor, expected"),
         ({"input_ids": torch.tensor([5, 6])}, r"input_ids has the shape \(2,\), expected \(rows, tokens\)"),
+        ({"input_ids": torch.tensor([[5.0, 6.0]])}, r"input_ids is of torch\.float32, expected whole numbers"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"\(2, 0\), expected at least one token a row"),
+        ({"input_ids": tokens(2, 5), "attention_mask": torch.ones(3, 5)}, "attention_mask has 3 rows, and input_ids 2"),
+        ({"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 3)}, "attention_mask has 3 positions a row"),
     ],
-    ids=["text", "list", "tensor", "one row"],
+    ids=["text", "list", "tensor", "one row", "floats", "no tokens", "rows of the mask", "length of the mask"],
 )
 def test_what_is_no_batch_is_refused_in_one_line(batch: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -78,6 +79,13 @@ class MonteCLoRAConfig(PosteriorSettings, LoraConfig):
         for name, rank in (self.rank_pattern or {}).items():
             if not is_whole(rank) or rank < 1:
                 found.append(("rank_pattern", f"gives {name!r} the rank {rank!r}, expected a whole number above 0"))
+        for name, alpha in {"lora_alpha": self.lora_alpha, **(self.alpha_pattern or {})}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                field = "lora_alpha" if name == "lora_alpha" else "alpha_pattern"
+                given = f"is {alpha!r}" if field == name else f"gives {name!r} the alpha {alpha!r}"
+                found.append((field, f"{given}, expected a finite number"))
+        if self.bias not in ("none", "all", "lora_only"):
+            found.append(("bias", f"is {self.bias!r}, expected none, all or lora_only"))
         dropout = self.lora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             found.append(("lora_dropout", f"is {dropout!r}, expected a number of at least 0 and below 1"))

@@ -195,10 +195,10 @@ class MonteCLoRATuner(LoraModel):
             begin: training begins: A of the active adapters is initialised for good.
         """
         for name, posterior in list(self.posteriors.items()):
-            if posterior.measured:
+            config = self.peft_config[name]
+            if posterior.measured or not isinstance(config, MonteCLoRAConfig):  # plain while peft saves the adapter
                 continue
             layers = self._layers_of(name)
-            config = cast(MonteCLoRAConfig, self.peft_config[name])
             if _shapes(layers, name) != posterior.layers:
                 trainable = self.trainable([cast(AdapterPosterior, posterior)]).values()
                 self.attach(name)

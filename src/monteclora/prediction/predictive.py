@@ -244,6 +244,20 @@ def _check_batch(batch: Any) -> None:
             f"input_ids has the shape {tuple(ids.shape)}, expected (rows, tokens)",
             "Put a single row into a batch of one: input_ids.unsqueeze(0).",
         )
+    if isinstance(ids, Tensor):
+        _check_tokens(ids, batch.get("attention_mask"))
+
+
+def _check_tokens(ids: Tensor, mask: Any) -> None:
+    hint = 'Give what the tokenizer returns: tokenizer(texts, padding=True, return_tensors="pt").'
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"input_ids is of {ids.dtype}, expected whole numbers (torch.int64)", hint)
+    if ids.shape[0] and not ids.shape[1]:
+        raise ConfigError(f"input_ids has the shape {tuple(ids.shape)}, expected at least one token a row", hint)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] != ids.shape[0]:
+        raise ConfigError(f"attention_mask has {mask.shape[0]} rows, and input_ids {ids.shape[0]}", hint)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] < ids.shape[1]:
+        raise ConfigError(f"attention_mask has {mask.shape[1]} positions a row, and input_ids {ids.shape[1]}", hint)
 
 
 def _warn_of_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
