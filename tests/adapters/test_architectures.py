@@ -193,7 +193,7 @@ def test_draws_at_once_are_the_draws_one_by_one_or_refused_by_name(case: Case) -
     repeated = {name: torch.cat([value, value]) for name, value in batch.items()}
     with posterior_sampling(model, seed=5, num_samples=2):
         if case.apart:
-            with pytest.raises(RowOrderError, match="cannot be told apart in layer '"):
+            with pytest.raises(RowOrderError, match="cannot be distinguished in layer '"):
                 output(model, repeated)
             return
         together = output(model, repeated)

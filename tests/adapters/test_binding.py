@@ -1,4 +1,4 @@
-"""A posterior belongs to one mean: on disk, in a state dict, and when adapters are combined or initialised anew."""
+"""A posterior belongs to one mean: on disk, in a state dict, and when adapters are combined or initialised again."""
 
 from __future__ import annotations
 

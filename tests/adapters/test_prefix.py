@@ -126,7 +126,7 @@ def test_where_blocks_do_not_keep_rows_apart_they_run_for_every_draw_and_it_is_s
     model = wrapped(bert, "SEQ_CLS", blocks=3)
     layers = model.get_base_model().bert.encoder.layer
     layers[0].register_forward_pre_hook(lambda _, given: (given[0] - given[0].mean(0, keepdim=True), *given[1:]))
-    with pytest.warns(UserWarning, match="run for every draw: its outputs would be others|cannot be told apart"):
+    with pytest.warns(UserWarning, match="run for every draw: its outputs would be others|cannot be distinguished"):
         found = monteclora.predict(model, batch(), 3, layers=1)
     assert torch.isfinite(found.probs).all()
     ordinary = wrapped(bert, "SEQ_CLS")

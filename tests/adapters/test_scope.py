@@ -178,7 +178,7 @@ def test_training_mode_without_gradients(mode: Callable[[], Any]) -> None:
         first, second = model(**batch).logits, model(**batch).logits
         assert variational_loss(model).isfinite()
     assert not torch.equal(first, second)
-    # and training goes on from there
+    # and training continues from there
     (model(**batch).loss + variational_loss(model)).backward()
     gradients(model)
     assert posterior_of(model).draws == 3

@@ -1,4 +1,4 @@
-"""``monteclora train`` on a run that was begun with another recipe."""
+"""``monteclora train`` on a run that was started with another recipe."""
 
 import shutil
 
@@ -31,7 +31,7 @@ def test_override_stands_anywhere(words, begun, capfd):
     recipe, run = begun
     assert main(["train", recipe, *FASTER]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "begun with another recipe: training.learning_rate changed" in line
+    assert "started with another recipe: training.learning_rate changed" in line
     assert "--override" in line
     assert main(["train", recipe, *words]) == 0
     out, err = capfd.readouterr()

@@ -209,7 +209,7 @@ def test_a_template_that_always_asks_for_an_answer_teaches_only_the_answer():
     single = encode(causal(("q", "a")), "causal_lm", tokenizer, 200).dataset[0]
     assert encoded_text(single, tokenizer) == HEAD + "q" + FOOT + "a<|im_end|>"
     tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(ConfigError, match="the end of an answer cannot be told"):
+    with pytest.raises(ConfigError, match="the end of an answer is unknown"):
         encode(causal(("q", "a")), "causal_lm", tokenizer, 200)
 
 

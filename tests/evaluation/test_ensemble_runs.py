@@ -137,7 +137,7 @@ def test_recipes_say_what_is_wrong(assets, tmp_path):
         load_recipe(recipe_of(assets, tmp_path / "a", seed=2**32 - 1))
     short = recipe_of(assets, tmp_path / "a", training={"max_steps": 1})
     train(short, progress=False)
-    with pytest.raises(CheckpointError, match="begun with another recipe: ensemble changed"):
+    with pytest.raises(CheckpointError, match="started with another recipe: ensemble changed"):
         train({**short, "ensemble": 3}, progress=False)
 
 

@@ -156,9 +156,9 @@ def test_the_published_file_is_read_as_it_is(monkeypatch, tmp_path, place):
     assert len(data.split("train")) == 4
     assert data.split("train")[0]["options"] == ["ending1", "ending2"]
     task = get_task("commonsense_15k")
-    with pytest.raises(DataError, match="commonsense_15k is not at hand"):
+    with pytest.raises(DataError, match="commonsense_15k is not available"):
         task.loader("validation", None)  # the file is that of the train split
-    with pytest.raises(DataError, match=r"commonsense_170k is not at hand.*Put commonsense_170k\.json"):
+    with pytest.raises(DataError, match=r"commonsense_170k is not available.*Put commonsense_170k\.json"):
         load(DataSpec(task="commonsense_170k"))
 
 

@@ -76,7 +76,7 @@ def test_a_subset_that_is_not_there_is_refused(tmp_path):
 def test_a_task_says_which_splits_it_has(tmp_path, task, split, remedy):
     write_split(tmp_path, task, "test", [{"question": "?", "answer": "#### 1", "prompt": "p"}])
     if remedy is None:
-        with pytest.raises(DataError, match=rf"the {split} split of {task} is not at hand"):
+        with pytest.raises(DataError, match=rf"the {split} split of {task} is not available"):
             load(DataSpec(task=task, folder=str(tmp_path)), splits=[split])
         return
     with pytest.raises(DataError, match=rf"{task} has no {split} split; it has test. {remedy}"):

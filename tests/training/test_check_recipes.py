@@ -55,7 +55,7 @@ def test_bundled_recipes_pass(name):
     report = assert_passes(name)
     published = report.recipe.model.name not in MODELS
     assert report.tokens_estimated == published
-    assert any("is not at hand: lengths are estimated" in note for note in report.notes) == published
+    assert any("is not available: lengths are estimated" in note for note in report.notes) == published
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_parameters_are_counted_without_rows(name, trained, tmp_path, monkeypatc
     assert report.memory.activations >= with_rows.memory.activations  # of rows as long as they may be
     assert (report.rows, report.tokens, report.phases, report.operations, report.views) == ({}, None, (), None, ())
     (note,) = report.notes
-    assert f"{report.recipe.data.task} is not at hand" in note
+    assert f"{report.recipe.data.task} is not available" in note
     assert "MONTECLORA_DATA" in note
     assert main(["check", name, "--method.name", "lora"]) == 0
     shown = capsys.readouterr().out

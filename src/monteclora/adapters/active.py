@@ -49,7 +49,7 @@ def active_posteriors(model: nn.Module) -> list[AdapterPosterior]:
 
 
 class Regularisation(NamedTuple):
-    """What training is told of the regularisers of all active adapters.
+    """What training learns of the regularisers of all active adapters.
 
     Attributes:
         loss: their weighted sum, a differentiable scalar.
@@ -133,7 +133,7 @@ def posterior_sampling(
     Args:
         model: the wrapped model, in evaluation mode.
         seed: the stream.
-        num_samples: S > 1 makes S draws a forward pass; call the model with the batch repeated S times along its
+        num_samples: S > 1 makes S draws per forward pass; call the model with the batch repeated S times along its
             first dimension (draw by draw).
         resample: False keeps the first draw for the whole block, as a generation with a cache needs.
         first: number of the first draw.

@@ -44,7 +44,7 @@ def drawn_lora(
         Shape (..., m), the dtype of ``result`` or, where the matmuls run in a wider one, of both promoted.
 
     Raises:
-        ConfigError: noise is per example and the examples cannot be told apart in ``x``.
+        ConfigError: noise is per example and the examples cannot be distinguished in ``x``.
     """
     dtype = weight_b.dtype
     if x.dtype != dtype:

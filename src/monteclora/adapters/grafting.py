@@ -109,7 +109,7 @@ def graft(model: nn.Module, folder: Path, rows: Rows, seed: int = 0) -> Graft:
         folder: of the adapter.
         rows: ``equal`` scales for the rows of A, or such that the noise in the layer's output is ``isotropic`` within
             the column space of B.
-        seed: the noise stream, should training go on.
+        seed: the noise stream, should it be trained further.
 
     Raises:
         CheckpointError, ConfigError, UnsafeCodeError: as :func:`from_plain`.

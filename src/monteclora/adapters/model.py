@@ -377,7 +377,7 @@ def get_peft_model(
         **kwargs: passed on to peft.
 
     Raises:
-        ConfigError: another kind of configuration, a name in ``target_modules`` that no module bears, or a target of
+        ConfigError: another kind of configuration, a name in ``target_modules`` that no module has, or a target of
             a type that cannot be drawn. The model is then left as it was.
     """
     if not isinstance(peft_config, MonteCLoRAConfig):
@@ -437,7 +437,7 @@ def from_pretrained(
         model: the base model.
         model_id: a folder written by ``save_pretrained``, or such a repository on the hub.
         adapter_name: name of the adapter.
-        is_trainable: whether to go on training it.
+        is_trainable: whether to train it further.
         config: in place of the saved configuration; a :class:`MonteCLoRAConfig`, or a ``peft.LoraConfig`` for LoRA's
             part of it.
         key_mapping: patterns of names at the time of saving, and the model's names for them.

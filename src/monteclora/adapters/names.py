@@ -1,4 +1,4 @@
-"""What a layer is called: in an adapter's files, in the model at hand, and by another version of transformers.
+"""What a layer is called: in an adapter's files, in the model, and by another version of transformers.
 
 ``torch.compile`` puts ``_orig_mod`` into the names of what it wraps. Files have none of it: they would then fit no
 other model, and no server. Versions of transformers have renamed layers; peft follows them for weights, and so the

@@ -1,7 +1,7 @@
 """Offloaded weights: on the meta device, except while accelerate's hooks have them back for the call of their layer.
 
 Draws are made of all layers' rho and eta before any layer runs, and a drawn layer reads A without calling it. Nor has
-what is trained there a gradient to keep: of plain LoRA too, some such models train nothing, without a word.
+what is trained there a gradient to keep: of plain LoRA too, some such models silently train nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_here(posterior: AdapterPosterior, layers: Iterable[tuple[str, Tensor |
 
     Args:
         posterior: the adapter's.
-        layers: its layers' names, each with A where it is at hand.
+        layers: its layers' names, each with A where it is available.
         model: has the layers.
 
     Raises:

@@ -138,7 +138,7 @@ class SharedPrefix:
     plans: dict[Any, _Plan] = field(default_factory=dict)
 
     def remove(self) -> None:
-        """Take every hook away."""
+        """Remove every hook."""
         for handle in self.handles:
             handle.remove()
         self.forget()

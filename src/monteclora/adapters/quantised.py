@@ -14,7 +14,7 @@ def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit layers differentiable on the CPU, whatever is evaluated in between.
 
     In evaluation mode bitsandbytes repacks their weights for a kernel that passes no gradient back, and leaves them so:
-    training would go on without the gradient of whatever lies below. From now on they are not repacked; those that are
+    training would continue without the gradient of the layers below. From now on they are not repacked; those that are
     get their weights back, as exactly as bitsandbytes can (it rounds the scales). Other layers are left as they are.
     """
     for module in cast("Iterator[Any]", model.modules()):

@@ -2,7 +2,7 @@
 
 It is changed in ``posterior.safetensors`` itself, so that whatever loads the posterior draws at the new scale. The
 scales that training ended with stay in the file, for the way back. A posterior that training did not make
-(:mod:`monteclora.adapters.grafting`) goes on the way back.
+(:mod:`monteclora.adapters.grafting`) is removed on the way back.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def rescale_posterior(folder: Path, factor: float, facts: Mapping[str, Any]) -> 
 
 
 def restore_posterior(folder: Path) -> bool:
-    """Put the scales of training back, or take away a posterior that training did not make.
+    """Restore the scales of training, or remove a posterior that training did not make.
 
     Returns:
         Whether there was anything to undo.

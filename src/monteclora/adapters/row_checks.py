@@ -24,7 +24,7 @@ class RowOrderError(ConfigError):
 
 
 class AdaptedLayers(Protocol):
-    """Whoever knows which layers belong to which posterior."""
+    """Knows which layers belong to which posterior."""
 
     def adapted_layers(self, posterior: AdapterPosterior) -> Mapping[str, nn.Module]:
         """A posterior's layers by name."""
@@ -76,7 +76,7 @@ class RowChecks:
         self._order: dict[Any, RowOrder] = {}
 
     def forget(self) -> None:
-        """The layers have changed: find out anew."""
+        """The layers have changed: determine the order again."""
         self._order.clear()
 
     def check_repeated(self, count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ class RowChecks:
         disorder = self._disorder(module, args, kwargs, count, posteriors)
         if disorder is not None:
             raise RowOrderError(
-                f"{count} draws at once cannot be told apart in layer {disorder}",
+                f"{count} draws at once cannot be distinguished in layer {disorder}",
                 "Draw one at a time with num_samples=1, as monteclora.predict does for such models.",
             )
 

@@ -1,4 +1,4 @@
-"""Where a batch's rows lie in the input of each adapted layer, found out by marking some of them.
+"""Where a batch's rows lie in the input of each adapted layer, determined by marking some of them.
 
 Several draws in one forward pass, and noise of each example's own, need a layer to know which part of its input belongs
 to which draw or example. Most layers have the batch along their first dimension. Others do not: sequence-first models,

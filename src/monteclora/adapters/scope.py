@@ -31,7 +31,7 @@ __all__ = ["DrawScope", "DrawSource", "PosteriorSampler"]
 
 
 class DrawSource(AdaptedLayers, Protocol):
-    """Whoever knows which posteriors take part in the next forward pass."""
+    """Knows which posteriors take part in the next forward pass."""
 
     def drawn_posteriors(self) -> Sequence[AdapterPosterior]:
         """Posteriors of the adapters that are active, enabled and not merged."""
@@ -97,7 +97,7 @@ def _outside_transforms() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # torch's own words: whether a transform is going on has no public name
+        # torch's own words: whether a transform is active has no public name
         if not any(word in str(error) for word in ("transform, ", "torch.func", "vmap")):
             raise
         raise ConfigError(
@@ -116,7 +116,7 @@ def _outside_checkpoints() -> Iterator[None]:
         yield
 
 
-# what is going on in a context, by scope: threads that call one model at the same time do not meet
+# the state of each context, by scope: threads that call one model at the same time do not meet
 _levels: ContextVar[Mapping[DrawScope, int]] = ContextVar("levels", default=MappingProxyType({}))
 _samplers: ContextVar[Mapping[DrawScope, PosteriorSampler]] = ContextVar("samplers", default=MappingProxyType({}))
 
@@ -168,7 +168,7 @@ class DrawScope:
         )
 
     def remove(self) -> None:
-        """Take every hook away."""
+        """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._prefix.remove()
@@ -199,7 +199,7 @@ class DrawScope:
         if torch.compiler.is_compiling():
             return
         running = self._running
-        # whatever is called meanwhile is inside the outermost call; if it is not, that call was interrupted
+        # whatever is called before it returns is inside the outermost call; if it is not, that call was interrupted
         if running is None or number not in self._within[running]:
             self._running = number
             self._draw(number, args, kwargs)
@@ -297,7 +297,7 @@ class DrawScope:
 
     @torch.compiler.disable
     def draw_late(self, posterior: AdapterPosterior) -> None:
-        """A layer in training mode runs, and its posterior was not drawn in the pass that goes on, if one does.
+        """A layer in training mode runs, and its posterior was not drawn in the pass in progress, if there is one.
 
         Its adapter may have been made active in some layers alone; then it is drawn for the rest of the pass. Or the
         layer is reached without any of the hooked modules around it: then it has a draw of its own, and from the next

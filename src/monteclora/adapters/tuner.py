@@ -41,12 +41,12 @@ _device_of = attrgetter("device")
 
 
 def check_target_names(config: MonteCLoRAConfig, model: nn.Module) -> None:
-    """Check that a module of ``model`` bears each name in ``config.target_modules``.
+    """Check that a module of ``model`` has each name in ``config.target_modules``.
 
-    peft is content when one of them is found.
+    peft accepts the list when one of them is found.
 
     Raises:
-        ConfigError: names that no module bears, each with the nearest that exist.
+        ConfigError: names that no module has, each with the nearest that exist.
     """
     if config.target_modules is None or isinstance(config.target_modules, str):
         return
@@ -192,7 +192,7 @@ class MonteCLoRATuner(LoraModel):
         trained. The scales are those of the A that training begins with.
 
         Args:
-            begin: training begins: A of the active adapters is initialised for good.
+            begin: training begins: A of the active adapters has its final initial value.
         """
         for name, posterior in list(self.posteriors.items()):
             config = self.peft_config[name]
@@ -347,14 +347,14 @@ class MonteCLoRATuner(LoraModel):
             parameter.requires_grad_(trainable and self.trainable_later is None)
 
     def disable_adapter_layers(self) -> None:
-        """As in peft, which freezes the adapters meanwhile; the posteriors are frozen with them."""
+        """As in peft, which freezes the adapters until they are enabled; the posteriors are frozen with them."""
         super().disable_adapter_layers()
         self.trainable_later = self.trainable(self.known_posteriors())
         for parameter in self.trainable_later:
             parameter.requires_grad_(False)
 
     def enable_adapter_layers(self) -> None:
-        """As in peft; the posteriors are trainable again if they were before, or were made so meanwhile."""
+        """As in peft; the posteriors are trainable again if they were before, or were made so in the meantime."""
         super().enable_adapter_layers()
         later, self.trainable_later = self.trainable_later or {}, None
         self.set_trainable(later)

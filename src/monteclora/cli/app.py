@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else DONE
     except BrokenPipeError:
-        # whoever read the results, such as `head`, has enough; Python would complain when it closes them at exit
+        # the reader of the results, such as `head`, has enough; Python would complain when it closes them at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (Exception, KeyboardInterrupt) as error:

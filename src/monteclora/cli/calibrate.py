@@ -55,8 +55,8 @@ def calibrate(
         seed: of the draws, the same ones at every scale.
         layers: draw in so many of the last adapted blocks alone, here and from now on, which costs less; by default the
             recipe's number, else all.
-        batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
-        undo: put the scale of training back; what a plain LoRA was given is taken away.
+        batch_size: sequences per forward pass; by default the recipe's training.eval_batch_size.
+        undo: restore the scale of training; a posterior that a plain LoRA was given is removed.
     """
     from monteclora.evaluation.calibrate import calibrate as fit
     from monteclora.evaluation.calibrate import undo_calibration

@@ -26,7 +26,7 @@ def check(recipe: str, /, *overrides: Overrides, as_json: Json = False) -> None:
 
     from monteclora.runs.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
+    loaded = load_recipe(recipe, changes)  # a wrong recipe is reported before torch is loaded
 
     from monteclora.training.check import check as dry_run
 

@@ -16,7 +16,7 @@ PAGE = "report.html"
 def demo(*, out: Path = Path("demo"), seed: int = 0, as_json: Json = False) -> None:
     """Fine-tune a real model with LoRA and with MonteCLoRA on the bundled data, and compare them.
 
-    Takes minutes on a laptop. The same command again goes on where it stopped, and keeps what is finished.
+    Takes minutes on a laptop. The same command again resumes where it stopped, and keeps what is finished.
 
     Args:
         out: the folder of both runs and of the report.

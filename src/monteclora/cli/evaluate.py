@@ -49,10 +49,10 @@ def evaluate(
         layers: draw from the posterior in so many of the last adapted blocks alone, which costs less; by default those
             that its scale was calibrated with, else the recipe's number, else all.
         base: measure the pretrained model without the adapter (causal LM only).
-        rows: measure at most so many rows, the same ones for every run.
-        batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
-        allow_unfinished: take the last checkpoint of a run that did not come to its end.
-        ood: a file of texts unlike the training data: how well a classifier tells them from the split's rows.
+        rows: measure at most this many rows, the same ones for every run.
+        batch_size: sequences per forward pass; by default the recipe's training.eval_batch_size.
+        allow_unfinished: take the last checkpoint of a run that did not finish.
+        ood: a file of texts unlike the training data: how well a classifier distinguishes them from the split's rows.
     """
     from monteclora.evaluation.run import evaluate as measure
 

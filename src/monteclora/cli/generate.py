@@ -32,7 +32,7 @@ def generate(
 ) -> None:
     """Have a run write answers to a task's questions, and judge them: gsm8k by exact match, humaneval by running them.
 
-    Answers are kept as they come: the same command goes on where an earlier one stopped.
+    Answers are kept as they come: the same command resumes where an earlier one stopped.
 
     Args:
         run: a run folder of a language model.
@@ -43,9 +43,9 @@ def generate(
         samples: answers to each question under each draw, for pass@k; more than one needs a temperature.
         temperature: of sampling, 0 for the most probable tokens.
         top_p: of sampling.
-        max_new_tokens: the most tokens of an answer; by default the task's.
-        rows: answer at most so many questions, the same ones for every run.
-        batch_size: questions a forward pass; by default the recipe's training.eval_batch_size.
+        max_new_tokens: the maximum number of tokens of an answer; by default the task's.
+        rows: answer at most this many questions, the same ones for every run.
+        batch_size: questions per forward pass; by default the recipe's training.eval_batch_size.
         base: have the pretrained model answer, without the adapter.
         allow_code_execution: let judging run programs that the model wrote, in a sandbox (Linux only).
     """

@@ -21,16 +21,16 @@ def harness(
     base: Flag = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a run with lm-evaluation-harness, on the model as it stands, adapter and posterior in place.
+    """Measure a run with lm-evaluation-harness, on the model as it is, adapter and posterior in place.
 
     Args:
         run: a run folder of a language model.
         tasks: gsm8k (this package's data), names of the harness's tasks, or paths of their YAML files.
         include: a folder with YAML files of tasks, to be looked in instead of the harness's own.
-        limit: at most so many questions of each task.
+        limit: at most this many questions of each task.
         num_samples: posterior draws, each measured by itself; 0 for the mean.
         seed: of the draws.
-        batch_size: sequences a forward pass; by default the recipe's training.eval_batch_size.
+        batch_size: sequences per forward pass; by default the recipe's training.eval_batch_size.
         base: measure the pretrained model without the adapter.
     """
     from monteclora.evaluation.harness import harness as measure

@@ -59,12 +59,13 @@ def predict(
         seed: of the draws.
         layers: of a file: draw from the posterior in so many of the last adapted blocks alone, which costs less; by
             default those that its scale was calibrated with, else the recipe's number, else all.
-        max_new_tokens: the most tokens of a completion.
-        batch_size: rows a forward pass; by default the recipe's training.eval_batch_size.
-        risk: the share of wrong answers wanted among those a classifier does not abstain from; by default 0.1.
+        max_new_tokens: the maximum number of tokens of a completion.
+        batch_size: rows per forward pass; by default the recipe's training.eval_batch_size.
+        risk: the largest acceptable share of wrong answers among those a classifier does not abstain from; 0.1 by
+            default.
         level: the probability with which that is promised; by default 0.9.
         tokens: write of each token of a causal LM's completion how probable and how uncertain it is.
-        answers: have so many draws of a causal LM write a completion each, and say how far they agree.
+        answers: have this many draws of a causal LM write a completion each, and say how far they agree.
         page: with tokens, an .html file that shows the first texts with their tokens shaded by uncertainty.
     """
     if page is not None:

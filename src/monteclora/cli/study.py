@@ -75,7 +75,7 @@ def study(
         _print_summaries("Centred: each method around its own best value", result.centred_summaries)
     print_line(f"written: {result.folder / 'results.parquet'}, summary.md, summary.tex, paired.parquet")
     if result.left:
-        note(f"{result.left} trials are left: the same command goes on")
+        note(f"{result.left} trials are left: the same command continues")
 
 
 def _plain(summaries: Sequence[Summary]) -> list[dict[str, Any]]:

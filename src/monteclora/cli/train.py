@@ -15,21 +15,21 @@ __all__ = ["train"]
 
 
 def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json: Json = False) -> None:
-    """Train a recipe, or go on where its run folder stopped.
+    """Train a recipe, or resume the run in its folder.
 
     The same command again resumes an interrupted run.
     Any value of the recipe can be changed by its dotted name: --training.learning_rate 1e-4.
 
     Args:
         recipe: a YAML file, or the name of a bundled recipe (see: monteclora recipes).
-        override: go on with an unfinished run although its recipe or data changed, and write down how.
+        override: resume an unfinished run although its recipe or data changed, and record how.
     """
     changes = parse_overrides(overrides)
 
     from monteclora.reports.formats import duration, size
     from monteclora.runs.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes)  # a wrong recipe is told before torch is loaded
+    loaded = load_recipe(recipe, changes)  # a wrong recipe is reported before torch is loaded
 
     from monteclora.evaluation.verdict import verdict
     from monteclora.training.run import train as run

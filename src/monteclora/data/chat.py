@@ -38,7 +38,7 @@ class Written:
 
     Attributes:
         segments: in their order, each with whether it is learned.
-        start: where the prompt's own text begins, in characters of the first segment: behind the system prompt.
+        start: where the prompt's own text begins, in characters of the first segment: after the system prompt.
         asking: the segment that asks for the last answer that is learned.
         end: where the prompt's own text ends, in characters of that segment.
         templated: whether a chat template wrote it, which then writes a beginning-of-sequence token where there is one.
@@ -144,7 +144,7 @@ class Writer:
 
     @cached_property
     def _appends_prompt(self) -> bool:
-        """Whether the template asks for the next answer behind every conversation, even where it is told not to."""
+        """Whether the template asks for the next answer after every conversation, even where it is asked not to."""
         import jinja2
 
         try:
@@ -157,12 +157,12 @@ class Writer:
         return asked == told_not_to and not rewrites and not continued.startswith(answered)
 
     def _until_its_end(self, turn: str) -> str:
-        """A turn without the request for the next one behind its end-of-sequence token."""
+        """A turn without the request for the next one after its end-of-sequence token."""
         end = self.tokenizer.eos_token
         if not end or end not in turn:
             raise ConfigError(
-                "the model's chat template asks for the next answer behind every answer, the end of an answer cannot "
-                "be told",
+                "the model's chat template asks for the next answer after every answer, the end of an answer is "
+                "unknown",
                 "Set data.chat_template to chatml, or to the file of a template that heeds add_generation_prompt.",
             )
         return turn[: turn.index(end) + len(end)]
@@ -224,6 +224,6 @@ def _rewritten(answers: int) -> ConfigError:
             f"S{template}",
         )
     return ConfigError(
-        "the model's chat template rewrites earlier turns, the tokens to learn cannot be told",
+        "the model's chat template rewrites earlier turns, the tokens to learn are unknown",
         f"Use one prompt and one completion a row, or s{template}",
     )

@@ -55,7 +55,7 @@ class Conversation:
         self._tools = self._parsed(tools)
 
     def add(self, message: Any, learned: bool = True) -> None:
-        """Add a message as it stands in the data. Raises DataError where it cannot be one."""
+        """Add a message as it is in the data. Raises DataError where it cannot be one."""
         if not isinstance(message, Mapping):
             raise DataError(f"{self.place}: messages is not a list of objects", _HINT)
         name = message.get("role", message.get("from"))

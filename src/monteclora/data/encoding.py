@@ -88,10 +88,10 @@ def encode(
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes tokens of rows with completions, one by one, as :func:`encode` does; what no row changes is found out once.
+    """Makes tokens of rows with completions, one by one, as :func:`encode` does; what no row changes is computed once.
 
     Attributes:
-        tokenizer: of the model; it must not be changed meanwhile.
+        tokenizer: of the model; it must not be changed in the meantime.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -147,7 +147,7 @@ class Encoder:
         return kept.ids, kept.prompt_cut
 
     def row(self, row: dict[str, Any], max_length: int) -> Tokens:
-        """A row with an answer in tokens; where it may be cut is told of rows longer than ``max_length`` alone.
+        """A row with an answer in tokens; where it may be cut is given only for rows longer than ``max_length``.
 
         Raises:
             ConfigError, jinja2.TemplateError: see :meth:`monteclora.data.chat.Writer.row`.

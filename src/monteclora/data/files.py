@@ -64,7 +64,7 @@ def open_table(path: str | Path) -> Table:
 
 
 def _size(path: Path) -> int:
-    """The bytes of an ordinary file; opening a pipe would wait for whoever writes into it."""
+    """The bytes of an ordinary file; opening a pipe would wait for its writer."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):

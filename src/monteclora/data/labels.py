@@ -168,7 +168,7 @@ def describe_labels(names: Sequence[str], splits: Mapping[str, Sequence[int]], m
     Args:
         names: of the classes.
         splits: the ids of the rows, by split.
-        most: so many labels are listed at most, the most frequent first.
+        most: at most this many labels are listed, the most frequent first.
     """
     notes = []
     counts = {split: _counted(ids) for split, ids in splits.items()}

@@ -184,7 +184,7 @@ def positions_of(config: PretrainedConfig) -> int | None:
     found = getattr(config, "max_position_embeddings", None)
     if not isinstance(found, int) or found < 1:
         return None
-    # these number positions from behind the padding token on
+    # these number positions from after the padding token on
     shifted = config.model_type in _SHIFTED and config.pad_token_id is not None
     return found - config.pad_token_id - 1 if shifted else found
 

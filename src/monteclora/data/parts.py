@@ -31,7 +31,7 @@ def resolved(files: str | list[str]) -> str | list[str]:
 def part_files(files: Files) -> list[Path]:
     """The files that are meant, each once: those of a list in its order, of a pattern or folder in that of their names.
 
-    Of a folder, files whose name begins with a dot or an underscore (``_SUCCESS``) are passed over.
+    Of a folder, files whose name begins with a dot or an underscore (``_SUCCESS``) are skipped.
 
     Raises:
         DataError: a pattern matches nothing, or a folder has no data files, has others beside them, or is one that a
@@ -61,7 +61,7 @@ def _part_files(path: str) -> list[Path]:
 def _parts_of(folder: Path) -> list[Path]:
     names = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
     if any(each.name == "_temporary" for each in names):
-        raise DataError(f"{folder} holds _temporary: whoever writes it has not finished", "Wait, or write it again.")
+        raise DataError(f"{folder} holds _temporary: it is still being written", "Wait, or write it again.")
     parts = [each for each in names if not each.name.startswith("_")]
     if not parts:
         raise DataError(f"{folder} is a folder without data files", "Give a file, or a folder of parts.")

@@ -56,7 +56,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """Checked columns of a table, their row numbers, and what is to be learned of texts as it stands in the file.
+    """Checked columns of a table, their row numbers, and what is to be learned of texts as it is in the file.
 
     Where all rows of the table are there, their numbers are looked up when they are needed (None).
     ``label_keys`` has of each row what :func:`label_key`, :func:`read_score` or :func:`read_labels` made of it.

@@ -59,7 +59,7 @@ def open_split(task: str, split: str, folder: Path | None, hub: HubData | None =
         dataset = _load_from_hub(hub.name, hub.config, hub.splits.get(split, split))
     except DataError as error:
         raise NotAtHandError(
-            f"the {split} split of {task} is not at hand: {error.message}",
+            f"the {split} split of {task} is not available: {error.message}",
             f"Set {DATA_FOLDER_VARIABLE} to a folder with {task}/{split}.jsonl.gz, or run where the hub is reachable.",
         ) from None
     return hub_table(str(hub), split, dataset)

@@ -67,7 +67,7 @@ def carve_validation(
 
 
 def _first_of(rows: Sequence[int], count: int, ranks: Sequence[bytes]) -> Sequence[int]:
-    """At most so many of the rows in their order, never all, and equal ones only together."""
+    """At most this many of the rows in their order, never all, and equal ones only together."""
     cut = min(count, len(rows) - 1)
     while cut > 0 and ranks[rows[cut - 1]] == ranks[rows[cut]]:
         cut -= 1

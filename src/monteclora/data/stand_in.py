@@ -1,4 +1,4 @@
-"""A tokenizer in the place of one that is not at hand: it cuts texts into about as many tokens, and learns nothing.
+"""A tokenizer in the place of one that is not available: it cuts texts into about as many tokens, and learns nothing.
 
 Words are cut into pieces of at most six letters, which makes 1.3 tokens of an English word on average, as the
 tokenizers of the models in :mod:`monteclora.data.published` do; numbers into three digits, and everything else into

@@ -25,7 +25,7 @@ class Table:
 
     ``unit`` is what the row numbers count: lines of a text file from 1 (a csv header is line 1), or rows from
     1. ``class_names`` holds the label names that come with the data, by column. ``notes`` says in words what was found
-    out about the file. ``attempts``, where a broken row can be passed over, gives the error in its place. ``places``
+    out about the file. ``attempts``, where a broken row can be skipped, gives the error in its place. ``places``
     and ``short`` name the row of a number where a table is of several files. ``keyed`` says that rows name their
     columns themselves, and may lack some. ``columnar`` gives some of the columns of all rows at once, as ``rows``
     would; None where only ``rows`` can tell.

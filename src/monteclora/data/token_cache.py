@@ -42,10 +42,10 @@ def encode_once(
     """As :func:`~monteclora.data.encoding.encode`; from the cache if the same was encoded before.
 
     The key is the content of the rows, of the tokenizer and of its chat template, ``max_length``, ``truncation`` and
-    the versions of what tokenises. A damaged file is made anew; where the cache cannot be written, nothing is kept.
+    the versions of what tokenises. A damaged file is made again; where the cache cannot be written, nothing is kept.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:  # a tokenizer in Python: its content cannot be told
+    if fast is None:  # a tokenizer in Python: its content is unknown
         return encode(rows, kind, tokenizer, max_length, truncation)
     folder = cache_folder() / "tokens"
     key = _key(rows, kind, tokenizer, json.loads(fast.to_str()), max_length, truncation)

@@ -22,9 +22,9 @@ class Tokens:
     Attributes:
         ids: token ids.
         learned: whether each is learned.
-        start: where the text of the prompt may be cut from: behind the beginning-of-sequence token, the system prompt
+        start: where the text of the prompt may be cut from: after the beginning-of-sequence token, the system prompt
             and the head of the template.
-        end: where that text ends; behind it are the tokens that ask for the last answer.
+        end: where that text ends; after it are the tokens that ask for the last answer.
         answer: where the last learned turn begins.
     """
 

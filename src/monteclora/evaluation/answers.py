@@ -1,4 +1,4 @@
-"""Answers that a model wrote, kept in a file as they come, so that an interrupted call goes on where it stopped."""
+"""Answers that a model wrote, kept in a file as they come, so that an interrupted call resumes where it stopped."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def _described(
 
 
 def undo_calibration(run: str | Path | RunResult) -> bool:
-    """Put the scale of training back, or take away the posterior that a plain LoRA was given.
+    """Restore the scale of training, or remove the posterior that a plain LoRA was given.
 
     Returns:
         Whether there was anything to undo.

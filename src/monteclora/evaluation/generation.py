@@ -98,7 +98,7 @@ def generate(
 ) -> GenerationResult:
     """Have a run answer the questions of a task, and judge the answers.
 
-    Answers are appended to a file in the run folder as they come: the same call goes on where an earlier one stopped.
+    Answers are appended to a file in the run folder as they come: the same call resumes where an earlier one stopped.
 
     Args:
         run: a run folder of a language model, or what ``train`` gave.
@@ -109,8 +109,8 @@ def generate(
         samples: answers to each question under each draw; more than one needs a temperature.
         temperature: of sampling; 0 takes the most probable tokens.
         top_p: of sampling.
-        max_new_tokens: most tokens of an answer; by default the task's.
-        rows: at most so many questions, chosen by their content: the same ones for every run.
+        max_new_tokens: the maximum number of tokens of an answer; by default the task's.
+        rows: at most this many questions, chosen by their content: the same ones for every run.
         batch_size: questions per forward pass; by default the recipe's ``training.eval_batch_size``.
         base: have the pretrained model answer, without the adapter.
         allow_code_execution: let judging run programs that the model wrote; see :mod:`monteclora.system.sandbox` for

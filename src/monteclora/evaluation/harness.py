@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, on a model as it stands in memory: adapter, posterior and precision stay in place."""
+"""Tasks of lm-evaluation-harness, on a model as it is in memory: adapter, posterior and precision stay in place."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def harness(
         tasks: ``gsm8k`` of this package's data, asked as in training; or tasks of the harness: names, or paths of YAML
             files.
         include: a folder with YAML files of tasks, to be looked in instead of the harness's own.
-        limit: at most so many questions of each task, the first ones.
+        limit: at most this many questions of each task, the first ones.
         num_samples: posterior draws, each of which is measured by itself; 0 for the mean.
         seed: of the draws.
         batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
@@ -111,7 +111,7 @@ def harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            f"lm-evaluation-harness is not at hand ({error})", 'Install it with pip install "monteclora[harness]".'
+            f"lm-evaluation-harness is not available ({error})", 'Install it with pip install "monteclora[harness]".'
         ) from None
     loaded = load_run(run.folder if isinstance(run, RunResult) else run, base=base)
     loaded.check_single("the harness")

@@ -112,15 +112,16 @@ def predict_file(
         seed: the stream of draws.
         layers: of the posterior's draws: the last adapted blocks that have noise; by default those that its scale was
             calibrated with, else the recipe's number, else all.
-        max_new_tokens: the most tokens of a completion.
-        batch_size: rows a forward pass; by default the recipe's ``training.eval_batch_size``.
+        max_new_tokens: the maximum number of tokens of a completion.
+        batch_size: rows per forward pass; by default the recipe's ``training.eval_batch_size``.
         keep: columns of the file that are written as they are, after the index.
-        risk: of a classifier: the share of wrong answers wanted among those that are not abstained from, at most; by
+        risk: of a classifier: the largest acceptable share of wrong answers among those that are not abstained from; by
             default 0.1.
         level: with which probability; by default 0.9.
         tokens: of a causal LM: whether to write the columns ``tokens`` and ``sequence``, as
             :class:`monteclora.evaluation.text.TextPredictions` has them.
-        answers: of a causal LM: so many draws write a completion each, into ``answers``, ``answer`` and ``agreement``.
+        answers: of a causal LM: this many draws write a completion each, into ``answers``, ``answer`` and
+            ``agreement``.
         progress: whether to draw a progress bar on standard error.
 
     Raises:

@@ -67,7 +67,7 @@ class EvaluationResult:
         scored: predictions, labels, and the metrics of both.
         rows: what was predicted.
         seconds: it took.
-        unfinished: how far the run came if it did not come to its end.
+        unfinished: how far the run came if it did not finish.
         notes: what a reader of the numbers must know, in words.
         shift: how well a classifier ranks its answers, and tells outside rows.
         members: the folders of the runs of an ensemble, whose first one ``point`` is of; empty for a single run.
@@ -176,9 +176,9 @@ def evaluate(
 
     Classification is measured by accuracy, F1, MCC, NLL, Brier score and ECE. Of a causal LM whose rows have answer
     options, each option's likelihood is normalised over the options and measured by accuracy, NLL, Brier score and
-    ECE; without options, completions are measured by NLL a token, perplexity and token accuracy. Scores are measured by
-    RMSE, MAE, R², Spearman's correlation, Gaussian NLL and the coverage of the 90 % interval; several labels of a row
-    by subset accuracy, micro and macro F1, and NLL, Brier score and ECE of their decisions. All are taken at the
+    ECE; without options, completions are measured by NLL per token, perplexity and token accuracy. Scores are measured
+    by RMSE, MAE, R², Spearman's correlation, Gaussian NLL and the coverage of the 90 % interval; several labels of a
+    row by subset accuracy, micro and macro F1, and NLL, Brier score and ECE of their decisions. All are taken at the
     posterior's mean and, with draws, of the mean over draws, whichever sampler makes them.
 
     Args:
@@ -195,10 +195,11 @@ def evaluate(
         layers: of the posterior's draws: the last adapted blocks that have noise; by default those that its scale was
             calibrated with, else the recipe's number, else all.
         base: evaluate the pretrained model without the adapter (causal LM only).
-        rows: at most so many rows, chosen by their content: the same ones for every run.
-        batch_size: sequences a forward pass; by default the recipe's ``training.eval_batch_size``.
-        allow_unfinished: take the last checkpoint of a run that did not come to its end, and say so in the result.
-        ood: a file of rows unlike the training data, for a classifier: how well scores tell them from the split's rows.
+        rows: at most this many rows, chosen by their content: the same ones for every run.
+        batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
+        allow_unfinished: take the last checkpoint of a run that did not finish, and say so in the result.
+        ood: a file of rows unlike the training data, for a classifier: how well scores distinguish them from the
+            split's rows.
         progress: whether to draw a progress bar on standard error.
 
     Raises:

@@ -77,7 +77,7 @@ class Shift:
             inside: the split's rows.
             split: of the run's own data that these are; None for rows of another task.
             file: where the outside rows come from.
-            outside: rows to be told from the split's; see :func:`outside_rows`.
+            outside: rows to be distinguished from the split's; see :func:`outside_rows`.
         """
         found = scored.predictions
         if not KINDS[loaded.kind].has_classes or not isinstance(found, Predictions):
@@ -99,7 +99,7 @@ class Shift:
         else:
             try:
                 if loaded.unfinished:  # what is stored for an unfinished run would be taken for the finished one's
-                    raise DataError("the run is unfinished", "Let it come to its end.")
+                    raise DataError("the run is unfinished", "Let it finish.")
                 novelty = novelty_of(loaded)
                 low["novelty"], high["novelty"] = novelty.of(seen), novelty.of(seen_outside)
                 if split == FIT_SPLIT:
@@ -116,7 +116,7 @@ class Shift:
 
 
 def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Dataset | None:
-    """The rows of a file that are to be told from those of a split; labels are not read.
+    """The rows of a file that are to be distinguished from those of a split; labels are not read.
 
     Raises:
         ConfigError: the run is no classifier, or an ensemble.

@@ -90,7 +90,7 @@ class TextModel:
 
     Attributes:
         run: as loaded.
-        risk: the share of wrong answers wanted among those that are not abstained from, at most.
+        risk: the largest acceptable share of wrong answers among those that are not abstained from.
         level: with which probability; see :func:`monteclora.metrics.selective.abstention_threshold`.
     """
 
@@ -127,7 +127,7 @@ class TextModel:
             seed: their stream.
             max_new_tokens: most tokens of a completion.
             completions: of a language model: what each text is completed with, in place of what the model writes.
-            answers: of a language model: so many draws write a completion each.
+            answers: of a language model: this many draws write a completion each.
 
         Raises:
             ConfigError: ``texts`` is no list of texts, or an argument does not fit the run.
@@ -203,7 +203,7 @@ def load(run: str | Path | RunResult, *, risk: float | None = None, level: float
 
     Args:
         run: a run folder, or what ``train`` gave.
-        risk: of a classifier: the share of wrong answers wanted among those that are not abstained from, at most; by
+        risk: of a classifier: the largest acceptable share of wrong answers among those that are not abstained from; by
             default 0.1.
         level: with which probability; by default 0.9.
 

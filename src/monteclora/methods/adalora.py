@@ -67,7 +67,7 @@ class AdaLoRAOptions(TargetFields):
         return found
 
     def schedule(self, steps: int) -> tuple[int, int, int]:
-        """``tinit``, ``tfinal`` and ``delta_t`` of a run of so many steps.
+        """``tinit``, ``tfinal`` and ``delta_t`` of a run of this many steps.
 
         Raises:
             ConfigError: they leave no step to prune in.

@@ -65,7 +65,7 @@ class AdapterMethod(Method):
 
 
 def _check_names(model: Any, file: Path) -> None:
-    """peft passes over names that one side lacks with a warning."""
+    """peft skips names that one side lacks, with a warning."""
     import safetensors
     from peft.utils import get_peft_model_state_dict
 

@@ -30,7 +30,7 @@ class IvonOptions(LoRAFields):
 
     Args:
         effective_sample_size: the larger, the narrower the Gaussian.
-        hess_init: initial curvature. A step divides the gradient by it: a small one wants a ``clip_radius`` and many
+        hess_init: initial curvature. A step divides the gradient by it: a small one needs a ``clip_radius`` and many
             steps. The variance of a weight is 1 / (effective_sample_size * (curvature + training.weight_decay)).
         beta1, beta2: averages of gradient and curvature.
         clip_radius: no weight moves by more than this times the learning rate; null for no limit.

@@ -37,7 +37,7 @@ class IvonOptimizer(ivon.IVON):
         Whatever ends the block, the weights are at their mean again. One without a gradient has one of zero.
         """
         self._follow()
-        self._reset_samples()  # of a step that fp16 passed over
+        self._reset_samples()  # of a step that fp16 skipped
         weights = [p for group in self.param_groups for p in group["params"]]
         means = [p.data for p in weights]
         drawn = self.sampled_params(train=True)
@@ -64,7 +64,7 @@ class IvonOptimizer(ivon.IVON):
                 group["momentum"], group["hess"] = group["momentum"].to(device), group["hess"].to(device)
 
     def step(self, closure: Any = None) -> Any:
-        """Pass over a step whose gradients were taken away."""
+        """Skip a step whose gradients were removed."""
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             self._reset_samples()
             return None

@@ -138,7 +138,7 @@ def lora_arguments(options: LoRAFields, model: PreTrainedModel, task_kind: TaskK
 
 
 def check_names(options: TargetFields, model: PreTrainedModel) -> None:
-    """Check that every layer an option names exists; peft passes over those that do not in silence.
+    """Check that every layer an option names exists; peft silently ignores those that do not.
 
     Raises:
         ConfigError: no layer bears the name; the message has the nearest one that exists.

@@ -78,7 +78,7 @@ class PeftMonteCLoRA(LoRAMethod):
         return {"monteclora_config": MontecloraConfig(**{name: getattr(options, name) for name in names})}
 
     def wrap(self, model: Any, options: Any, task_kind: Any, seed: int) -> nn.Module:
-        """As in the base class; on quantised layers peft leaves its variant out without a word.
+        """As in the base class; on quantised layers peft silently leaves its variant out.
 
         Raises:
             ConfigError: also where the weights are quantised.

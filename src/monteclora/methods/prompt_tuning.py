@@ -30,7 +30,7 @@ class PromptTuningOptions(MethodOptions):
     """The options of prompt tuning.
 
     Args:
-        num_virtual_tokens: trained embeddings; they take so many of the model's positions.
+        num_virtual_tokens: trained embeddings; they take this many of the model's positions.
         initialisation: ``vocabulary`` begins with embeddings of random tokens, ``random`` with standard normal numbers.
     """
 
@@ -83,7 +83,7 @@ class PromptTuning(AdapterMethod):
         return options.num_virtual_tokens
 
     def load_weights(self, model: Any, folder: Path) -> None:
-        """peft refuses to go on training a prompt that it loads as an adapter."""
+        """peft refuses to train a prompt further that it loads as an adapter."""
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
@@ -131,13 +131,13 @@ def _generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None
 
 
 def _prompted(model: Any, ids: Tensor, mask: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of the base model with the prompt right before each row's first own token, behind padding on the left.
+    """Inputs of the base model with the prompt right before each row's first own token, after padding on the left.
 
     Args:
         model: the prompted one.
         ids: own tokens, shape (B, T).
         mask: 0 where they are padding, shape (B, T).
-        inputs: the others; those of shape (B, T) are about the tokens. Position ids are counted anew.
+        inputs: the others; those of shape (B, T) are about the tokens. Position ids are counted again.
     """
     import torch
 
@@ -205,7 +205,7 @@ def _is_encoder(base: Any) -> bool:
 
 
 def _padded_on_the_left(by_token: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows, shape (B, T) each, with the padding behind them moved before them."""
+    """The same rows, shape (B, T) each, with the padding after them moved before them."""
     import torch
 
     mask = by_token["attention_mask"]

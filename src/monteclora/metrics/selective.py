@@ -134,7 +134,7 @@ def abstention_threshold(
     Args:
         confidence: float (B,), larger where the answer is trusted more; any scale. Not those of training examples.
         correct: (B,) of 0 and 1, or booleans.
-        risk: the share of errors that is wanted at most, strictly between 0 and 1.
+        risk: the largest acceptable share of errors, strictly between 0 and 1.
         level: strictly between 0 and 1.
 
     Raises:

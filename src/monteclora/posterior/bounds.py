@@ -18,7 +18,7 @@ WIDE = 100.0
 
 
 class _Bounded(torch.autograd.Function):
-    """Clamps the value and passes the gradient on as it is: that of a clamp is zero beyond it, for good."""
+    """Clamps the value and passes the gradient through unchanged: that of a clamp is zero beyond the bound."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""One draw of a posterior: what its layers are given, and how its gradient finds back to rho and eta."""
+"""One draw of a posterior: what its layers are given, and how its gradient reaches rho and eta."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Draw:
 class LayerSlot:
     """Where one layer finds its part of the posterior's draws.
 
-    A layer that looked it up by its number would be compiled anew for every number.
+    A layer that looked it up by its number would be recompiled for every number.
 
     Attributes:
         index: the layer's number.
@@ -108,7 +108,7 @@ class RawDraw(NamedTuple):
 
 
 class Repetitions:
-    """The draws under which layers ran inside a backward pass, unbidden: by a checkpoint that knows of no draws.
+    """The draws under which layers ran inside a backward pass through a checkpoint that knows nothing of draws.
 
     Such a checkpoint repeats a layer under the current draw, which need not be that of the forward pass it repeats.
     """
@@ -147,7 +147,7 @@ class Differentiation:
         versions: of the means.
         index: the draw's number.
         repetitions: of layers in the backward pass.
-        reminder: told when rho and eta get their gradient.
+        reminder: notified when rho and eta get their gradient.
     """
 
     layout: Layout

@@ -1,7 +1,7 @@
 """The prediction draws in force: a property of the calling context, not of the model.
 
-Threads and tasks that predict with one model at the same time each see their own draws, and whoever asked for none sees
-the mean. A thread that is started inside a block of draws begins in a context of its own, and so at the mean.
+Threads and tasks that predict with one model at the same time each see their own draws, and a context that asked for
+none sees the mean. A thread that is started inside a block of draws begins in a context of its own, and so at the mean.
 """
 
 from __future__ import annotations

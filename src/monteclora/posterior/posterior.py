@@ -82,10 +82,10 @@ class AdapterPosterior(MovableModule):
         self.enabled = True
         self.trained = True  # whether training forward passes draw; adapters for reference stay at their mean
         self.calibration: Mapping[str, Any] | None = None  # how ``scale`` was changed since it was trained last
-        self.measured = False  # whether ``scale`` is final: A is initialised for good, or both were restored
+        self.measured = False  # whether ``scale`` is final: A has its final initial value, or both were restored
         self.repeating = False
-        self.drawn = False  # whether ``current`` is the draw of a forward pass that goes on, or is repeated
-        self.awaits_draw = False  # whether prediction draws are asked for, and the pass that goes on has none yet
+        self.drawn = False  # whether ``current`` is the draw of a forward pass in progress, or is repeated
+        self.awaits_draw = False  # whether prediction draws are asked for, and the pass in progress has none yet
         self._repetitions = Repetitions()
         self._reminder = Reminder()
         if settings.kl_weight == settings.coop_weight == 0.0:
@@ -230,10 +230,10 @@ class AdapterPosterior(MovableModule):
     def note_repetition(self, layer: LayerDraw) -> None:
         """A layer runs inside a backward pass, with its part of the current draw.
 
-        Whoever repeats a forward pass under its own draw sets ``repeating`` meanwhile.
+        Code that repeats a forward pass under its own draw sets ``repeating`` meanwhile.
 
         Raises:
-            RuntimeError: it is repeated unbidden, and with rho and eta frozen nothing would notice a wrong draw.
+            RuntimeError: foreign code recomputes it, and with rho and eta frozen a wrong draw would go unnoticed.
         """
         if self.repeating or self.current is None:
             return
@@ -284,7 +284,7 @@ class AdapterPosterior(MovableModule):
         return parts
 
     def _forget_calibration(self) -> None:
-        """Training goes on at the scale that was calibrated, which is from now on that of training."""
+        """Training continues at the calibrated scale, which from now on is the scale of training."""
         if not self.scale.any():
             raise ConfigError(
                 "the posterior was calibrated to a scale of zero, and would be trained without noise",

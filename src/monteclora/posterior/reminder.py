@@ -16,7 +16,7 @@ class Reminder:
     """Warns once of updates of a posterior whose gradient came from draws alone.
 
     It sees the gradients of draws, the values of ``rho`` before each, and evaluations of the regulariser. One
-    evaluation silences it for good: how often and with which weight the regulariser is added is then the caller's
+    evaluation silences it permanently: how often and with which weight the regulariser is added is then the caller's
     choice. Until then a comparison of a few numbers waits for the device once per forward pass.
     """
 
@@ -27,7 +27,7 @@ class Reminder:
         self._rho: Tensor | None = None
 
     def silence(self) -> None:
-        """The regulariser was evaluated, it has no weight, or the caller has been told."""
+        """The regulariser was evaluated, it has no weight, or the caller has been warned."""
         self._silent, self._rho = True, None
 
     def gradient(self) -> None:

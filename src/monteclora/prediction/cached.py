@@ -1,4 +1,4 @@
-"""Forward passes that go on from the keys and values of earlier ones."""
+"""Forward passes that continue from the keys and values of earlier ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def step(
         mask: of the cached tokens and the new ones, shape (B, T' + T).
         kept: columns.
         cache: keys and values of the T' tokens before them.
-        use_cache: whether those of all tokens are wanted.
+        use_cache: whether to return those of all tokens.
     """
     parameters = inspect.signature(base_of(model).forward).parameters
     device = next(model.parameters()).device

@@ -31,12 +31,12 @@ def collect(
     """Score every row under every draw: float64, shape (S, B, C).
 
     Args:
-        model: put into evaluation mode meanwhile.
+        model: in evaluation mode during the call.
         rows: with ``input_ids``, whose lengths decide the batches.
         score: from B row numbers to scores, float64, shape (B, C).
         sampler: what is drawn.
         batch_size: rows per batch.
-        progress: told how many rows are done, batch by batch.
+        progress: called with the number of rows done, batch by batch.
         draws: from B row numbers to scores under every draw, (S, B, C), for a sampler that makes them together.
     """
     found: FloatArray | None = None
@@ -76,7 +76,7 @@ def predict_classes(
         collate: pads a list of rows to a batch.
         sampler: what is drawn.
         batch_size: rows per forward pass.
-        progress: told how many rows are done, batch by batch.
+        progress: called with the number of rows done, batch by batch.
     """
     arguments: dict[str, Any] = {"sampler": sampler, "batch_size": batch_size, "progress": progress}
     return Predictions(predict_outputs(model, rows, collate, lambda logits: logits.log_softmax(-1), **arguments))

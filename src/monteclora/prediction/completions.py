@@ -64,7 +64,7 @@ def score_completions(
         collate: pads a list of rows to a batch, labels with -100.
         sampler: what is drawn.
         batch_size: rows per forward pass.
-        progress: told how many rows are done, batch by batch.
+        progress: called with the number of rows done, batch by batch.
     """
     columns: dict[str, FloatArray] = {}
     with evaluating(model):

@@ -20,7 +20,7 @@ _current: ContextVar[int] = ContextVar("member", default=0)
 
 
 class Members(nn.Module):
-    """Models of one architecture behind one forward: the first, or inside a draw of :class:`Ensemble` the one drawn.
+    """Models of one architecture under one forward: the first, or inside a draw of :class:`Ensemble` the one drawn.
 
     Args:
         members: two models or more that take the same inputs and give outputs of the same shapes.

@@ -80,8 +80,8 @@ def with_positions(base: nn.Module, inputs: Mapping[str, Any], past: int = 0) ->
 def placed(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same rows where they give what each gives alone, whichever side their padding, of shape (B, T), is on.
 
-    A language model is told positions that do not count padding. A classifier looks for the last token by its padding
-    and counts positions from the first column: the padding is moved behind the rows.
+    A language model is given positions that do not count padding. A classifier looks for the last token by its padding
+    and counts positions from the first column: the padding is moved after the rows.
     """
     found, mask = with_positions(base, inputs), text_mask(base, inputs)
     if _is_language_model(base):

@@ -36,7 +36,7 @@ def encode_prompts(
         rows: with ``prompt``; or ``messages``, whose last answer, if they end with one, is what is asked for.
         tokenizer: of the model.
         max_length: most tokens of a prompt.
-        max_new_tokens: how many tokens must find room behind them.
+        max_new_tokens: how many tokens must fit after them.
         truncation: ``prompt_end`` cuts the end of longer prompts, any other their start.
 
     Raises:
@@ -45,7 +45,7 @@ def encode_prompts(
     limit = tokenizer.model_max_length
     if max_length + max_new_tokens > limit:
         raise ConfigError(
-            f"max_new_tokens is {max_new_tokens}, and behind a prompt of data.max_length {max_length} tokens the model "
+            f"max_new_tokens is {max_new_tokens}, and after a prompt of data.max_length {max_length} tokens the model "
             f"has room for {max(limit - max_length, 0)}",
             "Ask for fewer.",
         )

@@ -100,7 +100,7 @@ class LaplacePosterior:
         return self._draws[key]
 
     def facts(self) -> dict[str, Any]:
-        """What is told of the fit, for JSON."""
+        """What is reported of the fit, for JSON."""
         return {
             "structure": self.structure,
             "prior_precision": self.prior_precision,

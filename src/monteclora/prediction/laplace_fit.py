@@ -75,7 +75,7 @@ def fit_laplace(
         classes: how many.
         structure: of the Gauss-Newton matrix; None for :func:`structure_of`.
         batch_size: most rows per pass.
-        progress: told how many rows are done.
+        progress: called with the number of rows done.
 
     Raises:
         ConfigError: laplace-torch is not installed.

@@ -55,7 +55,7 @@ class Seen:
 def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64) -> Seen:
     """The features and energies of encoded rows.
 
-    The adapter is switched off meanwhile for part of the time: no other thread may use the model.
+    The adapter is switched off for part of the call: no other thread may use the model.
 
     Args:
         model: a classifier that returns ``hidden_states``, as every model of transformers does.

@@ -41,7 +41,7 @@ class OptionScores:
     """The likelihood of B rows' options, at most C each, under S draws.
 
     Attributes:
-        log_likelihoods: log p(option | prompt) in nats, float64, shape (S, B, C); minus infinity behind the options of
+        log_likelihoods: log p(option | prompt) in nats, float64, shape (S, B, C); minus infinity after the options of
             a row that has fewer than C.
     """
 
@@ -84,7 +84,7 @@ def score_options(
             an option of the row would then be the beginning of another.
         sampler: what is drawn.
         batch_size: sequences per forward pass; a row's options always share one.
-        progress: told how many rows are done, batch by batch.
+        progress: called with the number of rows done, batch by batch.
 
     Raises:
         DataError: two options of a row have the same tokens.
@@ -117,12 +117,12 @@ def _plan(number: int, row: OptionRow, ends: AbstractSet[int], shares: bool) -> 
     options = row.options
     if len(set(map(tuple, options))) < len(options):
         raise DataError(
-            f"two options of row {number} have the same tokens, they cannot be told apart",
+            f"two options of row {number} have the same tokens, they cannot be distinguished",
             "Make the options differ, or set a larger data.max_length.",
         )
     kept = [_without_end(option, ends) for option in options]
     if any(i != j and b[: len(a)] == a for i, a in enumerate(kept) for j, b in enumerate(kept)):
-        kept = options  # where one option goes on after the end of another, the end tells them apart
+        kept = options  # where one option continues after the end of another, the end distinguishes them
     shared = _shared_start(kept) if shares else 0
     return _Plan(row.prompt + kept[0][:shared], len(row.prompt), [option[shared:] for option in kept])
 
@@ -157,7 +157,7 @@ def _log_likelihoods(model: nn.Module, plans: list[_Plan]) -> list[Tensor]:
         ]
         found.append((shared + torch.stack(firsts)).cpu())
     if long:
-        # each option behind the keys and values of its prompt
+        # each option after the keys and values of its prompt
         cache.batch_select_indices(torch.tensor([i for i, _ in long], device=logits.device))
         rests = [plans[i].rests[k] for i, k in long]
         more, behind = padded([rest[:-1] for rest in rests], left=False)

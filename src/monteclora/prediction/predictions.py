@@ -21,7 +21,7 @@ class Predictions:
     """S predictive distributions of each of B rows over at most C classes or options.
 
     Attributes:
-        log_probs: log-probabilities, float64, shape (S, B, C), one distribution per draw; minus infinity behind the
+        log_probs: log-probabilities, float64, shape (S, B, C), one distribution per draw; minus infinity after the
             options of a row that has fewer than C.
         labels: the right class or option of each row, int64, shape (B,); None where it is unknown.
     """

@@ -110,7 +110,7 @@ def predict(
 
     Draw s is the same for every input and every call with this seed: the result for an input depends neither on what
     else is in the batch nor on the global generators, and neither is changed. Draws share forward passes if the model
-    keeps them apart, which is found out once; else they are made one at a time, with a warning that names the layer.
+    keeps them apart, which is determined once; else they are made one at a time, with a warning that names the layer.
 
     Args:
         model: a model with a MonteCLoRA adapter; its mode (training or not) is as before afterwards.

@@ -108,7 +108,7 @@ def score_tokens(
     cached: bool = True,
     progress: Progress | None = None,
 ) -> list[TokenScores]:
-    """Read texts behind their prompts under every draw.
+    """Read texts after their prompts under every draw.
 
     Args:
         model: with a language-modelling head.
@@ -119,7 +119,7 @@ def score_tokens(
         batch_size: rows per forward pass; all draws of a text are in one.
         cached: whether keys and values are kept, where the model can. Without, every part of a text is read from its
             beginning: the same numbers, slowly.
-        progress: told how many texts are done, batch by batch.
+        progress: called with the number of texts done, batch by batch.
     """
     found: dict[int, TokenScores] = {}
     rows = [{"input_ids": [*prompt, *text]} for prompt, text in zip(prompts, texts, strict=True)]
@@ -191,7 +191,7 @@ class _Reader:
             yield cls(model, lanes, cached and cache_name(model) is not None)
 
     def read(self, ids: Tensor, mask: Tensor, kept: int) -> Tensor:
-        """The next tokens; log-probabilities of what comes behind the last ``kept`` of them, (S, B, kept, V).
+        """The next tokens; log-probabilities of what comes after the last ``kept`` of them, (S, B, kept, V).
 
         Args:
             ids: shape (B, T).

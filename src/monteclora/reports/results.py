@@ -1,4 +1,4 @@
-"""What a page is told of a run: plain data, whatever trained it."""
+"""What a page knows of a run: plain data, whatever trained it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ __all__ = ["Adopted", "adopt", "disown", "is_plain_adapter", "rows_of", "with_po
 
 @dataclass(frozen=True)
 class Adopted:
-    """What was found out about an adapter.
+    """What is known about an adapter.
 
     Attributes:
         run: its folder.

@@ -1,4 +1,4 @@
-"""Beginning a run, or going on with it: the one place that decides whether a folder holds the run of a recipe."""
+"""Starting a run, or resuming it: the one place that decides whether a folder holds the run of a recipe."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["Run", "begin"]
 def begin(recipe: Recipe, *, override: bool = False) -> Iterator[Run]:
     """Make the recipe's folder that of this run, and keep it for this process until the block ends.
 
-    A new folder, one in which the same run was begun, or one in which nothing was trained yet. Of several processes
+    A new folder, one in which the same run was started, or one in which nothing was trained yet. Of several processes
     of one run the first does it for all.
 
     Args:
         recipe: what is trained.
-        override: go on with an unfinished run whose recipe or data changed, see :func:`monteclora.train`.
+        override: resume an unfinished run whose recipe or data changed, see :func:`monteclora.train`.
 
     Raises:
         CheckpointError: the folder holds a run of another recipe (the message names the keys that differ) or other
@@ -53,7 +53,7 @@ class Run:
     Attributes:
         folder: its files.
         recipe: what is trained.
-        override: whether changes of recipe and data since it was begun are accepted.
+        override: whether changes of recipe and data since it was started are accepted.
     """
 
     folder: RunFolder
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The last line of the metrics of a run that came to its end, else None."""
+        """The last line of the metrics of a finished run, else None."""
         return self.folder.finished
 
     def check_data(self, sources: Mapping[str, SplitSource]) -> None:
@@ -84,7 +84,7 @@ class Run:
                 )
 
     def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to go on from; None where there is none.
+        """The checkpoint to resume from; None where there is none.
 
         Raises:
             CheckpointError: it was written for another recipe, and that was never accepted.
@@ -105,7 +105,7 @@ class Run:
 
         Args:
             facts: the content of ``environment.json`` as of now.
-            checkpoint: what the run goes on from.
+            checkpoint: what the run resumes from.
 
         Raises:
             CheckpointError: the data are others than when the run began, and that was not accepted, or their labels
@@ -119,7 +119,7 @@ class Run:
 
 
 def _claim(run: Run) -> None:
-    """A recipe that is accepted on purpose is not put down yet: :meth:`Run.note` does it when training goes on."""
+    """A recipe that is accepted on purpose is not recorded yet: :meth:`Run.note` does it when training resumes."""
     if run.folder.recipe_file.is_file():
         before = load_recipe(run.folder.recipe_file)
         changed = differences(before, run.recipe)

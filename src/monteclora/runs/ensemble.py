@@ -44,7 +44,7 @@ def load_runs(
 
     Raises:
         CheckpointError: a folder is no run, an unfinished one, or its adapter is missing or damaged.
-        ConfigError: the runs do not predict the same thing, or an argument does not fit an ensemble, which is told
+        ConfigError: the runs do not predict the same thing, or an argument does not fit an ensemble, which is reported
             before any model is loaded; and as :func:`~monteclora.runs.loading.load_run`.
     """
     folders = folders_of(runs)

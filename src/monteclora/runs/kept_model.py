@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["kept_base_model", "kept_or_loaded"]
 
-_SHARE = 8  # of the memory that is free, a model that is kept takes at most one part in so many
+_SHARE = 8  # of the memory that is free, a model that is kept takes at most one part in this many
 
 
 @dataclass

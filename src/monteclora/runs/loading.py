@@ -60,7 +60,7 @@ class LoadedRun:
         columns: of the training data, where it was no task with a name; earlier versions did not write them down.
         model: with the adapter at its posterior's mean (or without, for the base model), in evaluation mode.
         tokenizer: the model's.
-        unfinished: how far a run came that did not come to its end; None for a finished one.
+        unfinished: how far an unfinished run came; None for a finished one.
         is_base: whether this is the pretrained model alone.
         trained: names of the model's parameters that training changed; empty for the base model.
         scale: on which scores were learned; None for other kinds.
@@ -196,7 +196,7 @@ class LoadedRun:
         Args:
             sampler: of draws, None for the mean alone; see :meth:`sampler`.
             batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
-            progress: told how many rows are done, by each sampler.
+            progress: called with the number of rows done, by each sampler.
             calibrators: by the name of the sampler whose predictions they correct.
 
         Raises:
@@ -234,7 +234,7 @@ def load_run(folder: str | Path, *, base: bool = False, allow_unfinished: bool =
     Args:
         folder: made by ``monteclora train``.
         base: load the pretrained model without the adapter, a causal LM's "before".
-        allow_unfinished: take the newest complete checkpoint of a run that did not come to its end, and is no ensemble.
+        allow_unfinished: take the newest complete checkpoint of a run that did not finish, and is no ensemble.
 
     Raises:
         CheckpointError: not a run, an unfinished one, or its adapter or posterior is missing, damaged or does not fit.
@@ -272,7 +272,7 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
         model = base_model(recipe, kind, labels, tokenizer)
     elif run.is_adapter or _was_given_a_posterior(recipe, adapter):
         model = with_adapter(base_model(recipe, kind, labels, tokenizer), adapter)
-    else:  # as training had it, which draws anew what neither the model's files nor the saved ones hold
+    else:  # as training had it, which draws again what neither the model's files nor the saved ones hold
         model = prepare_model(recipe, kind, labels, tokenizer)
         get_method(recipe.method.name).load(model, adapter)
     if recipe.model.quantization == "none":
@@ -318,7 +318,7 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> nn.Module:
 
 
 def check_finished(run: RunFolder) -> None:
-    """Raises CheckpointError for a run that did not come to its end."""
+    """Raises CheckpointError for a run that did not finish."""
     _adapter_of(run, allow_unfinished=False)
 
 

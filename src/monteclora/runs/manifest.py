@@ -42,7 +42,7 @@ class Checkpoint:
         phase: of the run.
         first_step: how many steps the phases before took.
         step: how many steps this phase had taken.
-        complete: whether the phase had come to its end.
+        complete: whether the phase had finished.
         versions: of the packages that wrote it.
         best_step: the step of this phase with the best validation metric; None where none was measured.
     """

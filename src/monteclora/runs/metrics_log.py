@@ -53,7 +53,7 @@ class MetricsLog:
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """Every event; a last line that a killed process left unfinished is passed over.
+        """Every event; a last line that a killed process left unfinished is skipped.
 
         Raises:
             CheckpointError: another line is damaged.
@@ -79,7 +79,7 @@ class MetricsLog:
         return CheckpointError(f"{self.path}, line {line} is {why}", "Remove the line, or take the file from a backup.")
 
     def rewind(self, step: int, back_off: dict[str, Any] | None = None) -> None:
-        """Forget what was measured after ``step``, and what ended there: the run goes on from it.
+        """Forget what was measured after ``step``, and what ended there: the run resumes from it.
 
         Args:
             step: counted over all phases.

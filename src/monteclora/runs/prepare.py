@@ -75,7 +75,7 @@ def prepare_data(recipe: Recipe, stand_in: Callable[[TaskData], PreTrainedTokeni
         ConfigError: the model or task is unknown, or an option does not fit the task.
     """
     task = load(recipe.data, splits=("train", "validation"))
-    resolve_model(recipe.model.name)  # a wrong name is told before rows are tokenised
+    resolve_model(recipe.model.name)  # a wrong name is reported before rows are tokenised
     kind = KINDS[task.kind]
     task.split("train")
     measures = kind.measures(task, recipe.data.class_weights)

@@ -54,7 +54,7 @@ def _other_rows(path: Path, table: pa.Table) -> list[pa.Table]:
         kept = before.filter(pa.compute.invert(same))
         pa.concat_tables([kept, table], promote_options="default")
     except (pa.ArrowException, KeyError):
-        return []  # not ours any more: predictions can be made again, so nothing is lost by making them anew
+        return []  # not ours any more: predictions can be made again, so nothing is lost by making them again
     return [kept]
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
-    """Whether a run that was begun may go on although its recipe changed.
+    """Whether an unfinished run may resume although its recipe changed.
 
     Args:
         run: it.
@@ -33,7 +33,7 @@ def check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
     Raises:
         CheckpointError: it may not; the message names the keys.
     """
-    begun = f"{run.path} was begun with another recipe: {', '.join(changed)} changed"
+    begun = f"{run.path} was started with another recipe: {', '.join(changed)} changed"
     fixed = [key for key in changed if key in _FIXED or not key.startswith(_ADJUSTABLE)]
     if run.finished is not None or (override and fixed):
         why = ", and is finished" if run.finished is not None else f"; {', '.join(fixed)} cannot change on the way"
@@ -41,20 +41,20 @@ def check_changes(run: RunFolder, changed: list[str], override: bool) -> None:
     if not override:
         hint = "Choose another name or output, or remove the folder."
         if not fixed:
-            hint += " To go on with the changes, and have them written down, give --override."
+            hint += " To resume with the changes and have them recorded, give --override."
         raise CheckpointError(begun, hint)
 
 
 def resumed(
     run: RunFolder, recipe: Recipe, facts: Mapping[str, Any], checkpoint: Checkpoint, *, override: bool = False
 ) -> dict[str, Any]:
-    """The content of ``environment.json`` of a run that goes on: as it was begun, and what is not as it was.
+    """The content of ``environment.json`` of a resumed run: as it was started, and what is not as it was.
 
     Args:
         run: it.
-        recipe: it goes on with.
+        recipe: it resumes with.
         facts: its environment as of now.
-        checkpoint: it goes on from.
+        checkpoint: it resumes from.
         override: whether other data are accepted.
 
     Raises:
@@ -83,18 +83,18 @@ def _changed_data(run: RunFolder, now: Mapping[str, Any], override: bool) -> lis
     ]
     if changed and not override:
         raise CheckpointError(
-            f"{changed[0]} changed since {run.path} was begun",
-            "Restore them, choose another name or output, or give --override to go on with these.",
+            f"{changed[0]} changed since {run.path} was started",
+            "Restore them, choose another name or output, or give --override to resume with these.",
         )
     if (before.kind, before.label_names or ()) != (now["kind"], tuple(now["label_names"] or ())):
-        raise CheckpointError(f"{now['name']} has other labels than {run.path} was begun with", "Restore the data.")
+        raise CheckpointError(f"{now['name']} has other labels than {run.path} was started with", "Restore the data.")
     return changed
 
 
 def _changed_recipe(
     run: RunFolder, recipe: Recipe, environment: Mapping[str, Any], checkpoint: Checkpoint
 ) -> dict[str, list[Any]]:
-    """What the checkpoint was trained with and what the run goes on with, by dotted key.
+    """What the checkpoint was trained with and what the run resumes with, by dotted key.
 
     A checkpoint may be older than the latest override, so that the changes since then add up.
     """
@@ -119,7 +119,7 @@ def accepted_sha256(environment: Mapping[str, Any]) -> list[str]:
 
 
 def overrides_of(environment: Mapping[str, Any]) -> list[str]:
-    """What was changed on the way, a sentence for each time; for whoever reads the run's numbers.
+    """What was changed on the way, one sentence per change; for the reader of the run's numbers.
 
     Args:
         environment: the content of ``environment.json``.

@@ -129,7 +129,7 @@ class RunFolder:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The last line of the metrics of a run that came to its end, else None; an adapter from elsewhere did."""
+        """The last line of the metrics of a finished run, else None; an adapter from elsewhere did."""
         if self.is_adapter:
             return {"event": "finished"}
         events = self.metrics.read()

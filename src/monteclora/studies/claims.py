@@ -98,7 +98,7 @@ class Claims:
             return token, state
 
     def forget(self, trial: str, results: Iterable[Path]) -> None:
-        """Remove results and the failures that led to them, so that these are tried anew, unless they are worked on."""
+        """Remove results and the failures that led to them, so that they are tried again, unless in progress."""
         with self.idle(trial) as idle:
             if idle:
                 self._write(trial, replace(self.state(trial), holder=None, failures=[], deaths=0))
@@ -113,7 +113,7 @@ class Claims:
             yield holder is None or not self._is_alive(trial, holder)
 
     def release(self, trial: str, token: str, state: TrialState) -> bool:
-        """Give a claim back with what is known now; False where it was lost meanwhile."""
+        """Give a claim back with what is known now; False if it was lost in the meantime."""
         with self.held(trial, token) as mine:
             if mine:
                 state.holder = None
@@ -164,7 +164,7 @@ class Claims:
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}", "Make the study folder readable.") from error
         except (ValueError, TypeError) as error:
-            hint = "Remove it once nothing works on the study: the trial goes on from its checkpoint."
+            hint = "Remove it once nothing works on the study: the trial resumes from its checkpoint."
             raise CheckpointError(f"{path} is damaged ({type(error).__name__})", hint) from None
 
     def running(self, trial: str) -> bool:
@@ -181,7 +181,7 @@ class Claims:
         return self._now() - self._file(trial).stat().st_mtime < self._lease
 
     def _now(self) -> float:
-        """The time of whoever serves the folder, which heartbeats are written in."""
+        """The time of the folder's server, by which heartbeats are stamped."""
         probe = self._folder / f".now-{secrets.token_hex(8)}"
         probe.touch()
         now = probe.stat().st_mtime

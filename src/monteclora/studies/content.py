@@ -33,7 +33,7 @@ class _Data:
 
 
 class Contents:
-    """Checksums of the files behind the recipes of a study; each is read once.
+    """Checksums of the files that the recipes of a study name; each is read once.
 
     Args:
         study: says what is evaluated.

@@ -56,7 +56,7 @@ def attempt(folder: StudyFolder, study: StudyRecipe, trials: Sequence[Trial]) ->
                         break
                     folder.write_outcome(outcome)
     except RunInUseError:
-        in_use = True  # by a process that lost its claim, as one that was suspended, and goes on all the same
+        in_use = True  # by a process that lost its claim, such as one that was suspended, and continues all the same
     finally:
         mine = folder.claims.release(name, token, state) and mine
     if mine:
@@ -67,7 +67,7 @@ def attempt(folder: StudyFolder, study: StudyRecipe, trials: Sequence[Trial]) ->
 def _outcomes(study: StudyRecipe, trials: Sequence[Trial], state: TrialState) -> Iterator[Outcome]:
     """What came of a run's trials; those that are missing are to be tried again, for a reason that is now in ``state``.
 
-    Whatever one run does, the others go on; its reason is shown.
+    If one run fails, the others continue; its reason is shown.
     """
     first = trials[0].recipe
     if state.deaths > _MOST_DEATHS:

@@ -27,7 +27,7 @@ Status = Literal["finished", "diverged", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial came to; one file, written once.
+    """The outcome of a trial; one file, written once.
 
     Attributes:
         trial: its id.
@@ -100,7 +100,7 @@ class StudyFolder:
         return self.path / "results" / f"{trial}.json"
 
     def outcome(self, trial: str) -> Outcome | None:
-        """What a trial came to; None where it is not done.
+        """The outcome of a trial; None where it is not done.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -121,7 +121,7 @@ class StudyFolder:
         return {identity: outcome for identity, outcome in found.items() if outcome is not None}
 
     def adopt(self, trial: Trial, outcome: Outcome) -> bool:
-        """Put down what a trial came to elsewhere, unless it has an outcome here or is worked on; whether it was."""
+        """Record the outcome that a trial had elsewhere, unless it has one here or is in progress; whether it was."""
         with self.claims.idle(trial.run) as idle:
             adopted = idle and not self.outcome_file(outcome.trial).is_file()
             if adopted:
@@ -129,7 +129,7 @@ class StudyFolder:
         return adopted
 
     def retry_failed(self, trials: Sequence[Trial]) -> None:
-        """Have trials that failed tried anew, as if they never had been."""
+        """Have failed trials tried again, as if they never had been."""
         failed: dict[str, list[Path]] = {}
         for trial in trials:
             outcome = self.outcome(trial.id)
@@ -139,6 +139,6 @@ class StudyFolder:
             self.claims.forget(run, results)
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Put down what a trial came to."""
+        """Record the outcome of a trial."""
         text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n"
         write_file(self.outcome_file(outcome.trial), text.encode())

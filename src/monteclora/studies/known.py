@@ -13,7 +13,7 @@ __all__ = ["read_known", "take_known"]
 
 
 def read_known(files: Sequence[str | Path]) -> dict[Path, dict[str, Outcome]]:
-    """The outcomes in each file, by trial; failed trials are left out, which are to be tried anew.
+    """The outcomes in each file, by trial; failed trials are left out, which are to be tried again.
 
     Raises:
         CheckpointError: a file is not there, damaged, or no study's results.

@@ -162,7 +162,7 @@ def _hash(values: Any) -> str:
 
 
 def _cut(trials: list[Trial], most: int | None, order: Mapping[str, tuple[Any, ...]], arms: int) -> list[Trial]:
-    """At most so many, without the last comparison if it is not whole; part of the first one where that is not."""
+    """At most this many, without the last comparison if it is not whole; part of the first one where that is not."""
     if most is None or most >= len(trials):
         return trials
     if most < arms:

@@ -91,7 +91,7 @@ def run_workers(
         tick: called again and again, to show how far the study is; gives how many trials are done.
 
     Raises:
-        ConfigError: workers end with an error before they come to anything; the message has its last line.
+        ConfigError: workers end with an error before they finish a trial; the message has its last line.
         KeyboardInterrupt: asked for; the workers have saved.
     """
     workers = [_start(folder, number, per_device, deadline) for number in range(count)]

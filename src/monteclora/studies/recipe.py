@@ -71,8 +71,8 @@ class StudyRecipe:
         calibrator: ``temperature``, fitted to the validation rows of each trial, or ``none``.
         centre: the second view of the results, in which every arm has as many values of a setting, around its own best
             one; null for none.
-        max_trials: run at most so many, whole comparisons of all arms; the others are said to be left out.
-        max_hours: start no trial after so many hours of one command; the same command goes on later.
+        max_trials: run at most this many, in whole comparisons of all arms; the others are said to be left out.
+        max_hours: start no trial after this many hours of one command; the same command continues later.
         known: files ``results.parquet`` of earlier studies, by their path from the study recipe's folder or from the
             working directory: outcomes of the same trials are taken from them.
         retries: how often a failed trial is tried again.

@@ -98,7 +98,7 @@ def _check_format(path: Path, schema: pa.Schema) -> None:
     if _VERSION not in about or not held.issuperset(_REQUIRED):
         raise CheckpointError(
             f"{path} is not the results.parquet of a study, or one of an earlier version",
-            "Run the study's command once more where its folder is: it writes the file anew.",
+            "Run the study's command once more where its folder is: it writes the file again.",
         )
     if not about[_VERSION].isdigit() or int(about[_VERSION]) > _FORMAT:
         raise CheckpointError(

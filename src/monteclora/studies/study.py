@@ -93,7 +93,7 @@ def study(
         ConfigError: the recipe is wrong, or workers cannot start.
         DataError: the data are wrong.
         CheckpointError: a file of known outcomes is missing or damaged, or one of the study folder is.
-        KeyboardInterrupt: asked for; everything is saved and the same call goes on.
+        KeyboardInterrupt: asked for; everything is saved and the same call continues.
     """
     if ray is not None and workers == 0:
         raise ConfigError("workers is 0, and a cluster runs workers", "Leave it out, or give how many.")
@@ -116,7 +116,7 @@ def study(
         elif any(not folder.outcome_file(trial.id).is_file() for trial in plan.trials):
             run_workers(folder, min(count, len(plan.trials)), workers_per_device, deadline, live.tick)
         live.tick()
-    for trials in plan.runs:  # a worker that was killed behind its result left what is not kept
+    for trials in plan.runs:  # a worker that was killed after writing its result left what is not kept
         tidy(folder, plan.study, trials)
     result = _result(folder, plan)
     if optuna is not None:

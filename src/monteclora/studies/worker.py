@@ -68,7 +68,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Standard input ends when whoever started this process does: save, and stop."""
+    """Standard input ends when the process that started this one does: save, and stop."""
     while os.read(0, 1):  # sys.stdin has a lock, which a thread that waits would hold when the interpreter ends
         continue
     os.kill(os.getpid(), signal.SIGTERM)

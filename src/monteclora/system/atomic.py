@@ -1,7 +1,8 @@
 """Files and folders that are complete or absent: written aside, flushed, renamed.
 
 The one place that writes anything another run, version or person reads. A file's mode is ``0666 & ~umask`` and a
-folder's ``0777 & ~umask``, whoever wrote it: temporary files and some libraries close theirs to everyone but the owner.
+folder's ``0777 & ~umask``, whichever code wrote it: temporary files, and those of some libraries, are otherwise
+readable by the owner only.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def remove_folder(path: Path) -> None:
 
 
 def discard_remains(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``, and put back what it was about to replace."""
+    """Remove what a killed process left half-written in ``folder``, and restore what it was about to replace."""
     for aside in folder.glob(f"{_REPLACED}*"):
         for older in aside.iterdir():
             if not (folder / older.name).exists():

@@ -178,7 +178,7 @@ def _steps(machine: str, process: int) -> list[Step]:
     steps += _if_call(_CLONE[column], _by_argument(0, [(_ANY_BIT, _CLONE_THREAD)], _ALLOW, denied))
     steps += _if_call(
         _CLONE3[column], [(_RETURN, 0, 0, missing)]
-    )  # its flags are out of sight; libraries go on to clone
+    )  # its flags are out of sight; libraries then call clone
     steps += _if_call(_IOCTL[column], _by_argument(1, [(_EQUAL, value) for value in _IOCTLS], _ALLOW, denied))
     steps += _if_call(_FCNTL[column], _by_argument(1, [(_EQUAL, value) for value in _FCNTLS], _ALLOW, denied))
     steps += _if_call(_PRLIMIT[column], _by_argument(0, [(_EQUAL, 0)], _ALLOW, denied))

@@ -89,7 +89,7 @@ class PeakMemory:
 
     @staticmethod
     def _reset_process() -> None:
-        """Start the kernel's high-water mark anew; where it cannot be, the peak is that of the process's life."""
+        """Reset the kernel's high-water mark; where that is not possible, the peak is that of the process's life."""
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")

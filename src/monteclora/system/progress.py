@@ -17,7 +17,7 @@ Progress = Callable[[int], None]
 
 @contextmanager
 def progress_bar(title: str, total: int, show: bool = True) -> Iterator[Progress]:
-    """A function that moves the bar on by so many rows; on anything but a terminal nothing is drawn."""
+    """A function that advances the bar by a number of rows; on anything but a terminal nothing is drawn."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
     remaining = TimeRemainingColumn(elapsed_when_finished=True)

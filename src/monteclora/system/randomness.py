@@ -1,4 +1,4 @@
-"""The global random generators: taken down, put back, and left as they were."""
+"""The global random generators: saved, restored, and left as they were."""
 
 from __future__ import annotations
 

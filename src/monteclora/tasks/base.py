@@ -61,7 +61,7 @@ class Predictor:
         batch_size: sequences per forward pass.
         bins: of the calibration error.
         posterior: how draws are made, whatever they are draws of; None for predictions at the mean alone.
-        progress: told how many rows are done, by each sampler.
+        progress: called with the number of rows done, by each sampler.
         calibrators: of class, option and label probabilities, by the name of the sampler that they were fitted for.
         at_mean: keeps what is predicted at the mean, for predictors that score the same rows under other draws; None
             keeps nothing.
@@ -210,7 +210,7 @@ class TokenKind(Protocol):
             predictor: how.
             rows: to predict.
             max_new_tokens: most tokens of a generated completion.
-            tokens: whether the columns ``tokens`` and ``sequence`` are wanted.
+            tokens: whether to add the columns ``tokens`` and ``sequence``.
             answers: how many draws write an answer of their own, into ``answers``, ``answer`` and ``agreement``.
             given: whether the rows' column ``completion`` is read in place of what the model writes.
 

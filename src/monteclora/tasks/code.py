@@ -23,7 +23,7 @@ HUMANEVAL_PROMPT = (
     "Complete this Python function. Write the whole function in one block of code.\n\n```python\n{code}\n```"
 )
 
-# a block in any language, with the first word behind its opening: one that is not recognised would have its closing
+# a block in any language, with the first word after its opening: one that is not recognised would have its closing
 # taken for an opening
 _BLOCK = re.compile(r"```[^\S\n]*([^\s`]*)[^`\n]*\n(.*?)(?:(?:\n|(?<=\n))[^\S\n]*```|\Z)", re.DOTALL)
 _PYTHON = re.compile(r"(python|py)?[\d.]*", re.IGNORECASE)
@@ -55,7 +55,7 @@ def extract_program(prompt: str, answer: str, entry_point: str) -> str:
 
 
 def _continuation(code: str) -> str:
-    """The lines of an answer that go on with the function, indented."""
+    """The lines of an answer that continue the function, indented."""
     code = code.strip("\n").rstrip()
     first, _, rest = code.partition("\n")
     if first.startswith((" ", "\t")):

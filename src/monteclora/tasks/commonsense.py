@@ -192,7 +192,7 @@ def _load_published(name: str, split: str, folder: Path | None) -> Table:
             return convert(open_table(path), _COLUMNS, _standard_row)
     if split not in local_splits(name, folder):
         raise NotAtHandError(
-            f"{name} is not at hand, and it is not on the hub",
+            f"{name} is not available, and it is not on the hub",
             f"Put {name}.json of AGI-Edgerunners/LLM-Adapters (ft-training_set) into a folder, and set data.folder "
             f"or {DATA_FOLDER_VARIABLE} to it.",
         )

@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al. 2021): grade-school word problems with worked solutions that end in ``#### <number>``.
 
-Learned is the solution as it stands, with its calculator annotations (``<<16-3-4=9>>``). Answers are matched as
-lm-evaluation-harness does: ``strict`` takes the first number behind ``####``, ``flexible`` the last number of the text;
+The solution is learned as it is, with its calculator annotations (``<<16-3-4=9>>``). Answers are matched as
+lm-evaluation-harness does: ``strict`` takes the first number after ``####``, ``flexible`` the last number of the text;
 both are compared with the reference after dropping commas, dollar signs and a final full stop.
 """
 
@@ -29,7 +29,7 @@ _IGNORED = (re.compile(","), re.compile(r"\$"), re.compile(r"(?s).*#### "), re.c
 
 
 def strict_answer(text: str) -> str:
-    """The first number that stands behind ``####``; ``[invalid]`` where none does."""
+    """The first number after ``####``; ``[invalid]`` where none does."""
     found = _STRICT.search(text)
     return found.group(1) if found else NO_ANSWER
 

@@ -52,7 +52,7 @@ class Measures(Protocol):
 
 
 def check_metric(measures: Measures, best_metric: str | None) -> None:
-    """Raise ConfigError when the recipe wants to be best in something that is not measured."""
+    """Raise ConfigError when the recipe selects by a metric that is not measured."""
     names = [metric.name for metric in metrics_for(measures.scoring) if metric.greater_is_better is not None]
     if best_metric is not None and best_metric not in names:
         raise ConfigError(f"training.best_metric is {best_metric}, and this task has {', '.join(names)}", "Choose one.")

@@ -1,4 +1,4 @@
-"""What is learned of the rows of texts: labels, scores or several labels, found out of what stands in the files."""
+"""What is learned of the rows of texts: labels, scores or several labels, derived from what is in the files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["check_targets", "describe_targets", "find_targets"]
 def find_targets(
     columns: Columns, names: Sequence[str], keys: Mapping[str, Sequence[Any]], separator: str | None, data: str
 ) -> tuple[Targets | None, list[str]]:
-    """How what stands in the files becomes the column ``label``, and in words what was found out; None for prompts.
+    """How what stands in the files becomes the column ``label``, and in words what was recognised; None for prompts.
 
     Args:
         columns: in use.

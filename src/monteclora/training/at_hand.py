@@ -31,7 +31,7 @@ class AtHand:
         label_names: in the order of the classes; None for a causal LM.
         data: tokenised rows; None where they are not on this machine.
         estimated: whether a stand-in tokenised them: their lengths are estimates, and no model can read them.
-        notes: what was set aside, truncated or left out, and what is not at hand, in words.
+        notes: what was set aside, truncated or left out, and what is not available, in words.
     """
 
     kind: Kind
@@ -59,7 +59,7 @@ def look(recipe: Recipe) -> AtHand:
 
     Raises:
         DataError: the data are wrong, or not at hand and of no task that is known.
-        ConfigError: the recipe is wrong, or its model is not at hand and of no published shape.
+        ConfigError: the recipe is wrong, or its model is not available and of no published shape.
     """
     config = config_of(recipe)  # an unknown model is told before rows are read
     stand_in, notes = None, tuple[str, ...]()
@@ -72,8 +72,8 @@ def look(recipe: Recipe) -> AtHand:
             return stand_in_tokenizer(task.splits.values(), config, positions=positions_of(config), chats=chats)
 
         notes = (
-            f"the tokenizer of {recipe.model.name} is not at hand: lengths are estimated with one that cuts words into "
-            "pieces of at most six letters, and rows are shown as it has them",
+            f"the tokenizer of {recipe.model.name} is not available: lengths are estimated with one that cuts words "
+            "into pieces of at most six letters, and rows are shown as it has them",
         )
     try:
         data = prepare_data(recipe, stand_in)

@@ -48,7 +48,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a recipe comes to.
+    """What a recipe amounts to.
 
     Attributes:
         recipe: with every default written out.
@@ -64,7 +64,7 @@ class CheckReport:
         memory: estimated; of rows as long as the recipe allows where their lengths are not known.
         operations: floating-point operations of the whole run, estimated; None where the rows are not known.
         matmul_speed: what this machine does of them in a second at its best, in large matrix products.
-        measured: a step on this machine; None where the weights are not at hand or too large to load for this.
+        measured: a step on this machine; None where the weights are not available or too large to load for this.
     """
 
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what is told of them, and whether the run stops or passes them over."""
+"""Steps whose loss or gradient is not finite: what is reported of them, and whether the run stops or skips them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class NonFiniteSteps:
         data: what it trains on.
         phase: name of the phase.
         first_step: steps of the phases before.
-        most_in_a_row: so many consecutive steps are skipped, the next one stops the run; 0 stops at once.
+        most_in_a_row: at most this many consecutive steps are skipped, the next one stops the run; 0 stops at once.
     """
 
     run: RunFolder

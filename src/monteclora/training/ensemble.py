@@ -41,7 +41,7 @@ def train_members(run: Run, train: Callable[[Recipe], RunResult]) -> dict[str, A
 
     Args:
         run: of the ensemble.
-        train: trains a member, or goes on with it where it stopped.
+        train: trains a member, or resumes it where it stopped.
     """
     folder, recipe = run.folder, run.recipe
     members = member_recipes(recipe)

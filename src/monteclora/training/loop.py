@@ -99,7 +99,7 @@ class Loop:
 
     Attributes:
         accelerator: of this process.
-        method: adds its loss, and is told of steps.
+        method: adds its loss, and is called after steps.
         model: as accelerate prepared it.
         optimizer, scheduler: of the phase.
         scaler: of the loss, for fp16; switched off otherwise.
@@ -143,7 +143,7 @@ class Loop:
     state: TrainingState = field(default_factory=TrainingState)
     resumed: bool = False
     interrupted: bool = False
-    # what the method told of the last finite step; on the device until it is logged or saved
+    # what the method reported of the last finite step; on the device until it is logged or saved
     _numbers: Mapping[str, Tensor] | None = None
     _started: float = 0.0
 
@@ -223,11 +223,11 @@ class Loop:
             norm = self.accelerator.clip_grad_norm_(self._trained, self.max_grad_norm)
         finite = self._is_finite(batches, passes, _plain(norm))
         if not finite:
-            self._forget_gradients()  # without them the optimiser passes over every weight
+            self._forget_gradients()  # without them the optimiser skips every weight
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else fp16 passed over this step to find its scale
+        if self.scaler.get_scale() >= scale:  # else fp16 skipped this step to find its scale
             if finite and type(self.method).after_step is not Method.after_step:
                 self.method.after_step(self._unwrapped, self.state.step + 1, self.steps)
             self.state.learning_rate = float(self.optimizer.param_groups[0]["lr"])

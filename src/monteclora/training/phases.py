@@ -33,7 +33,7 @@ _STOPPING = "\nstopping: this step is finished and saved first; asked again, it 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a phase came to; steps are counted over all phases.
+    """The outcome of a phase; steps are counted over all phases.
 
     Attributes:
         step: the last one.

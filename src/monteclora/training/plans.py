@@ -77,7 +77,7 @@ def warmup_steps(spec: TrainingSpec, steps: int) -> int:
 
 
 def plan_of(recipe: Recipe, phase: Phase, rows: int) -> Plan:
-    """What a method is told of a phase that trains on ``rows`` rows."""
+    """What a method knows of a phase that trains on ``rows`` rows."""
     return Plan(
         options=recipe.method,
         phase=phase.name,

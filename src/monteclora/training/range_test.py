@@ -2,7 +2,7 @@
 
 The rate rises exponentially from step to step, on the batches that the run begins with. The smoothed loss falls, and
 rises again when the rate is too high; the run takes a fixed fraction of the rate where it is lowest (docs/training.md
-says how the fraction was chosen). The model that was tested is thrown away: the run begins with one made anew, so that
+says how the fraction was chosen). The model that was tested is thrown away: the run begins with a new one, so that
 nothing of the test can be left in it, whatever the method keeps.
 """
 
@@ -51,13 +51,13 @@ _WINDOW = 2 * _HALF_WIDTH + 1
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test came to.
+    """The outcome of a range test.
 
     Attributes:
         learning_rate: the rate to train at.
         steps: of the test.
         tokens: seen in it, without padding.
-        seconds: it took, without making the model anew.
+        seconds: it took, without making the model again.
         rates: of its steps whose loss was finite.
         losses: the task's loss at each of these, in nats, before the step.
     """
@@ -177,7 +177,7 @@ def _raise_rate(loop: Loop, rates: list[float], losses: list[float]) -> None:
         for batches in loop.batches.steps(epoch, first):
             before, taken = loop.state.loss, loop.scheduler.last_epoch
             loop.step(batches)
-            if loop.scheduler.last_epoch > taken:  # fp16 passes over steps to find its scale
+            if loop.scheduler.last_epoch > taken:  # fp16 skips steps to find its scale
                 rates.append(LOWEST * _growth(taken))
                 losses.append(loop.state.loss - before)
             loop.reporting.step(loop.state)

@@ -23,7 +23,7 @@ class Reporting:
 
     Args:
         log: the metrics file.
-        accelerator: whose trackers are told as well.
+        accelerator: whose trackers log the same.
         console: for people: a bar on a terminal, lines from time to time anywhere else.
         phase: name of the phase, for the metrics.
         title: name of the phase, for people.

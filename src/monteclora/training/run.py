@@ -50,14 +50,14 @@ def train(
 ) -> RunResult:
     """Train what a recipe says, in the run folder it names.
 
-    The same call again: a finished run gives its result without training, an unfinished one goes on from its newest
+    The same call again: a finished run gives its result without training, an unfinished one resumes from its newest
     complete checkpoint and ends as if it had never stopped. SIGINT and SIGTERM save a checkpoint first. A recipe with
     ``ensemble`` above 1 trains its members in ``members/`` of the folder, each to the bit as a run of that seed alone.
 
     Args:
         recipe: the path of a YAML file, the name of a bundled recipe, a mapping, or a recipe.
         overrides: pairs of dotted key and YAML text, as in ``("training.learning_rate", "1e-4")``.
-        override: go on with an unfinished run although its recipe (``data``, ``training`` and the weights of the
+        override: resume an unfinished run although its recipe (``data``, ``training`` and the weights of the
             regulariser) or its data changed; ``environment.json`` then says from which step, and how.
         progress: whether to tell on standard error what happens.
 

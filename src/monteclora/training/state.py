@@ -28,7 +28,7 @@ class TrainingState:
         loss, objective: sums over the finite steps since then, of the task's loss and of what is minimised, nats.
         finite_steps: how many these are.
         grad_norm, learning_rate: of the last finite step, before clipping and before the schedule moved on.
-        numbers: what the method told of that step, by name.
+        numbers: what the method reported of that step, by name.
         skipped, skipped_in_a_row: steps that were not finite, and those of them since the last finite one.
         seconds: of training.
         back_offs: how often the phase went back, and on at half the learning rate.
