@@ -25,6 +25,7 @@ from monteclora.adapters.row_checks import call_kind, probe
 from monteclora.adapters.rows import batch_tensors, copied
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
+from monteclora.posterior.torch_private import original
 from monteclora.system.modes import evaluating
 from monteclora.system.randomness import preserved_generators
 
@@ -204,7 +205,7 @@ class SharedPrefix:
         count: int,
         drawing: Callable[[int], None],
     ) -> _Plan:
-        if any(hasattr(part, "_orig_mod") for part in module.modules()):
+        if any(original(part) is not part for part in module.modules()):
             return _Plan("the model is compiled")
         if not last.alone:
             return _Plan("the adapted blocks are in several lists")
