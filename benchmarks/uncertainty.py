@@ -5,7 +5,7 @@
 Takes the finished runs of a study of ``helpdesk`` that kept their adapters, of method lora and monteclora, without
 label noise and at one batch size. For each seed and method the run whose validation NLL at the mean is the smallest is
 taken; all else is fitted to validation rows too. Every case (a way of predicting and a seed) has a file of its own, so
-that the same command goes on where it stopped, and takes in runs that were finished since. ``uncertainty.parquet`` has
+that the same command resumes where it stopped, and takes in runs that were finished since. ``uncertainty.parquet`` has
 a row for each case and corruption, ``uncertainty.md`` the means over seeds. The study's folder is only read.
 
 This is the protocol of Ovadia et al. 2019: fit to clean validation rows, report on clean and on corrupted test rows.

@@ -27,7 +27,7 @@ _EXACT = 2**53  # whole numbers beyond are not told apart by a float
 def checked_columns(
     data: pa.Table, columns: Columns, read_target: Callable[[dict[str, Any]], Any], present: Sequence[str]
 ) -> tuple[pa.Table, Sequence[Any], list[str]] | None:
-    """The columns under our names, what is to be learned of texts as it stands in the file, and the groups.
+    """The columns under our names, what is to be learned of texts as it is in the file, and the groups.
 
     Args:
         data: with at least the columns in use; text is of the type string.

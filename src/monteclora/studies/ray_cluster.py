@@ -3,7 +3,7 @@
 A task does nothing but run a worker (:mod:`monteclora.studies.worker`) on its node, which takes trials by claims in the
 study's folder, as workers on one machine do. So a node needs this package, at the same version, and the study's folder
 and data under the same path: on a shared disk, unless all nodes are one machine. Ray gives a task its core or GPU, and
-starts it elsewhere when its node is lost; the lost worker's trial goes on from its checkpoint.
+starts it elsewhere when its node is lost; the lost worker's trial resumes from its checkpoint.
 """
 
 from __future__ import annotations
