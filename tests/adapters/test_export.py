@@ -27,6 +27,7 @@ from tests.models import (
     posterior_of,
     same_global_generators,
     t5,
+    tokens,
     wrapped,
 )
 
@@ -143,3 +144,18 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert (folder / "tokenizer.json").is_file()
     assert (folder / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("build", [llama, t5])
+def test_beams_under_draws_are_those_of_the_exported_adapters(tmp_path: Path, build: Callable[..., nn.Module]) -> None:
+    """Also in an encoder-decoder, whose encoder runs before the first token, and with several draws at once."""
+    model = wrapped(build).eval()
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    expected = []
+    for folder in export_samples(model, tmp_path, num_samples=2, seed=3):
+        plain = PeftModel.from_pretrained(build(), folder).eval()
+        expected.append(plain.generate(input_ids=tokens(2, 5), **options))
+    with posterior_sampling(model, 3, num_samples=2, resample=False):
+        found = model.generate(input_ids=tokens(2, 5).repeat(2, 1), **options)
+    assert torch.equal(found, torch.cat(expected))
+    assert build is t5 or not torch.equal(*expected)  # the words of a tiny t5 are the same under any draw
