@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -198,6 +199,22 @@ def test_a_folder_that_is_no_run(tmp_path):
         quietly(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         quietly(tmp_path / "missing")
+
+
+def test_a_file_is_measured_with_the_labels_of_the_run(copied, tmp_path):
+    run = copied("texts")
+    own = quietly(run)
+    rows = [json.loads(line) for line in Path(own.source.origin).read_text().splitlines()]
+    same = write_rows(tmp_path / "new.jsonl", rows)
+    assert quietly(run, task=str(same)).posterior == own.posterior
+    assert "new.jsonl:test" in json.loads((run / "evaluation.json").read_text())["splits"]
+    one_class = write_rows(tmp_path / "one.jsonl", [row for row in rows if row["label"] == "cherry"])
+    assert quietly(run, task=str(one_class)).source.rows == 5  # the label keeps its place among the run's
+    wrong = write_rows(tmp_path / "wrong.jsonl", [{**rows[0], "label": "plum"}])
+    with pytest.raises(DataError, match="plum"):
+        quietly(run, task=str(wrong))
+    with pytest.raises(ConfigError, match="is one file of rows"):
+        quietly(run, "train", task=str(same))
 
 
 def test_a_split_that_is_not_there(trained):

@@ -89,7 +89,8 @@ class PosteriorSampler:
 @contextmanager
 def _outside_transforms() -> Iterator[None]:
     """Raise ConfigError for a draw that is made inside a transform of ``torch.func``, or while a model is exported."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # torch.jit does not list it among what it exports, and torch.onnx still traces
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, unused-ignore]
         raise ConfigError(
             "a draw would become a constant of the model that is being exported or traced",
             "Export it in evaluation mode, which uses the mean, or write draws with monteclora.export_samples.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
+from monteclora.errors import ConfigError
 
 if TYPE_CHECKING:
     from monteclora.evaluation.run import EvaluationResult
@@ -38,9 +39,10 @@ def evaluate(
 
     Args:
         run: a run folder.
-        others: more run folders, for the sampler ensemble; its results go to the folder of the first.
+        others: a data file to measure on, in place of the run's own rows; or more run folders, for the sampler
+            ensemble, whose results go to the folder of the first.
         split: train, validation or test; by default test where it has labels, else validation.
-        task: another task than the run was trained on, such as piqa for one trained on commonsense_15k.
+        task: another task than the run was trained on, such as piqa for one trained on commonsense_15k, or a file.
         sampler: mean, posterior, mc_dropout, laplace or ensemble; by default posterior for a method that has one, else
             mean.
         calibrator: temperature, fitted to the validation rows and stored with the run, or none, the default.
@@ -56,10 +58,13 @@ def evaluate(
     """
     from monteclora.evaluation.run import evaluate as measure
 
+    files = [name for name in others if Path(name).is_file()]
+    if len(files) + (task is not None) > 1:
+        raise ConfigError(f"{', '.join(files)}: more than one set of rows is given", "Give one file or one --task.")
     result = measure(
-        [run, *others],
+        [run, *(name for name in others if name not in files)],
         split,
-        task=task,
+        task=files[0] if files else task,
         sampler=sampler,
         calibrator=calibrator,
         num_samples=num_samples,

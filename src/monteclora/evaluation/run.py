@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from monteclora.config.checks import check_at_least_one
-from monteclora.data.kinds import Kind
+from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.sources import local_splits
 from monteclora.data.splitting import content_sha256, subset
 from monteclora.errors import ConfigError, DataError
@@ -39,6 +40,7 @@ from monteclora.system.version import VERSION
 from monteclora.tasks import DataSpec, SplitSource, TaskData, get_task, load
 from monteclora.tasks.base import Scored
 from monteclora.tasks.kinds import KINDS
+from monteclora.tasks.local import looks_like_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,8 +187,8 @@ def evaluate(
         run: a run folder, or what ``train`` gave; several for the sampler ``ensemble``, which writes to the first. One
             that is an ensemble (recipe field ``ensemble``) predicts as one by default.
         split: ``train``, ``validation`` or ``test``; by default test where it has labels, else validation.
-        task: another task with a name than the run was trained on, of the same kind; records then have it before the
-            split, as in ``piqa:validation``.
+        task: other rows than the run's: a data file with its columns and labels, or another task with a name, of the
+            same kind; records then have it before the split, as in ``new.csv:test`` and ``piqa:validation``.
         sampler: of the draws, by name (:mod:`monteclora.prediction.registry`); by default ``posterior`` for a method
             that has one, else ``mean``.
         calibrator: ``temperature`` or ``none``, the default; fitted to the validation rows and stored with the run.
@@ -320,12 +322,16 @@ def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | 
     notes = [*_to_be_known(loaded, own, source), *(note if task is None else f"{task}:{note}" for note in leaks)]
     if len(rows) < source.rows:
         source = SplitSource(source.origin, len(rows), content_sha256(rows))
-    return _Asked(split if task is None else f"{task}:{split}", rows, source, own, notes)
+    return _Asked(split if task is None else f"{Path(task).name}:{split}", rows, source, own, notes)
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
     spec = loaded.recipe.data
-    if task is not None:
+    if task is not None and looks_like_file(task):
+        if split not in (None, "test"):
+            raise ConfigError(f"split is {split}, and {task} is one file of rows", "Leave the split out.")
+        spec, split = _of_file(loaded, task), "test"
+    elif task is not None:
         kind = get_task(task).kind
         if kind != loaded.kind:
             raise ConfigError(
@@ -342,6 +348,25 @@ def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple
             "Restore the data, or list the labels in data.label_names and train again.",
         )
     return data, split or ("test" if "test" in data.splits else "validation")
+
+
+def _of_file(loaded: LoadedRun, file: str) -> DataSpec:
+    """A file with the columns and labels of the run's own data, as its test rows."""
+    spec, columns = loaded.recipe.data, loaded.columns
+    named: dict[str, Any] = {}
+    if columns is not None and columns.kind in TEXT_KINDS:
+        named = {"text_columns": list(columns.text), "label_column": columns.target}
+    return dataclasses.replace(
+        spec,
+        task=None,
+        subset=None,
+        train_file=None,
+        validation_file=None,
+        test_file=file,
+        label_names=list(loaded.label_names or ()),
+        train_rows=None,
+        **named,
+    )
 
 
 def _to_be_known(loaded: LoadedRun, own: str | None, source: SplitSource) -> list[str]:
