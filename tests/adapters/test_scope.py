@@ -354,7 +354,7 @@ def test_no_draw_is_made_in_vain(monkeypatch: pytest.MonkeyPatch, resample: bool
     posterior = posterior_of(model)
     sample = posterior.sample
     monkeypatch.setattr(
-        posterior, "sample", lambda seed, first, count: made.append(first) or sample(seed, first, count)
+        posterior, "sample", lambda seed, first, *more: made.append(first) or sample(seed, first, *more)
     )
     with posterior_sampling(model, resample=resample), torch.no_grad():
         for _ in range(3):

@@ -239,7 +239,7 @@ def test_a_typo_of_a_key_has_the_right_key_suggested() -> None:
         ('report_to: ["\\ud800"]\n', "line 1: report_to[0]: expected text without halves of characters"),
         (
             "training: {learning_rate: 1" + "0" * 400 + "}\n",
-            "training.learning_rate: expected a finite number, found inf",
+            "training.learning_rate: expected a finite number or auto, found inf",
         ),
         (
             "method: {name: lora, rank_pattern: {'(': 3}}\n",

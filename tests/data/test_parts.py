@@ -76,7 +76,7 @@ def test_wrong_rows_are_named_by_their_file(spark: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, str], Any, str]] = {
     "no match": ({}, "*.csv", r"no file matches .*\*\.csv"),
     "an empty folder": ({"_SUCCESS": ""}, "", "a folder without data files"),
-    "an unfinished folder": ({"part-0.csv": PARTS[0], "_temporary": ""}, "", "whoever writes it has not finished"),
+    "an unfinished folder": ({"part-0.csv": PARTS[0], "_temporary": ""}, "", "it is still being written"),
     "another file": ({"part-0.csv": PARTS[0], "readme.md": "x"}, "", r"holds readme\.md, which is not a data file"),
     "other headers": (
         {"a.csv": PARTS[0], "b.csv": "text,class\nx,y\n"},

@@ -212,7 +212,7 @@ def _name_of(expected: Any) -> str:
     names = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(argument) for argument in arguments)
     if origin in (list, tuple):
         return "a list"
     return "null" if expected is type(None) else names.get(expected, "a mapping")

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monteclora.data.scan import is_plain_csv
 from monteclora.data.table import Attempt, Table, check_columns, with_rows
 from monteclora.data.text import COMPRESSIONS, encoding_of, text_lines
 from monteclora.errors import DataError
@@ -83,6 +82,8 @@ def _at_once(path: Path, dialect: _Dialect, columns: Sequence[str], names: Seque
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv as arrow
+
+    from monteclora.data.scan import is_plain_csv
 
     plain = path.suffix.lower() not in COMPRESSIONS and dialect.encoding == "utf-8" and dialect.quoted
     if not plain or len(columns) < 2 or not is_plain_csv(path, dialect.delimiter):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monteclora.config import brief
-from monteclora.data.scan import plain_lines
 from monteclora.data.table import Attempt, Table
 from monteclora.data.text import COMPRESSIONS, encoding_of, text_lines
 from monteclora.errors import DataError
@@ -55,6 +54,8 @@ def _at_once(path: Path) -> pa.Table | None:
     """
     import pyarrow as pa
     from pyarrow import json as arrow
+
+    from monteclora.data.scan import plain_lines
 
     if path.suffix.lower() in COMPRESSIONS or not (lines := plain_lines(path)):
         return None

@@ -9,8 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from monteclora.config import brief
 from monteclora.data.coded import Coded
 from monteclora.errors import DataError
@@ -194,6 +192,8 @@ def describe_labels(names: Sequence[str], splits: Mapping[str, Sequence[int]], m
 def _counted(values: Iterable[Any]) -> Counter[Any]:
     """As ``Counter``, in the order of their first use, of codes or arrays without a look at each."""
     codes = values.codes if isinstance(values, Coded) else values
+    import numpy as np
+
     if not isinstance(codes, np.ndarray):
         return Counter(codes)
     found, first, counts = np.unique(codes, return_index=True, return_counts=True)

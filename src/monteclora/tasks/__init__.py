@@ -1,8 +1,13 @@
 """What a model learns: tasks by name, own files and data sets on the hub, one file a family."""
 
-from monteclora.tasks.loading import SplitSource, TaskData, load, load_inputs
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from monteclora.tasks.registry import Task, get_task, is_task, list_tasks, register
 from monteclora.tasks.spec import DataSpec
+
+if TYPE_CHECKING:
+    from monteclora.tasks.loading import SplitSource, TaskData, load, load_inputs
 
 __all__ = [
     "DataSpec",
@@ -16,3 +21,10 @@ __all__ = [
     "load_inputs",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What reads data takes numpy along, for which a list of names need not wait."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module("monteclora.tasks.loading"), name)
