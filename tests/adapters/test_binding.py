@@ -331,3 +331,17 @@ def test_copies_are_bound_to_their_own_mean(tmp_path: Path) -> None:
     steps(copied, 1)
     copied.save_pretrained(tmp_path)
     assert torch.equal(posterior_of(monteclora.from_pretrained(llama(), tmp_path)).rho, posterior_of(copied).rho)
+
+
+def test_names_and_revisions_that_peft_warns_of_are_warned_of(tmp_path: Path) -> None:
+    config = monteclora.MonteCLoRAConfig(r=4, target_modules=["q_proj"], revision="v1")
+    with pytest.warns(UserWarning, match="revision v1; v2 takes its place"):
+        model = monteclora.get_peft_model(llama(), config, revision="v2")
+    assert model.peft_config["default"].revision == "v2"
+    with pytest.warns(UserWarning, match="'lora', which is part of the names of all weights"):
+        model = monteclora.get_peft_model(
+            llama(), monteclora.MonteCLoRAConfig(r=4, target_modules=["q_proj"]), adapter_name="lora"
+        )
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="which is part of the names of all weights"):
+        monteclora.from_pretrained(llama(), tmp_path / "lora", adapter_name="lora")

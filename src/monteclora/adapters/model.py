@@ -341,6 +341,7 @@ class MonteCLoRAModelForFeatureExtraction(MonteCLoRAModel, peft.PeftModelForFeat
     """See :class:`MonteCLoRAModel`."""
 
 
+_WEIGHTS_PREFIX = "lora_"
 _BY_TASK: dict[str | None, type[MonteCLoRAModel]] = {
     "SEQ_CLS": MonteCLoRAModelForSequenceClassification,
     "CAUSAL_LM": MonteCLoRAModelForCausalLM,
@@ -393,11 +394,28 @@ def get_peft_model(
             f"'{config.base_model_name_or_path}', the name of the model at hand.",
             stacklevel=2,
         )
-    config.revision = kwargs.pop("revision", None) or config.revision
+    _warn_of_name(adapter_name)
+    revision = kwargs.pop("revision", None)
+    if revision is not None and config.revision not in (None, revision):
+        warnings.warn(
+            f"the configuration names the base model's revision {config.revision}; {revision} takes its place",
+            stacklevel=2,
+        )
+    config.revision = revision or config.revision
     names.localised(config, model)
     check_target_names(config, model)
     with unchanged_on_error(model, adapter_name):
         return build(model, config, adapter_name, **kwargs)
+
+
+def _warn_of_name(adapter_name: str) -> None:
+    """peft tells an adapter's weights from others by their names, in which each begins with ``lora_``."""
+    if adapter_name in _WEIGHTS_PREFIX:
+        warnings.warn(
+            f"the adapter is named {adapter_name!r}, which is part of the names of all weights ({_WEIGHTS_PREFIX}): "
+            "peft may not find its weights when it loads them. Give it another name.",
+            stacklevel=3,
+        )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -447,6 +465,7 @@ def from_pretrained(
         CheckpointError: no posterior beside the adapter, a damaged one, or one of another adapter. The model is then
             left as it was.
     """
+    _warn_of_name(adapter_name)
     path = storage.find_posterior(model_id, **kwargs)
     if path is None:
         raise storage.missing_posterior(model_id)
