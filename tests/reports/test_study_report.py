@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +22,16 @@ from monteclora.studies.summary import summarise
 from tests.studies.test_summary import TABLE, made
 
 
-def result_of(table: dict[tuple[str, int, int], float | None], folder: Path, arms: dict[str, str] = {}) -> StudyResult:  # noqa: B006
+def result_of(
+    table: dict[tuple[str, int, int], float | None], folder: Path, names: Mapping[str, str] | None = None
+) -> StudyResult:
     plan, outcomes = made(table)
     trials = []
     for trial in plan.trials:
         run = folder / "trials" / trial.id
         settings = {**trial.settings, "training.batch_size": 8 * trial.settings["training.learning_rate"]}
         recipe = cast(Any, SimpleNamespace(folder=run))
-        trials.append(replace(trial, arm=arms.get(trial.arm, trial.arm), settings=settings, recipe=recipe))
+        trials.append(replace(trial, arm=(names or {}).get(trial.arm, trial.arm), settings=settings, recipe=recipe))
     study = cast(Any, SimpleNamespace(metric=None, name="toy"))
     plan = replace(plan, study=study, trials=tuple(trials))
     return StudyResult(folder, plan, outcomes, summarise(plan, outcomes))

@@ -32,9 +32,12 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
     loaded = load_recipe(recipe, changes)  # a wrong recipe is reported before torch is loaded
 
     from monteclora.evaluation.verdict import verdict
+    from monteclora.system.devices import is_main_process
     from monteclora.training.run import train as run
 
     result = run(loaded, override=override)
+    if not is_main_process():
+        return
     judged = verdict(result.members[0] if result.members else result.folder)
     metrics = dict(result.metrics)
     if as_json:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from monteclora.data.encoding import encode
 from monteclora.evaluation.own_rows import FIT_SPLIT, own_rows
-from monteclora.evaluation.reference import see
 from monteclora.metrics.registry import measure
+from monteclora.prediction.novelty import pretrained_features
 from monteclora.runs.loading import LoadedRun
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["MOST_ROWS", "frozen_baseline"]
 
@@ -46,9 +52,16 @@ def frozen_baseline(loaded: LoadedRun) -> Mapping[str, float] | None:
     counts = np.bincount(labels, minlength=len(loaded.label_names or ()))
     if counts.min() < _FOLDS:
         return None
-    features = [see(loaded, rows).features for rows in (train, validation)]
+    features = [_features(loaded, rows) for rows in (train, validation)]
     known, new = (found / np.linalg.norm(found, axis=1, keepdims=True) for found in features)
     model = LogisticRegressionCV(
         Cs=_STRENGTHS, cv=_FOLDS, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0.0,), use_legacy_attributes=False
     )
     return measure("classes", model.fit(known, labels).predict_proba(new), truth)
+
+
+def _features(loaded: LoadedRun, rows: Dataset) -> NDArray[np.float64]:
+    """Of B rows, float64 (B, D)."""
+    encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset.to_list()
+    with loaded.precision():
+        return pretrained_features(loaded.model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)

@@ -6,7 +6,7 @@ averaged over the tokens of a row: training has not pulled them towards the trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from monteclora.prediction.forward import Collate, FloatArray, base_of, batches,
 from monteclora.prediction.predictive import evaluating
 from monteclora.system.atomic import write_file
 
-__all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_rows"]
+__all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_rows", "pretrained_features"]
 
 NOVELTY_FILE = "novelty.safetensors"
 MOST_BYTES = 4_000_000
@@ -66,32 +66,60 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
     Raises:
         DataError: there is no row.
     """
-    if not rows:
-        raise DataError("there are no rows to look at", "Give at least one.")
-    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-    features: FloatArray | None = None
+    features: list[tuple[list[int], FloatArray]] = []
     energy, max_logit = np.empty(len(rows)), np.empty(len(rows))
     with evaluating(model):
-        for indices in batches(inputs, batch_size):
-            batch = placed(base_of(model), to_device(collate([inputs[i] for i in indices]), model))
+        for indices, batch in _placed_batches(model, rows, collate, batch_size):
             found = model(**batch, output_hidden_states=not isinstance(model, PeftModel))
-            mask = batch["attention_mask"].unsqueeze(-1).double()
             states = _pretrained_states(model, batch) if isinstance(model, PeftModel) else found.hidden_states[-1]
-            pooled = (states.double() * mask).sum(1) / mask.sum(1)
-            if features is None:
-                features = np.empty((len(rows), pooled.shape[1]))
-            features[indices] = pooled.cpu().numpy()
+            features.append((indices, _pooled(states, batch)))
             logits = found.logits.double()
             energy[indices] = -torch.logsumexp(logits, -1).cpu().numpy()
             max_logit[indices] = logits.amax(-1).cpu().numpy()
-    assert features is not None
-    return Seen(features, energy, max_logit)
+    return Seen(_in_order(features), energy, max_logit)
+
+
+def pretrained_features(
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64
+) -> FloatArray:
+    """The features of :class:`Seen` alone, float64 (B, D), in one forward pass a batch; see :func:`look_at`."""
+    features = []
+    with evaluating(model):
+        for indices, batch in _placed_batches(model, rows, collate, batch_size):
+            if isinstance(model, PeftModel):
+                states = _pretrained_states(model, batch)
+            else:
+                states = model(**batch, output_hidden_states=True).hidden_states[-1]
+            features.append((indices, _pooled(states, batch)))
+    return _in_order(features)
+
+
+def _placed_batches(
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Batches of rows of about the same length, on the model's device, with the rows' numbers."""
+    if not rows:
+        raise DataError("there are no rows to look at", "Give at least one.")
+    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+    for indices in batches(inputs, batch_size):
+        yield indices, placed(base_of(model), to_device(collate([inputs[i] for i in indices]), model))
+
+
+def _pooled(states: torch.Tensor, batch: dict[str, Any]) -> FloatArray:
+    """The mean of hidden states (B, T, D) over the tokens of each row, float64 (B, D)."""
+    mask = batch["attention_mask"].unsqueeze(-1).double()
+    pooled: FloatArray = ((states.double() * mask).sum(1) / mask.sum(1)).cpu().numpy()
+    return pooled
+
+
+def _in_order(parts: Sequence[tuple[list[int], FloatArray]]) -> FloatArray:
+    order = np.concatenate([indices for indices, _ in parts])
+    return np.concatenate([found for _, found in parts])[np.argsort(order)]
 
 
 def _pretrained_states(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
-    if (
-        model.active_peft_config.is_prompt_learning
-    ):  # virtual tokens are put before the model, which peft leaves as it is
+    if model.active_peft_config.is_prompt_learning:
+        # virtual tokens are put before what the base model reads, and peft leaves that model as it is
         found: torch.Tensor = model.get_base_model()(**batch, output_hidden_states=True).hidden_states[-1]
         return found
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
