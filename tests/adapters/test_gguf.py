@@ -18,16 +18,17 @@ from monteclora.adapters.gguf import export_gguf
 from monteclora.errors import ConfigError
 from tests.models import gpt2, llama, llama_classifier, posterior_of, wrapped
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-EVERY = [name.split(".")[1] for name in NAMES]
+LAYERS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+LLAMA_CPP = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)  # llama.cpp's own names
+EVERY = [name.split(".")[1] for name in LAYERS]
 PATTERNS = {"rank_pattern": {"k_proj": 2, "up_proj": 6}, "alpha_pattern": {"q_proj": 3, "layers.1.mlp.gate_proj": 10}}
 
 
@@ -54,14 +55,14 @@ def check_file(path: Path, model: nn.Module, weights: dict[str, Any], alpha: flo
     expected = {}
     for key, value in weights.items():
         layer, part = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
-        number, name = layer.removeprefix("model.layers.").split(".", 1)
+        stored = LLAMA_CPP.get_name(layer)  # blk.1.attn_q
         matrix = value.float().numpy()
         module = model.get_submodule(f"base_model.model.{layer}")
         if part == "B":
             matrix = matrix * np.float32(module.scaling["default"] * matrix.shape[1] / alpha)
-            heads = {"attn_q": 4, "attn_k": 2}.get(NAMES[name])
+            heads = {"attn_q": 4, "attn_k": 2}.get(stored.split(".")[-1])
             matrix = matrix[rows_of_a_head(len(matrix), heads)] if heads else matrix
-        expected[f"blk.{number}.{NAMES[name]}.weight.lora_{part.lower()}"] = matrix
+        expected[f"{stored}.weight.lora_{part.lower()}"] = matrix
     assert expected.keys() == tensors.keys()
     for name, matrix in expected.items():
         assert tensors[name].dtype == np.float32

@@ -1,7 +1,9 @@
+import warnings
+
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import monteclora
 from monteclora.adapters.grafting import graft, isotropic
@@ -101,3 +103,27 @@ def test_the_output_of_a_layer_scatters_alike_in_every_direction(tmp_path):
 def test_a_variant_that_cannot_be_drawn_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"adapter_config.json: use_dora cannot be combined"):
         graft(bert(), plain(tmp_path, use_dora=True), "equal")
+
+
+def test_undo_never_puts_back_weights_of_an_earlier_posterior(tmp_path):
+    folder = plain(tmp_path)
+    graft(bert(), folder, "isotropic").save()
+    (folder / "posterior.safetensors").unlink()
+    plain(folder, lora_alpha=5)  # trained again, and saved over the rotated weights
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    graft(bert(), folder, "equal").save()
+    assert restore_posterior(folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_unequal_rows_of_a_posterior_that_was_not_trained_are_no_divergence(tmp_path):
+    folder = plain(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        if "lora_B" in name:
+            weights[name][:, 1] *= 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*times as wide.*")
+        graft(bert(), folder, "isotropic").save()

@@ -157,6 +157,26 @@ def test_a_number_of_blocks_that_does_not_fit_is_refused(layers):
         monteclora.predict(wrapped(bert, "SEQ_CLS"), batch(), 2, layers=layers)
 
 
+def test_a_copy_shares_its_own_blocks():
+    model = wrapped(bert, "SEQ_CLS")
+    assert rows_of_blocks(model, batch(), 2) == [3, 3, 12, 12]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rows_of_blocks(copy.deepcopy(model), batch(), 2) == [3, 3, 12, 12]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_keys_and_values_that_are_kept_are_each_draws_own(make):
+    model, ids = wrapped(make, "CAUSAL_LM"), batch(padded=False)["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with posterior_sampling(model, 0, num_samples=4, resample=False, layers=2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together = model.generate(input_ids=ids.repeat(4, 1), **options)
+    for draw, found in enumerate(together.chunk(4)):
+        with posterior_sampling(model, 0, first=draw, resample=False, layers=2):
+            assert torch.equal(found, model.generate(input_ids=ids, **options))
+
+
 def test_threads_and_copies_do_not_meet():
     model = wrapped(bert, "SEQ_CLS")
     expected, plain = monteclora.predict(model, batch(), 3, layers=1).probs, model(**batch()).logits

@@ -106,8 +106,8 @@ def fake_server(kind: str) -> Iterator[tuple[str, Fake]]:
                 status, text = 503, "busy"
             elif fake.garbage:
                 text = '{"choices": []}'
-            elif body is not None and body.get("model") == "refused":
-                status, text = 400, "no such model"
+            elif body is not None and body.get("model", "base") not in ("base", *ADAPTERS):
+                status, text = 400, f"no model {body['model']}"
             else:
                 text = json.dumps(fake.answer(self.path, body))
             self.send_response(status)

@@ -93,6 +93,11 @@ def test_what_one_adapter_writes_and_what_each_does(server):
     assert agreed == agreement(texts)
 
 
+def test_an_adapter_that_is_not_there_is_no_base_model(server):
+    with Client(server[0]) as client, pytest.raises((ConfigError, ServerError), match="typo"):
+        client.complete(PROMPT, 3, adapter="typo")
+
+
 def test_a_busy_server_is_asked_again(server):
     address, fake = server
     with Client(address, retries=2, api_key="secret") as client:
@@ -144,5 +149,5 @@ def test_arguments_are_checked(server):
             client.score(PROMPT, [])
         with pytest.raises(ConfigError, match="two options or more"):
             client.options(PROMPT, [[1]])
-        with pytest.raises(ServerError, match="answered 400: no such model"):
+        with pytest.raises(ServerError, match="answered 400: no model refused"):
             client.complete(PROMPT, 1, adapter="refused")

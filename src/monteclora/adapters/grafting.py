@@ -92,7 +92,9 @@ class Graft:
         Killed in between, the folder holds a plain LoRA of the same update.
         """
         path = self.folder / storage.WEIGHTS_FILE
-        if self.weights is not None:
+        if self.weights is None:
+            (self.folder / PLAIN_WEIGHTS).unlink(missing_ok=True)  # of an earlier posterior, and not of these weights
+        else:
             write_file(self.folder / PLAIN_WEIGHTS, path.read_bytes())
             write_file(path, save(dict(self.weights), metadata={"format": "pt"}))
         config = cast(MonteCLoRAConfig, self.model.peft_config[_NAME])
@@ -118,7 +120,7 @@ def graft(model: nn.Module, folder: Path, rows: Rows, seed: int = 0) -> Graft:
     posterior = _posterior(wrapped)
     posterior.measured = True
     scale = posterior.scale.tolist()
-    posterior.calibration = {"factor": 1.0, "trained_scale": scale, "grafted": rows}
+    posterior.calibration = {"factor": 1.0, "trained_scale": scale, storage.GRAFTED: rows}
     weights = None if rows == "equal" else _rotate(wrapped, posterior, load_file(folder / storage.WEIGHTS_FILE), folder)
     return Graft(wrapped, folder, rows, weights)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from monteclora.adapters.row_checks import call_kind, probe
-from monteclora.adapters.rows import batch_tensors, copied
+from monteclora.adapters.rows import CACHES, batch_tensors, copied
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.posterior.torch_private import original
@@ -67,7 +67,8 @@ def last_blocks(model: nn.Module, layers: Mapping[AdapterPosterior, Collection[s
         ConfigError: there are fewer adapted blocks.
     """
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    found = sorted({b for names in layers.values() for n in names if (b := _block_of(model, n))}, key=order.__getitem__)
+    blocks = {name: _block_of(model, name) for names in layers.values() for name in names}
+    found = sorted({block for block in blocks.values() if block}, key=order.__getitem__)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(found):
         has = f"{len(found)} adapted blocks" if found else "no list of blocks with an adapted layer"
         raise ConfigError(
@@ -77,7 +78,7 @@ def last_blocks(model: nn.Module, layers: Mapping[AdapterPosterior, Collection[s
     chosen, begin = {*found[-count:]}, order[found[-count]]
 
     def is_drawn(name: str) -> bool:
-        block = _block_of(model, name)
+        block = blocks[name]
         return order[name] > begin if block is None else block in chosen
 
     drawn = {p: frozenset(i for i, name in enumerate(names) if is_drawn(name)) for p, names in layers.items()}
@@ -134,7 +135,7 @@ _recording: ContextVar[Mapping[SharedPrefix, list[tuple[int, dict[Place, tuple[i
 class SharedPrefix:
     """Runs the blocks below the noise once, where that is known to change nothing."""
 
-    hooked: dict[int, int] = field(default_factory=dict)
+    hooked: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     plans: dict[Any, _Plan] = field(default_factory=dict)
 
@@ -143,7 +144,6 @@ class SharedPrefix:
         for handle in self.handles:
             handle.remove()
         self.forget()
-
         self.hooked.clear()
         self.handles.clear()
 
@@ -174,6 +174,8 @@ class SharedPrefix:
             posteriors: that are drawn.
             draw: a number of draws of a posterior.
         """
+        if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
+            return  # keys and values that are kept have a row for each draw in every block
         total = batch_tensors(args, kwargs)[0].shape[0]
         # of a single row it could not be seen whether rows are kept apart
         kind = (call_kind(module, args, kwargs, posteriors), last.first, total == count)
@@ -248,8 +250,8 @@ class SharedPrefix:
     def _hook(self, blocks: Sequence[nn.Module]) -> None:
         """For good: hooks that came and went would be seen by other threads."""
         for place, block in enumerate(blocks):
-            if id(block) not in self.hooked:
-                self.hooked[id(block)] = place
+            if all(block is not known for known in self.hooked):  # by identity, which a copied list keeps
+                self.hooked.append(block)
                 self.handles.append(block.register_forward_pre_hook(partial(self._before, place), with_kwargs=True))
 
     def _before(self, place: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,7 +18,6 @@ from monteclora.errors import ConfigError
 
 __all__ = ["PLAIN_WEIGHTS", "posterior_scale", "rescale_posterior", "restore_posterior"]
 
-_GRAFTED = "grafted"  # how the rows of a posterior are scaled that training did not make
 PLAIN_WEIGHTS = "adapter_model.safetensors.plain"
 """An adapter's weights before a posterior was given to it that needs other ones; no loader takes it for weights."""
 
@@ -50,7 +49,7 @@ def rescale_posterior(folder: Path, factor: float, facts: Mapping[str, Any]) -> 
         raise ConfigError(f"the posterior scale is {factor}, expected a finite number of at least 0", "Choose another.")
     document, tensors = storage.read_document(_file(folder))
     trained = torch.tensor(_trained(document, tensors), dtype=torch.float32)
-    known = {key: value for key, value in (document.get("calibration") or {}).items() if key == _GRAFTED}
+    known = {key: value for key, value in (document.get("calibration") or {}).items() if key == storage.GRAFTED}
     calibration = {**known, **facts, "factor": factor, "trained_scale": trained.tolist()}
     storage.write_document(folder, {**document, "calibration": calibration}, {**tensors, "scale": trained * factor})
 
@@ -67,7 +66,7 @@ def restore_posterior(folder: Path) -> bool:
     document, tensors = storage.read_document(_file(folder))
     if "calibration" not in document:
         return False
-    if _GRAFTED in document["calibration"]:
+    if storage.GRAFTED in document["calibration"]:
         _remove(folder)
         return True
     trained = torch.tensor(_trained(document, tensors), dtype=torch.float32)

@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from monteclora.system.modes import evaluating
 from monteclora.system.randomness import preserved_generators
 
-__all__ = ["RowOrder", "batch_tensor", "batch_tensors", "copied", "row_order"]
+__all__ = ["CACHES", "RowOrder", "batch_tensor", "batch_tensors", "copied", "row_order"]
+
+CACHES = ("cache", "past_key_values")
+"""What a model's forward calls the keys and values of earlier tokens: from transformers 5.24 on, and before."""
 
 # one number for each token, of which there may be as many as rows
 _POSITIONS = ("cache_position",)

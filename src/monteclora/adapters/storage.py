@@ -31,6 +31,7 @@ from monteclora.system.atomic import write_file
 
 __all__ = [
     "CONFIG_FILE",
+    "GRAFTED",
     "POSTERIOR_FILE",
     "RESTORE",
     "WEIGHTS_FILE",
@@ -46,6 +47,9 @@ __all__ = [
 
 POSTERIOR_FILE = "posterior.safetensors"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+GRAFTED = "grafted"
+"""Of a calibration: how the rows of a posterior are scaled that training did not make."""
+
 _FORMAT = 2
 _KEY = "monteclora"
 _TENSORS = ("rho", "eta", "scale")
@@ -92,7 +96,8 @@ def save_posterior(
     """
     values = {name: (state or {}).get(name, getattr(posterior, name)) for name in _TENSORS}
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in values.items()}
-    _warn_of_divergence(tensors)
+    if GRAFTED not in (posterior.calibration or {}):  # rows of unequal width are meant there, and no rate made them
+        _warn_of_divergence(tensors)
     fields = {
         "format": _FORMAT,
         "layers": [(plain_name(layer.name), *layer[1:]) for layer in posterior.layers],

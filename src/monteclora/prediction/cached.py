@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monteclora.adapters.rows import CACHES
 from monteclora.prediction.forward import base_of, with_positions
 
 __all__ = ["cache_name", "padded", "step"]
-
-_CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
 def cache_name(model: nn.Module) -> str | None:
     """What the model's forward calls the keys and values of earlier tokens; None where it takes none."""
     parameters = inspect.signature(base_of(model).forward).parameters
-    return next((name for name in _CACHES if name in parameters), None)
+    return next((name for name in CACHES if name in parameters), None)
 
 
 def padded(sequences: list[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:

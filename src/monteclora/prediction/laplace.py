@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from monteclora.errors import CheckpointError, ConfigError
-from monteclora.prediction.fitted_file import read_fitted
+from monteclora.prediction.fitted_file import fitted_file
 from monteclora.system.atomic import write_file
 
 __all__ = ["LAPLACE", "LAPLACE_FILE", "Laplace", "LaplacePosterior", "Structure", "attach"]
@@ -89,15 +88,15 @@ class LaplacePosterior:
     def deviation(self, seed: int, number: int) -> Mapping[str, Tensor]:
         """Draw ``number`` of the stream ``seed``: w_s - w* by name, float32, on the CPU; the same on every device."""
         key = (seed, number)
-        if key not in self._draws:
+        found = self._draws.get(key)  # once: another thread may clear them
+        if found is None:
             digest = hashlib.blake2b(f"{LAPLACE},{seed},{number}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             found = self.scaled({n: torch.randn(shape, generator=generator) for n, shape in self.shapes.items()})
             if (len(self._draws) + 1) * sum(part.numel() for part in found.values()) > _KEPT_NUMBERS:
                 self._draws.clear()
             self._draws[key] = found
-            return found
-        return self._draws[key]
+        return found
 
     def facts(self) -> dict[str, Any]:
         """What is reported of the fit, for JSON."""
@@ -125,21 +124,11 @@ class LaplacePosterior:
         Raises:
             CheckpointError: the file is missing, damaged or of a later format.
         """
-        try:
-            about, parts = read_fitted(path, "pt")
-            version = int(about["format"])
+        with fitted_file(path, "pt", _FORMAT, "Remove it; it is fitted again when needed.") as (about, parts):
             facts = {name: json.loads(about[name]) for name in ("structure", "prior_precision", "rows", "seconds")}
             shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about["shapes"]).items()}
             found = cls(shapes=shapes, parts=parts, weights=about["weights_sha256"], **facts)
             found.check()
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}: {error})", "Remove it; it is fitted again when needed."
-            ) from None
-        if version > _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
-            )
         return found
 
     def check(self) -> None:

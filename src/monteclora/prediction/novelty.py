@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
-from monteclora.errors import CheckpointError, DataError
+from monteclora.errors import DataError
 from monteclora.metrics.ood import nearest_distance
-from monteclora.prediction.fitted_file import read_fitted
+from monteclora.prediction.fitted_file import fitted_file
 from monteclora.prediction.forward import Collate, FloatArray, base_of, batches, placed, to_device
 from monteclora.prediction.predictive import evaluating
 from monteclora.system.atomic import write_file
@@ -185,22 +184,12 @@ class Novelty:
         Raises:
             CheckpointError: the file is missing, damaged or of a later format.
         """
-        try:
-            about, found = read_fitted(path, "np")
-            version = int(about.get("format", _FORMAT))
+        with fitted_file(path, "np", _FORMAT, "Remove it; it is made again when needed.") as (about, found):
             features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
             if features.ndim != 2 or centre.shape != (2,) or spread.shape != (2,) or limit.shape != (1,):
                 raise ValueError("its tensors have other shapes")
             if not all(np.isfinite(values).all() for values in found.values()):
                 raise ValueError("it holds numbers that are not finite")
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}: {error})", "Remove it; it is made again when needed."
-            ) from None
-        if version > _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {version}, this version reads format {_FORMAT}", "Upgrade monteclora."
-            )
         return cls(features, centre, spread, float(limit[0]), about.get("weights_sha256", ""))
 
 

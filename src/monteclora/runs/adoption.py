@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.checks import check_adapter
 from monteclora.adapters.grafting import Graft, Rows, graft
-from monteclora.adapters.storage import CONFIG_FILE
+from monteclora.adapters.storage import CONFIG_FILE, GRAFTED
 from monteclora.data.models import resolve_model
 from monteclora.data.parts import resolved
 from monteclora.errors import ConfigError, DataError
@@ -151,7 +151,7 @@ def with_posterior(loaded: LoadedRun, rows: Rows | None) -> tuple[LoadedRun, Gra
 
 def rows_of(loaded: LoadedRun) -> Rows | None:
     """How the rows of a posterior are scaled that a plain LoRA was given; None for one that was trained."""
-    found: Rows | None = (active_posteriors(loaded.model)[0].calibration or {}).get("grafted")
+    found: Rows | None = (active_posteriors(loaded.model)[0].calibration or {}).get(GRAFTED)
     return found
 
 

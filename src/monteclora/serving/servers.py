@@ -115,7 +115,11 @@ class LlamaCpp:
         return list(self._ids())
 
     def _ids(self) -> dict[str, int]:
-        return {PurePath(each["path"]).stem: int(each["id"]) for each in self.connection.get("/lora-adapters")}
+        there = self.connection.get("/lora-adapters")
+        ids = {PurePath(each["path"]).stem: int(each["id"]) for each in there}
+        if len(ids) < len(there):
+            raise ConfigError("two of the server's adapters have the same file name", "Give each file its own name.")
+        return ids
 
     def tokens(self, text: str, *, special: bool) -> list[int]:
         """See :class:`Server`."""
@@ -150,6 +154,8 @@ class LlamaCpp:
 
     def _body(self, adapter: str) -> dict[str, Any]:
         ids = self._ids()
+        if adapter not in ids:  # the server would answer with the base model
+            raise ConfigError(f"the server has no adapter {adapter!r}; it has {', '.join(ids)}", "Name one of them.")
         lora = [{"id": number, "scale": float(name == adapter)} for name, number in ids.items()]
         return {"lora": lora, "temperature": 0, "cache_prompt": False}
 

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from monteclora.errors import CheckpointError
+from monteclora.prediction.laplace import LaplacePosterior
+from monteclora.prediction.novelty import Novelty
+
+
+@pytest.mark.parametrize("load", [LaplacePosterior.load, Novelty.load])
+def test_a_later_format_is_told_before_its_content_is_looked_at(tmp_path: Path, load: Callable[..., Any]) -> None:
+    path = tmp_path / "fitted.safetensors"
+    save_file({"other": torch.ones(1)}, path, metadata={"format": "2"})
+    with pytest.raises(CheckpointError, match=r"has format 2, this version reads format 1. Upgrade monteclora"):
+        load(path)
+    save_file({"other": torch.ones(1)}, path, metadata={"format": "one"})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(path)
+    with pytest.raises(CheckpointError, match="it is no file"):
+        load(tmp_path)
