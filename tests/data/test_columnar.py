@@ -99,7 +99,7 @@ def csv_text(generator: random.Random) -> bytes:
             return '"' + text.replace('"', '""') + '"'
         return text
 
-    lines = ["text,pair,label,group".replace(",", delimiter)]
+    lines = [*[""] * generator.choice([0, 0, 0, 2]), "text,pair,label,group".replace(",", delimiter)]
     for _ in range(generator.randint(1, 6)):
         count = 4 if clean or generator.random() < 0.9 else generator.randint(1, 6)
         lines.append(delimiter.join(cell(generator.choice(cells)) for _ in range(count)))

@@ -62,6 +62,17 @@ def test_parts_of_every_kind(tmp_path: Path, kind: str) -> None:
     assert data.split("train").to_dict() == {"text": ["one", "two", "three"], "label": [0, 1, 0]}
 
 
+def test_parts_are_read_at_once_where_each_of_them_can_be(tmp_path: Path) -> None:
+    for number, content in enumerate(LINES):
+        (tmp_path / f"part-{number}.jsonl").write_text(content)
+    table = open_files(tmp_path)
+    assert table.columnar is not None
+    found = table.columnar(["text", "label"])
+    assert found is not None
+    assert found.to_pylist() == [{name: row[name] for name in ("text", "label")} for _, row in table.rows()]
+    assert table.columnar(["text", "id"]) is None, "the first part has no such column"
+
+
 def test_wrong_rows_are_named_by_their_file(spark: Path) -> None:
     with (spark / "part-00002.csv").open("w") as file:
         file.write("text,label\n,a\nfour,\n")

@@ -38,6 +38,8 @@ def test_what_is_undefined_is_zero() -> None:
     ones, steps = np.ones(3), np.arange(3.0)
     assert regression.r2(steps, ones, ones) == regression.spearman(steps, ones, ones) == 0.0
     assert regression.spearman(ones, ones, steps) == 0.0
+    equal = np.full(7, 0.7)  # whose squared deviations are rounded to a little above 0
+    assert regression.r2(np.arange(7.0), np.ones(7), equal) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,13 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
         ({"kind": "classification", "label_columns": ["a", "b"]}, "data.label_columns is for several labels"),
         ({"label_separator": "|"}, "data.label_separator must be some text, with kind multi_label"),
         ({"label_columns": ["a"]}, "must name two or more different columns"),
-        ({"class_weights": {"a": 0}}, "data.class_weights must be above 0"),
+        ({"label_columns": ["a", "b"], "label_names": ["c", "d"]}, "data.label_names differ from label_columns"),
+        (
+            {"label_columns": ["a", "b"], "kind": "multi_label", "label_separator": "|"},
+            "label_separator and label_columns",
+        ),
+        ({"class_weights": {"a": float("inf")}}, "class_weights"),
+        ({"class_weights": {"a": 0}}, "data.class_weights must be finite numbers above 0"),
         ({"class_weights": "even"}, "class_weights: expected"),
     ],
 )
@@ -122,6 +128,32 @@ def test_a_metric_without_a_direction_chooses_no_step() -> None:
 def test_a_named_task_is_of_its_own_kind() -> None:
     with pytest.raises(ConfigError, match=r"data\.kind is regression, and helpdesk is a task of classification"):
         load(DataSpec(task="helpdesk", kind="regression"))
+
+
+def test_weights_of_a_task_without_labels_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": "1 + 1", "completion": "2"}\n' * 4)
+    with pytest.raises(ConfigError, match=r"data\.class_weights is given, and the rows have no labels"):
+        load(DataSpec(train_file=str(file), class_weights="balanced"))
+
+
+def test_labels_are_divided_as_the_training_rows_say_whatever_else_is_loaded(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    train.write_text("text,label\n" + "one,x;y\ntwo,z\nthree,x\n" * 4)
+    test.write_text("text,label\nfour,x;y\nfive,z\n")
+    spec = DataSpec(train_file=str(train), test_file=str(test), kind="multi_label", validation_fraction=0)
+    alone = load(spec, ["train"]).label_names
+    assert alone == load(spec, ["train", "test"]).label_names == ("x", "y", "z")
+    test.write_text("text,label\nfour,x|y\n")  # of another kind than the training rows: refused by its own row
+    with pytest.raises(DataError, match=r"test\.csv"):
+        load(spec, ["train", "test"])
+
+
+def test_equal_scores_have_no_scale(tmp_path: Path) -> None:
+    file = tmp_path / "train.csv"
+    file.write_text("text,score\n" + "words,0.7\n" * 7)  # whose deviation is rounded to 1e-16
+    with pytest.raises(DataError, match=r"have the score 0\.7"):
+        load(DataSpec(train_file=str(file), kind="regression", label_column="score", validation_fraction=0))
 
 
 def test_balanced_weights_are_the_inverse_of_frequency_and_have_a_mean_of_one() -> None:

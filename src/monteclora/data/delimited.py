@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ def open_delimited(path: Path, suffix: str) -> Table:
                 yield number, dict(zip(columns, values, strict=True))
 
     def columnar(names: Sequence[str]) -> pa.Table | None:
-        return _at_once(path, dialect, columns, names)
+        return _at_once(path, replace(dialect, skip=header[0] - 1), columns, names)  # also blank lines before it
 
     notes = _notes(path, dialect, usual)
     table = Table.of_attempts(str(path), columns, attempts, notes=notes, columnar=columnar)

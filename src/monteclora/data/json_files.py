@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ def open_jsonl(path: Path) -> Table:
     if columns is None:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     notes = () if encoding == "utf-8" else (f"{path}: the encoding is {encoding}",)
-    columnar = None if at_once is None else at_once.select
+    columnar = None if at_once is None else _flat(at_once)
+    del at_once
     table = Table.of_attempts(str(path), columns, attempts, notes=notes, keyed=True, columnar=columnar)
     if not columns:
         for _ in table.rows():  # raises what is wrong with the first row, unless that is {}
@@ -65,6 +66,14 @@ def _at_once(path: Path) -> pa.Table | None:
         return None
     shallow = all(str(column.type).count("<") <= _DEEP for column in found.columns)
     return found if found.num_rows == lines and found.num_columns and shallow else None
+
+
+def _flat(table: pa.Table) -> Callable[[Sequence[str]], pa.Table | None]:
+    """Selects columns; lists and records, which are read row by row, are not kept in memory for that."""
+    import pyarrow as pa
+
+    kept = table.select([each.name for each in table.schema if not pa.types.is_nested(each.type)])
+    return lambda names: kept.select(names) if set(names) <= set(kept.column_names) else None
 
 
 def _keys(path: Path, encoding: str) -> tuple[str, ...] | None:

@@ -6,10 +6,14 @@ import glob
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from monteclora.config import brief
 from monteclora.data.files import Attempt, Table, has_data_ending, open_table
 from monteclora.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Files", "is_pattern", "open_files", "part_files", "resolved"]
 
@@ -103,6 +107,17 @@ def open_files(files: Files) -> Table:
             for number, row in table.each():
                 yield index * _STRIDE + number, row
 
+    def columnar(names: Sequence[str]) -> pa.Table | None:
+        import pyarrow as pa
+
+        found: list[pa.Table] = []
+        for table in tables:
+            whole = table.columnar(names) if table.columnar and set(names) <= set(table.columns) else None
+            if whole is None or (found and whole.schema != found[0].schema):
+                return None
+            found.append(whole)
+        return pa.concat_tables(found)
+
     def place(number: int) -> str:
         index, own = divmod(number, _STRIDE)
         return tables[index].place(own)
@@ -114,5 +129,13 @@ def open_files(files: Files) -> Table:
     name = str(files) if isinstance(files, str | Path) else f"{first.name} and {len(tables) - 1} more"
     notes = [f"{name}: {len(tables)} files", *(note for table in tables for note in table.notes)]
     return Table.of_attempts(
-        name, tuple(columns), attempts, unit="row", notes=tuple(notes), places=place, short=short, keyed=True
+        name,
+        tuple(columns),
+        attempts,
+        unit="row",
+        notes=tuple(notes),
+        places=place,
+        short=short,
+        keyed=True,
+        columnar=columnar,
     )

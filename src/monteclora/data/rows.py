@@ -127,6 +127,7 @@ def read_rows(table: Table, columns: Columns, reading: Reading | None = None) ->
     if found is not None:
         data, keys, groups = found
         return CheckedRows(table, [data], None, keys, groups)
+    del whole
     reader = _Reader(table, columns, reading or Reading())
     for number, attempt in table.each():
         reader.add(number, attempt)

@@ -88,7 +88,7 @@ class ScoreScale:
 
         found = np.asarray(scores, dtype=np.float64)
         centre, spread = float(found.mean()), float(found.std())
-        if not spread > 0 or not math.isfinite(spread):
+        if np.ptp(found) == 0 or not math.isfinite(spread):  # rounding gives equal scores a deviation above 0
             raise DataError(f"all training rows of {name} have the score {found[0]:g}", "Give rows of other scores.")
         return cls(centre, spread)
 

@@ -37,8 +37,9 @@ def r2(mean: ArrayLike, variance: ArrayLike, scores: ArrayLike) -> float:
     0 where all scores are equal, and nothing can be explained.
     """
     m, _, y = _checked(mean, variance, scores)
-    spread = np.square(y - y.mean()).sum()
-    return float(1.0 - np.square(m - y).sum() / spread) if spread > 0 else 0.0
+    if np.ptp(y) == 0:
+        return 0.0
+    return float(1.0 - np.square(m - y).sum() / np.square(y - y.mean()).sum())
 
 
 def spearman(mean: ArrayLike, variance: ArrayLike, scores: ArrayLike) -> float:

@@ -94,6 +94,8 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
         UnsafeCodeError: the data set is a program.
     """
     plan = _plan(spec, splits)
+    if spec.class_weights is not None and plan.columns.kind not in ("classification", "multi_label"):
+        raise ConfigError("data.class_weights is given, and the rows have no labels", "Leave it out.")
     reading = Reading(spec.on_bad_row, spec.roles, spec.learned_turns)
     checked = {split: read_rows(table, plan.columns, reading) for split, table in plan.tables.items()}
     notes = [note for table in plan.tables.values() for note in table.notes]
@@ -232,8 +234,6 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
         messages_column=spec.messages_column,
         label_columns=spec.label_columns,
     )
-    if spec.class_weights is not None and columns.kind == "causal_lm":
-        raise ConfigError("data.class_weights is given, and the rows have no labels", "Leave it out.")
     if spec.group_column is not None and spec.group_column not in first.columns:
         raise DataError(
             f"{first.name} has no column {spec.group_column!r}; it has {listed(first)}",

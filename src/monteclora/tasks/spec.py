@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -139,6 +140,10 @@ class DataSpec:
             found += [(name, "is for labels, and kind is regression") for name in names if getattr(self, name)]
         if self.label_columns and self.label_column:
             found.append(("label_columns", "and label_column are both given: keep one"))
+        if self.label_columns and self.label_names and self.label_names != self.label_columns:
+            found.append(("label_names", "differ from label_columns, which are the names of the labels"))
+        if self.label_columns and self.label_separator:
+            found.append(("label_separator", "and label_columns are both given: keep one"))
         for name in ("label_columns", "label_separator"):
             if getattr(self, name) and (self.kind or "multi_label") != "multi_label":
                 found.append((name, f"is for several labels of a row, and kind is {self.kind}"))
@@ -146,8 +151,8 @@ class DataSpec:
             found.append(("label_separator", "must be some text, with kind multi_label"))
         if len(self.label_columns) == 1 or len(set(self.label_columns)) < len(self.label_columns):
             found.append(("label_columns", "must name two or more different columns"))
-        if isinstance(self.class_weights, dict) and not all(weight > 0 for weight in self.class_weights.values()):
-            found.append(("class_weights", "must be above 0"))
+        if isinstance(self.class_weights, dict) and not all(0 < weight < inf for weight in self.class_weights.values()):
+            found.append(("class_weights", "must be finite numbers above 0"))
         return found
 
     @property

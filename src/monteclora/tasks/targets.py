@@ -42,7 +42,9 @@ def find_targets(
     if not names and "train" not in keys:
         raise DataError(f"{data} has no training rows to take the label names from", "Set data.label_names.")
     if columns.kind == "multi_label":
-        found = separator or separator_of(key for split in keys.values() for key in split)
+        # training and evaluation load different splits, and must divide the labels alike
+        source = [keys["train"]] if "train" in keys else keys.values()
+        found = separator or separator_of(key for split in source for key in split)
         notes = [f"labels are separated by {found!r}"] if found and not separator else []
         return (MultiLabelSet(names, found) if names else MultiLabelSet.from_keys(keys["train"], found)), notes
     if names:
