@@ -128,7 +128,7 @@ def test_one_run(runs):
     assert page.title == "MonteCLoRA"
     assert titles(page)[:2] == ["What was trained", "Results"]
     assert len(page.summary) == 1
-    assert "Highlighted" not in render(page)
+    assert "as the best" not in render(page)
 
 
 @pytest.mark.parametrize("choose", [lambda runs: [], lambda runs: [runs[0], runs[0]]])

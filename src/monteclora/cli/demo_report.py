@@ -184,8 +184,8 @@ def _detection(contenders: Sequence[Contender]) -> Section:
     ]
     columns = [
         Column("Run"),
-        Column("by total uncertainty", decimals(3), "max"),
-        Column("by epistemic uncertainty", decimals(3), "max"),
+        Column("by total uncertainty", decimals(3)),
+        Column("by epistemic uncertainty", decimals(3)),
     ]
     caption = "Area under the ROC curve of messages out of scope against messages in scope: 0.5 is chance, 1 perfect."
     return Section("Telling what is out of scope", tables=[Table(columns, rows, caption)])

@@ -6,13 +6,12 @@ loads nothing, and its Content-Security-Policy says so to the browser.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -56,17 +55,15 @@ class Column:
     Attributes:
         header: its name.
         show: how a number becomes text; text is shown as it is, and None as a dash.
-        best: whether the largest or the smallest number is highlighted, every one that reads the same.
     """
 
     header: str
     show: Callable[[float], str] = str
-    best: Literal["max", "min"] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table. ``unfinished`` marks its numbers as those of an unfinished run, never the best."""
+    """A row of a table. ``unfinished`` marks its numbers as those of an unfinished run."""
 
     cells: Sequence[Cell]
     unfinished: bool = False
@@ -183,30 +180,18 @@ def _embed(svg: Svg, prefix: str) -> Markup:
 
 
 def _shown(table: Table) -> dict[str, Any]:
-    """The table as the template prints it: texts, which columns are numbers, which cells are the best."""
-    best = [_best_text(column, index, table.rows) for index, column in enumerate(table.columns)]
+    """The table as the template prints it: texts, which columns are numbers."""
     rows = []
     for row in table.rows:
         cells = []
-        for column, value, best_text in zip(table.columns, row.cells, best, strict=True):
-            text = _text(column, value)
-            is_best = not row.unfinished and text == best_text
+        for column, value in zip(table.columns, row.cells, strict=True):
             href = value.href if isinstance(value, Link) else None
-            cells.append({"header": column.header, "text": text, "best": is_best, "href": href})
+            cells.append({"header": column.header, "text": _text(column, value), "href": href})
         rows.append({"cells": cells, "unfinished": row.unfinished})
     numbers = [
         any(isinstance(row.cells[index], int | float) for row in table.rows) for index in range(len(table.columns))
     ]
     return {"rows": rows, "numbers": numbers}
-
-
-def _best_text(column: Column, index: int, rows: Sequence[Row]) -> str | None:
-    """How the best finished value of a column reads; None where there is nothing to choose between."""
-    values = [row.cells[index] for row in rows if not row.unfinished]
-    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-    if column.best is None or len(numbers) < 2:
-        return None
-    return column.show(max(numbers) if column.best == "max" else min(numbers))
 
 
 def _text(column: Column, value: Cell) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -22,13 +21,9 @@ from monteclora.reports.results import Evaluation, RunReport
 __all__ = ["measured", "summary", "warnings"]
 
 _BOOTSTRAP_SEED = 0
-_BEST: dict[bool | None, Literal["max", "min"] | None] = {True: "max", False: "min", None: None}
 _OVERLAID = 3  # more reliability curves than this hide each other
 
-_METRICS = {
-    metric.name: Column(metric.label[0].upper() + metric.label[1:], decimals(3), _BEST[metric.greater_is_better])
-    for metric in METRICS.values()
-}
+_METRICS = {metric.name: Column(metric.label[0].upper() + metric.label[1:], decimals(3)) for metric in METRICS.values()}
 _COSTS = (Column("Time", duration), Column("Memory", size), Column("Parameters", count))
 
 
@@ -143,12 +138,13 @@ def _results(runs: Sequence[RunReport]) -> Section | None:
         rows.append(Row(cells, unfinished=not run.finished))
     columns = [Column("Run"), *(_METRICS[name] for name in present), *(_COSTS[index] for index in shown)]
     directions = " ".join(
-        f"{', '.join(_METRICS[name].header for name in present if _METRICS[name].best == best)}: {words} is better."
-        for best, words in (("max", "higher"), ("min", "lower"))
+        f"{', '.join(headers)}: {words} is better."
+        for greater, words in ((True, "higher"), (False, "lower"))
+        if (headers := [_METRICS[name].header for name in present if METRICS[name].greater_is_better is greater])
     )
     caption = directions if present else ""
     if present and len([run for run in runs if run.finished]) > 1:
-        caption += " Highlighted: the best finished run of each, as rounded here."
+        caption += " No number is marked as the best: whether a difference is one, its interval says, not the table."
     return Section("Results", tables=[Table(columns, rows, caption)])
 
 
