@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from monteclora.studies.execution import attempt
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.plan import make_plan
 from monteclora.studies.recipe import load_study
+from monteclora.studies.results import read_results
 from monteclora.studies.study import study
 
 Make = Callable[..., dict[str, Any]]
@@ -143,3 +145,22 @@ def test_a_wrong_name_is_refused_wherever_it_stands(make_study: Make, place: str
 def test_the_identity_of_a_trial_does_not_change(name: str, identity: str) -> None:
     """What was run stays run: a change of this number trains every trial of every study again."""
     assert identity in {trial.id for trial in make_plan(load_study(name)).trials}
+
+
+def test_the_blocks_that_are_drawn_in_are_part_of_an_identity(make_study: Make) -> None:
+    plan = make_plan(load_study(make_study(grid={**ONE, "evaluation.layers": [None, 1]})))
+    everywhere, last = plan.trials
+    assert everywhere.id != last.id
+    assert len(plan.runs) == 1
+    assert sorted(trial.conditions["evaluation.layers"] or 0 for trial in plan.trials) == [0, 1]
+    (alone,) = make_plan(load_study(make_study(grid=ONE))).trials
+    assert alone.id in {everywhere.id, last.id}  # the default is what a study has that does not name it
+
+
+def test_the_published_outcomes_are_of_trials_of_their_study(tmp_path: Path) -> None:
+    """Whatever is added to a recipe: its default does not make other trials of those that were run."""
+    published = Path(__file__).parents[2] / "docs" / "results" / "helpdesk"
+    known = read_results(published / "results.parquet")
+    plan = make_plan(load_study(published / "study.yaml", str(tmp_path)))
+    assert len(known) == 62
+    assert known.keys() <= {trial.id for trial in plan.trials}

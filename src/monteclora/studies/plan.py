@@ -16,7 +16,7 @@ from typing import Any
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.registry import NO_CALIBRATOR, get_sampler
-from monteclora.runs.recipe import Recipe, load_recipe, recipe_sha256
+from monteclora.runs.recipe import EvaluationSpec, Recipe, load_recipe, recipe_sha256
 from monteclora.studies.content import Contents
 from monteclora.studies.recipe import StudyRecipe
 
@@ -262,12 +262,11 @@ def _says_how_to_evaluate(key: str) -> bool:
 
 
 def _identity(facts: Mapping[str, Any], recipe: Recipe, sampler: str | None, calibrator: str) -> str:
-    evaluated = {
-        "sampler": sampler,
-        "calibrator": calibrator,
-        "num_samples": recipe.evaluation.num_samples,
-        "bins": recipe.evaluation.bins,
-    }
+    """Fields younger than the first two are part of it where they are not their default: older ids stay the same."""
+    always = ("num_samples", "bins")
+    default, own = EvaluationSpec(), dataclasses.asdict(recipe.evaluation)
+    evaluation = {name: value for name, value in own.items() if name in always or value != getattr(default, name)}
+    evaluated = {"sampler": sampler, "calibrator": calibrator, **evaluation}
     return hashlib.sha256(json.dumps({**facts, **evaluated}, sort_keys=True).encode()).hexdigest()[:16]
 
 
