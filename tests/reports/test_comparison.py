@@ -15,7 +15,7 @@ from monteclora.metrics.registry import METRICS
 from monteclora.reports.comparison import RESAMPLES, compare_runs
 from monteclora.reports.comparison_tables import latex, markdown, plain
 from monteclora.reports.scored_rows import ScoredRows
-from monteclora.runs.records import PREDICTIONS_FILE
+from monteclora.runs.records import PREDICTIONS_FILE, read_evaluations
 
 
 @pytest.fixture
@@ -140,6 +140,39 @@ def test_every_stored_evaluation_is_a_row_and_seeds_are_one(copied):
     assert [each.label for each in comparison.compared] == ["lora", "lora + temperature"]
     assert [len(each.runs) for each in comparison.compared] == [2, 2]
     assert any("differ in their seed alone" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_an_evaluation_that_is_stored_stays_as_it_is(copied, split):
+    first, later = copied("texts"), copied("lora")
+    evaluate(first, "test", num_samples=64, progress=False)
+    stored = read_evaluations(first)
+    predictions = (first / PREDICTIONS_FILE).read_bytes()
+    assert compare_runs([first, later], split, progress=False).split == "test"
+    assert read_evaluations(first) == stored
+    assert stored["test"]["adapter"]["num_samples"] == 64
+    assert (first / PREDICTIONS_FILE).read_bytes() == predictions
+    assert set(read_evaluations(later)["test"]) == {"adapter"}
+
+
+def test_the_split_is_that_of_the_first_runs_own_evaluation(copied):
+    first, later = copied("pairs"), copied("pairs", "later")
+    evaluate(first, "validation", progress=False)
+    evaluate(first, "test", base=True, progress=False)
+    comparison = compare_runs([first, later], progress=False)
+    assert comparison.split == "validation"
+    assert [each.runs for each in comparison.compared] == [(first, later)]
+    assert set(read_evaluations(later)) == {"validation"}
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_a_run_of_which_the_base_model_alone_was_evaluated_is_evaluated(copied, split):
+    runs = [copied("pairs"), copied("pairs", "later")]
+    for run in runs:
+        evaluate(run, "test", base=True, progress=False)
+        assert set(read_evaluations(run)["test"]) == {"base"}
+    comparison = compare_runs(runs, split, progress=False)
+    assert (comparison.split, [each.runs for each in comparison.compared]) == ("test", [tuple(runs)])
 
 
 @pytest.mark.parametrize("name", ["questions", "pairs"])

@@ -115,11 +115,13 @@ def compare_runs(
     """Compare finished runs of one task on the same rows.
 
     Every evaluation of the split that a run folder holds is a row: ``monteclora evaluate RUN --sampler laplace`` adds
-    one. A run without any is evaluated as its method predicts.
+    one. A run without an evaluation of its own on that split, as its method predicts, is evaluated first; one that is
+    stored stays as it is, with as many draws as it was made with.
 
     Args:
         folders: of the runs; the first one's own evaluation is what the others are compared with.
-        split: by default test where the first run's data have it, else validation.
+        split: by default that of the first run's own evaluation, test before validation; where it has none, test where
+            its data have it, else validation.
         seed: of the resampling.
         progress: whether evaluations draw a progress bar on standard error.
 
@@ -131,9 +133,11 @@ def compare_runs(
     entries: list[_Entry] = []
     for folder in dict.fromkeys(map(Path, folders)):
         run = RunFolder.existing(folder)
+        stored = read_evaluations(folder)
         if split is None:
-            split = evaluate(folder, progress=progress).split
-        elif not read_evaluations(folder).get(split):
+            own = [name for name in ("test", "validation") if "adapter" in stored.get(name, {})]
+            split = own[0] if own else evaluate(folder, progress=progress).split
+        elif "adapter" not in stored.get(split, {}):
             evaluate(folder, split, progress=progress)
         entries += _entries(run, split)
     assert split is not None
