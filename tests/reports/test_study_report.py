@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,8 @@ from monteclora.reports.page import render
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
 from monteclora.reports.study_report import study_page, write_study_report
 from monteclora.reports.study_verdict import verdict
+from monteclora.reports.svg import Svg
+from monteclora.studies.folder import Outcome
 from monteclora.studies.study import StudyResult
 from monteclora.studies.summary import summarise
 from tests.studies.test_summary import TABLE, made
@@ -84,6 +86,72 @@ def test_the_page_has_every_trial_and_escapes_names(tmp_path: Path) -> None:
     assert all(f">{arm}{rate}{seed}<" in html for arm, rate, seed in TABLE)
     assert "<script" not in html
     assert "0.300 (0.20" in html  # the spread of a
+
+
+def under(condition: int, result: StudyResult, outcomes: Mapping[str, Outcome]) -> StudyResult:
+    """The same study with a second condition, whose trials have these outcomes by the ids of the first one's."""
+    trials, found = [], dict(result.outcomes)
+    for trial in result.plan.trials:
+        name = f"{trial.id}-other"
+        found[name] = replace(outcomes[trial.id], trial=name)
+        trials += [
+            replace(trial, conditions={"data.label_noise": 0}),
+            replace(trial, id=name, conditions={"data.label_noise": condition}),
+        ]
+    plan = replace(result.plan, trials=tuple(trials))
+    return StudyResult(result.folder, plan, found, summarise(plan, found))
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        Outcome("", "failed", "OSError: no such disk"),
+        Outcome("", "diverged", "not finite"),
+        Outcome("", "finished", metrics={"nll": 0.5, "ece": 0.1}, seconds=2.0),
+        Outcome("", "finished", metrics={"accuracy": float("nan"), "ece": float("nan")}, seconds=2.0),
+    ],
+    ids=["failed", "diverged", "another metric", "not finite"],
+)
+def test_a_condition_without_values_leaves_the_rest_of_the_page(tmp_path: Path, lacking: Outcome) -> None:
+    first = result_of(TABLE, tmp_path)
+    page = study_page(under(5, first, {trial.id: lacking for trial in first.plan.trials}))
+    _, whole, other, *_ = page.sections
+    assert (whole.title, other.title) == ("With label noise 0", "With label noise 5")
+    alone = study_page(first).sections[1]
+    assert [(len(f.panels), f.caption) for f in whole.figures] == [(len(f.panels), f.caption) for f in alone.figures]
+    assert list(whole.paragraphs) == []
+    assert list(other.paragraphs) == ["No trial has a value of accuracy yet."]
+    assert list(other.figures) == []
+    assert "No trial has a value of accuracy yet." in render(page)
+
+
+def test_trials_without_the_leading_metric_are_no_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = result_of(TABLE, tmp_path)
+    outcomes = {name: replace(outcome, seconds=10.0) for name, outcome in found.outcomes.items()}
+    others = {"a10": {"nll": 0.5, "ece": 0.1}, "a20": {"accuracy": float("nan"), "ece": 0.1}}
+    others |= {"a30": {"accuracy": 0.5, "ece": float("nan")}, "b10": {"accuracy": 0.7, "ece": 0.2}}
+    outcomes |= {name: replace(outcomes[name], metrics=metrics) for name, metrics in others.items()}
+    drawn: list[Mapping[str, Sequence[Dot]]] = []
+
+    def draw(arms: Mapping[str, Sequence[Dot]], *labels: str, **options: bool) -> Svg:
+        drawn.append(arms)
+        return scatter_plot(arms, *labels, **options)
+
+    monkeypatch.setattr("monteclora.reports.study_report.scatter_plot", draw)
+    study_page(StudyResult(found.folder, found.plan, outcomes, summarise(found.plan, outcomes)))
+    calibration, cost = drawn
+    assert calibration == {"a": [], "b": [Dot(0.7, 0.2)]}
+    assert cost["a"] == [Dot(accuracy, 10.0) for accuracy in (0.5, 0.8, 0.7, 0.6)]
+    assert len(cost["b"]) == 5  # one diverged
+
+
+def test_a_study_whose_trials_all_failed_has_a_page(tmp_path: Path) -> None:
+    found = result_of(TABLE, tmp_path)
+    failed = {name: Outcome(name, "failed", "OSError: no such disk") for name in found.outcomes}
+    result = StudyResult(found.folder, found.plan, failed, summarise(found.plan, failed))
+    html = render(study_page(result))
+    assert "12 trials failed and have no value" in html
+    assert "No trial has a value of accuracy yet." in html
 
 
 def test_figures_mark_diverged_trials_and_hold_their_numbers() -> None:

@@ -46,7 +46,7 @@ def write_study_report(folder: Path) -> Path:
         DataError: its data are not there or wrong.
     """
     result = read_study(folder)
-    if not result.summaries:
+    if not result.outcomes:
         raise CheckpointError(f"nothing of {folder} is done yet", f"Run monteclora study {folder / 'study.yaml'}.")
     return write_page(folder / STUDY_PAGE, study_page(result))
 
@@ -111,13 +111,18 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
         ]
         for arm in arms
     }
-    figures = [
-        Figure(
-            [strip_plot(strips, metric.label, skill[0] if skill else None)],
-            "Every trial is a dot; the bar reaches from the worst to the best, the tick is the median"
-            + (", and the dashed line is what the class frequencies alone are worth." if skill else "."),
+    figures: list[Figure] = []
+    paragraphs: list[str] = []
+    if any(np.isfinite(value) for value in values.values()):
+        figures.append(
+            Figure(
+                [strip_plot(strips, metric.label, skill[0] if skill else None)],
+                "Every trial is a dot; the bar reaches from the worst to the best, the tick is the median"
+                + (", and the dashed line is what the class frequencies alone are worth." if skill else "."),
+            )
         )
-    ]
+    else:
+        paragraphs.append(f"No trial has a value of {metric.label} yet.")
     if maps := _heat_maps(group, outcomes, values, arms, metric):
         figures.append(
             Figure(
@@ -128,7 +133,8 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
         )
     figures += _against(group, outcomes, arms, metric)
     condition = ", ".join(f"{_plain(key)} {value}" for key, value in group[0].conditions.items())
-    return Section(f"With {condition}" if condition else "Results", figures=figures, tables=[_table(result, group)])
+    table = _table(result, group)
+    return Section(f"With {condition}" if condition else "Results", paragraphs, figures, [table] if table.rows else [])
 
 
 def _heat_maps(
@@ -155,7 +161,8 @@ def _heat_maps(
                 means[row, column] = np.mean([values[t.id] for t in cell])
                 diverged[row, column] = any(outcomes[t.id].status == "diverged" for t in cell)
         columns, rows = ([_short(value) for value in levels[key]] for key in axes)
-        maps.append(HeatMap(arm, _plain(x), _plain(y), columns, rows, means, diverged))
+        if np.isfinite(means).any():
+            maps.append(HeatMap(arm, _plain(x), _plain(y), columns, rows, means, diverged))
     if not maps:
         return []
     everything = np.concatenate([m.values[np.isfinite(m.values)] for m in maps])
@@ -184,14 +191,17 @@ def _short(value: Any) -> str:
 def _against(
     group: Sequence[Trial], outcomes: Mapping[str, Outcome], arms: Sequence[str], metric: Metric
 ) -> list[Figure]:
-    """Accuracy against calibration, and cost against quality, of trials that finished."""
-    finished = {arm: [o for t in group if t.arm == arm and (o := outcomes[t.id]).metrics] for arm in arms}
+    """The metric against calibration, and cost against it, of trials that have a value of it."""
+    finished = {
+        arm: [o for t in group if t.arm == arm and np.isfinite((o := outcomes[t.id]).metrics.get(metric.name, np.nan))]
+        for arm in arms
+    }
     panels = []
-    if metric.name != "ece" and any("ece" in o.metrics for found in finished.values() for o in found):
-        dots = {
-            arm: [Dot(o.metrics[metric.name], o.metrics["ece"]) for o in found if "ece" in o.metrics]
-            for arm, found in finished.items()
-        }
+    dots = {
+        arm: [Dot(o.metrics[metric.name], o.metrics["ece"]) for o in found if np.isfinite(o.metrics.get("ece", np.nan))]
+        for arm, found in finished.items()
+    }
+    if metric.name != "ece" and any(dots.values()):
         panels.append(scatter_plot(dots, METRICS["ece"].label, metric.label))
     costs = {arm: [Dot(o.metrics[metric.name], o.seconds) for o in found] for arm, found in finished.items()}
     if any(dot.x > 0 for dots in costs.values() for dot in dots):
