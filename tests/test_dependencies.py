@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,30 @@ def test_every_lower_bound_is_a_version_that_the_tests_run_with(requirement: Req
     lowest = Version(locked("requirements.lowest")[canonicalize_name(requirement.name)])
     assert requirement.specifier.contains(lowest)
     assert bound is None or bound == lowest
+
+
+def installed_needs(requirement: Requirement, seen: set[tuple[str, str]]) -> None:
+    """The packages that one asks for here, and those that these ask for, each with its extras."""
+    for extra in ("", *requirement.extras):
+        place = (canonicalize_name(requirement.name), extra)
+        if place in seen:
+            continue
+        seen.add(place)
+        for line in metadata.requires(requirement.name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                installed_needs(needed, seen)
+
+
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements.lowest"])
+def test_the_lock_files_have_what_the_tests_of_optuna_need(file: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (development,) = [Requirement(line) for line in project["optional-dependencies"]["dev"] if "monteclora" in line]
+    assert "optuna" in development.extras
+    pytest.importorskip("optuna")
+    needed: set[tuple[str, str]] = set()
+    installed_needs(Requirement("optuna"), needed)
+    assert {name for name, _ in needed} <= locked(file).keys()
 
 
 @pytest.mark.parametrize("file", ["requirements.lock", "requirements.lowest"])
