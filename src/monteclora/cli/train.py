@@ -33,18 +33,22 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
 
     from monteclora.evaluation.verdict import verdict
     from monteclora.system.devices import is_main_process
+    from monteclora.training import sharding
     from monteclora.training.run import train as run
 
     result = run(loaded, override=override)
     if not is_main_process():
         return
-    judged = verdict(result.members[0] if result.members else result.folder)
+    judged_run = result.members[0] if result.members else result.folder
+    # a model that was sharded may not fit on the one device that is left to this process
+    judged = verdict(judged_run, baseline=not sharding.is_requested())
+    title = f"verdict on {judged_run.name}" if result.members else "verdict"
     metrics = dict(result.metrics)
     if as_json:
         print_json(
             {
                 "folder": result.folder,
-                "adapter": result.adapter,
+                "adapter": None if result.members else result.adapter,
                 "steps": result.steps,
                 "kept_step": result.kept_step,
                 "metrics": metrics,
@@ -70,7 +74,7 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
             ("trained", f"{result.steps} steps{kept} in {cost}, {result.trained_parameters:,} parameters"),
             *_learning_rate(result),
             *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))] if metrics else []),
-            *[("" if number else "verdict", text) for number, text in enumerate(judged.findings)],
+            *[("" if number else title, text) for number, text in enumerate(judged.findings)],
             ("members", f"{len(result.members)} runs in {result.members[0].parent}")
             if result.members
             else ("adapter", str(result.adapter)),

@@ -7,26 +7,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from peft import PeftModel
 
 from monteclora.data.encoding import encode
-from monteclora.evaluation.own_rows import FIT_SPLIT, own_rows
+from monteclora.evaluation.own_rows import FIT_SPLIT
 from monteclora.metrics.registry import measure
 from monteclora.prediction.novelty import pretrained_features
 from monteclora.runs.loading import LoadedRun
+from monteclora.tasks import TaskData
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["MOST_ROWS", "frozen_baseline"]
+__all__ = ["MOST_ROWS", "allow_baseline", "frozen_baseline"]
 
 MOST_ROWS = 3000
-"""Training rows up to which the baseline costs seconds, and fine-tuning may not pay."""
+"""Rows of a split up to which the baseline costs seconds, and fine-tuning may not pay."""
 
 _STRENGTHS = np.geomspace(1.0, 1000.0, 4)  # inverse regularisation, chosen by cross-validation on the training rows
 _FOLDS = 3
 
 
-def frozen_baseline(loaded: LoadedRun) -> Mapping[str, float] | None:
+def allow_baseline(data: TaskData) -> bool:
+    """Whether a classifier's rows allow a baseline, told without its model.
+
+    There are validation rows, neither split has more than :data:`MOST_ROWS`, and each class has as many training rows
+    as cross-validation needs.
+    """
+    splits = [data.splits.get(split) for split in ("train", FIT_SPLIT)]
+    if any(rows is None or len(rows) > MOST_ROWS for rows in splits):
+        return False
+    counts = np.bincount(data.split("train")["label"], minlength=len(data.label_names or ()))
+    return int(counts.min()) >= _FOLDS
+
+
+def frozen_baseline(loaded: LoadedRun, data: TaskData) -> Mapping[str, float] | None:
     """Validation metrics of a logistic regression on features of the model without its adapter.
 
     The features are means over a row's tokens of the last hidden states, scaled to unit length; the regularisation is
@@ -34,24 +49,18 @@ def frozen_baseline(loaded: LoadedRun) -> Mapping[str, float] | None:
 
     Args:
         loaded: a classifier's run.
+        data: its training and validation rows, which :func:`allow_baseline` has found to be right for it.
 
     Returns:
-        Metrics by name, or None where there are no validation rows, too many training rows (:data:`MOST_ROWS`), or a
-        class has fewer training rows than cross-validation needs.
-
-    Raises:
-        DataError: the run's rows are gone or changed.
+        Metrics by name, or None for a run without an adapter (``method: full``): its model is the fine-tuned one, and
+        the pretrained one's features cannot be had from it.
     """
     from sklearn.linear_model import LogisticRegressionCV
 
-    data = own_rows(loaded, "train", FIT_SPLIT)
-    if "train" not in data.splits or FIT_SPLIT not in data.splits or len(data.splits["train"]) > MOST_ROWS:
+    if not isinstance(loaded.model, PeftModel):
         return None
     train, validation = data.split("train"), data.split(FIT_SPLIT)
     labels, truth = np.array(train["label"]), np.array(validation["label"])
-    counts = np.bincount(labels, minlength=len(loaded.label_names or ()))
-    if counts.min() < _FOLDS:
-        return None
     features = [_features(loaded, rows) for rows in (train, validation)]
     known, new = (found / np.linalg.norm(found, axis=1, keepdims=True) for found in features)
     model = LogisticRegressionCV(

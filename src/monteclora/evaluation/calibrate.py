@@ -272,7 +272,7 @@ def undo_calibration(run: str | Path | RunResult) -> bool:
 
 def _halves(loaded: LoadedRun, temperature: bool, tolerance: float | None) -> tuple[Dataset, Dataset, str]:
     """The rows to fit to, those to report on, and where both are from; refuses a run that cannot be calibrated."""
-    data = own_rows(loaded, FIT_SPLIT)
+    data = own_rows(loaded.folder, loaded.recipe.data, FIT_SPLIT)
     rows = data.splits.get(FIT_SPLIT)
     if rows is None or len(rows) < 4:
         raise DataError(

@@ -59,7 +59,7 @@ def fitted_calibrators(
     kept = _kept(loaded)
     keys = {each.name: _key(name, each, seed, loaded) for each in samplers}
     if not set(keys.values()) <= kept.keys():
-        data = own_rows(loaded, FIT_SPLIT)
+        data = own_rows(loaded.folder, loaded.recipe.data, FIT_SPLIT)
         if FIT_SPLIT not in data.splits or not len(data.splits[FIT_SPLIT]):
             raise DataError(
                 f"{data.name} has no {FIT_SPLIT} rows to fit the calibrator {name} to",

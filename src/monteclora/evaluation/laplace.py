@@ -63,7 +63,7 @@ def laplace_of(loaded: LoadedRun, *, progress: bool = False) -> LaplacePosterior
     if path.exists() and (stored := LaplacePosterior.load(path)).weights == weights:
         return stored
     check_installed()  # before rows are read
-    rows = own_rows(loaded, "train").split("train")
+    rows = own_rows(loaded.folder, loaded.recipe.data, "train").split("train")
     encoded: Sequence[dict[str, Any]] = encode(
         rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length
     ).dataset.to_list()

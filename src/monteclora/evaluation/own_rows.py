@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from monteclora.data.splitting import carve_validation
 from monteclora.errors import DataError
-from monteclora.runs.loading import LoadedRun
 from monteclora.runs.run_folder import RunFolder
-from monteclora.tasks import SplitSource, TaskData, load
+from monteclora.tasks import DataSpec, SplitSource, TaskData, load
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,17 +18,22 @@ __all__ = ["FIT_SPLIT", "changed", "halves", "own_rows", "own_split"]
 FIT_SPLIT = "validation"
 
 
-def own_rows(loaded: LoadedRun, *splits: str) -> TaskData:
+def own_rows(folder: Path, spec: DataSpec, *splits: str) -> TaskData:
     """The run's own rows of these splits, as far as it has them.
+
+    Args:
+        folder: of the run.
+        spec: its recipe's data.
+        splits: which are needed.
 
     Raises:
         DataError: rows are gone, or are not those that the run was trained with.
     """
-    data = load(loaded.recipe.data, splits)
+    data = load(spec, splits)
     for split, source in data.sources.items():
-        if changed(loaded.folder, split, source):
+        if changed(folder, split, source):
             raise DataError(
-                f"the {split} rows of {source.origin} changed since {loaded.folder} was trained",
+                f"the {split} rows of {source.origin} changed since {folder} was trained",
                 "Restore them, or train again.",
             )
     return data

@@ -81,7 +81,7 @@ class Judge:
             CheckpointError: a stored file is damaged.
             ConfigError: ``risk`` or ``level`` is out of range.
         """
-        rows = cache(partial(own_rows, loaded, "train", FIT_SPLIT))
+        rows = cache(partial(own_rows, loaded.folder, loaded.recipe.data, "train", FIT_SPLIT))
         try:
             novelty = novelty_of(loaded, rows)
         except DataError as error:
@@ -150,7 +150,7 @@ def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) ->
     weights = weights_sha256(RunFolder(loaded.first).adapter, posterior=False)  # what is measured is the mean's
     if path.exists() and (stored := Novelty.load(path)).weights == weights:
         return stored
-    data = rows() if rows else own_rows(loaded, "train", FIT_SPLIT)
+    data = rows() if rows else own_rows(loaded.folder, loaded.recipe.data, "train", FIT_SPLIT)
     held_out = _validation(loaded, data)
     width = see(loaded, held_out.select(range(1))).features.shape[1]
     training = see(loaded, subset(data.split("train"), most_rows(width), seed=0))
@@ -199,7 +199,7 @@ def abstention_of(
     stored = read_document(path, _FORMAT, lambda document: _stored(document, how), _AGAIN)
     if stored is not None:
         return stored
-    data = rows() if rows else own_rows(loaded, "train", FIT_SPLIT)
+    data = rows() if rows else own_rows(loaded.folder, loaded.recipe.data, "train", FIT_SPLIT)
     judged_by = _validation(loaded, data)
     if halved:
         _, judged_by = halves(judged_by, data.name)
