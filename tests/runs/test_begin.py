@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from monteclora.config import dump
 from monteclora.errors import CheckpointError
 from monteclora.runs.begin import begin
 from monteclora.runs.data_facts import data_facts
@@ -16,6 +17,7 @@ from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.resumption import resumed
 from monteclora.runs.run_folder import RunFolder
 from monteclora.tasks import SplitSource
+from monteclora.training.run import train
 
 
 @pytest.fixture
@@ -116,3 +118,14 @@ def test_a_later_format_asks_for_an_upgrade(recipe: Recipe) -> None:
         with pytest.raises(CheckpointError, match="has format 2") as caught:
             data_facts(run.folder)
         assert "Upgrade" in caught.value.hint
+
+
+def test_an_adapter_from_elsewhere_is_not_trained(recipe: Recipe) -> None:
+    folder = Path(recipe.folder)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    (folder / "environment.json").write_text("{}")  # as `monteclora calibrate --base` has left it
+    with pytest.raises(CheckpointError, match=r"is an adapter that was trained elsewhere\. Choose another output"):
+        train(recipe, progress=False)
+    assert not (folder / ".lock").exists()

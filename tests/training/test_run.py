@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from monteclora import from_pretrained
@@ -21,7 +24,7 @@ from monteclora.runs.prepare import prepare_data, prepare_model
 from monteclora.runs.recipe import load_recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.tree import load_tree
-from monteclora.training.run import train
+from monteclora.training.run import _FreshModel, train
 from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, trace, train_until
 
 MakeRecipe = Callable[..., Recipe]
@@ -29,6 +32,25 @@ MakeRecipe = Callable[..., Recipe]
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in RunFolder(folder).metrics.read() if event["event"] == kind]
+
+
+def test_the_old_model_is_gone_before_a_new_one_is_made() -> None:
+    made: list[weakref.ref[nn.Module]] = []
+
+    def prepare() -> nn.Module:
+        assert all(old() is None for old in made)
+        model = nn.Linear(1, 1)
+        model.register_forward_hook(lambda *_: model.bias)  # a cycle, as hooks of adapters make them
+        made.append(weakref.ref(model))
+        return model
+
+    gc.disable()
+    try:
+        fresh = _FreshModel(prepare)
+        fresh.renew()
+    finally:
+        gc.enable()
+    assert [old() is None for old in made] == [True, False]
 
 
 # -- what it leaves behind -------------------------------------------------------------------------------------------

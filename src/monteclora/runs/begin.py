@@ -33,9 +33,11 @@ def begin(recipe: Recipe, *, override: bool = False) -> Iterator[Run]:
 
     Raises:
         CheckpointError: the folder holds a run of another recipe (the message names the keys that differ) or other
-            files, another process trains it, or it cannot be made.
+            files, among them an adapter that was trained elsewhere, another process trains it, or it cannot be made.
     """
     run = Run(RunFolder(recipe.folder), recipe, override)
+    if run.folder.is_adapter:
+        raise CheckpointError(f"{run.folder.path} is an adapter that was trained elsewhere", "Choose another output.")
     if not is_main_process():
         yield run
         return

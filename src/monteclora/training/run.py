@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import dropwhile
@@ -176,7 +177,7 @@ def _train_phases(
 
 
 class _FreshModel:
-    """The model that is trained; never are there two of them.
+    """The model that is trained; the old one is gone before a new one is made.
 
     Args:
         prepare: makes it, as a run begins with it.
@@ -189,6 +190,7 @@ class _FreshModel:
     def renew(self) -> None:
         """Throw it away, and make it anew."""
         del self.model
+        gc.collect()  # modules and hooks refer to each other: counting references frees none of them
         self.model = self._prepare()
 
 
