@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import random
 from pathlib import Path
 
 import pytest
 
+from monteclora.cli import main
 from monteclora.errors import ConfigError, DataError
 from monteclora.runs.new_recipe import new_recipe
 from monteclora.runs.recipe import Recipe, load_recipe
+from monteclora.tasks import DataSpec, TaskData, load
 
 TEAMS = ("billing", "login", "shipping")
 
@@ -78,3 +81,52 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
         new_recipe(file)
     with pytest.raises(ConfigError, match="there is no method"):
         new_recipe(teams(tmp_path / "teams.csv", 60), method="magic")
+
+
+def test_hints_name_options_and_no_keys_of_a_recipe_that_is_not_there_yet(tmp_path: Path) -> None:
+    file = tmp_path / "odd.csv"
+    file.write_text("one,two\n" + "".join(f"{n},{n + 1}\n" for n in range(30)))
+    for named in ({}, {"text": ["words"], "label": "two"}):
+        with pytest.raises(DataError) as caught:
+            new_recipe(file, **named)
+        assert caught.value.hint.startswith("Name the columns of texts and labels with --text and --label; for scores")
+        assert "data.text_columns" not in str(caught.value)
+
+
+def test_scores_and_several_labels_need_a_recipe_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = tmp_path / "scores.csv"
+    scores.write_text("text,mark\n" + "".join(f"some longer text {n},{n * 0.37:.2f}\n" for n in range(60)))
+    several = tmp_path / "several.jsonl"
+    rows = [{"text": f"some longer text {n}", "label": ["a", "bc"[n % 2]]} for n in range(60)]
+    several.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file, label in ((scores, "mark"), (several, "label")):
+        with pytest.raises(DataError, match=r"write a recipe by hand, with data\.kind") as caught:
+            new_recipe(file, text=["text"], label=label)
+        assert "data.label_names" not in caught.value.hint
+
+    def regression(spec: DataSpec) -> TaskData:  # as a task with a name may be
+        return load(dataclasses.replace(spec, kind="regression"))
+
+    monkeypatch.setattr("monteclora.runs.new_recipe.load", regression)
+    with pytest.raises(ConfigError, match="holds scores, for which no recipe is made"):
+        new_recipe(scores, text=["text"], label="mark", model="minilm")
+
+
+def test_a_pattern_stands_for_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = tmp_path / "tickets"
+    parts.mkdir()
+    head, *lines = teams(tmp_path / "whole.csv", 180, ("message", "team", "customer")).read_text().splitlines()
+    for number in range(3):
+        (parts / f"part-{number}.csv").write_text("\n".join([head, *lines[60 * number : 60 * (number + 1)]]) + "\n")
+    made = new_recipe(parts / "part-*.csv")
+    recipe = loaded(made.text, tmp_path)
+    assert recipe.data.task == str(parts / "part-*.csv")
+    assert "guessed from what they hold: message is the text, team the label" in made.notes
+    assert "classification, 144 train, 36 validation rows" in made.text  # 180, of which a fifth are set aside
+    monkeypatch.chdir(tmp_path)
+    for pattern, name in (("part-*.csv", "part"), ("*.csv", "tickets")):
+        assert main(["new", str(parts / pattern)]) == 0
+        assert f"recipe: {name}.yaml" in capsys.readouterr().out
+        assert load_recipe(tmp_path / f"{name}.yaml").name == name

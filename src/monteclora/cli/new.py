@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from monteclora.cli.output import Json, note, print_json, print_line
@@ -25,7 +26,8 @@ def new(
     """Write a recipe for your own data, with the columns, labels and lengths that were found in it.
 
     Args:
-        file: csv, tsv, jsonl, json, parquet or xlsx, with labelled texts, prompts with completions, or conversations.
+        file: csv, tsv, jsonl, json, parquet or xlsx, with labelled texts, prompts with completions, or conversations;
+            a pattern in quotes for several.
         text: the column of the texts to be classified, or each of two; by default recognised, or guessed.
         label: the column of their labels; likewise.
         out: the recipe; by default NAME.yaml in this folder.
@@ -34,7 +36,7 @@ def new(
     """
     from shlex import quote
 
-    target = out or Path(f"{file.name.partition('.')[0]}.yaml")
+    target = out or Path(f"{_name(file)}.yaml")
     if target.exists():
         raise ConfigError(f"{target} exists", "Give another name with --out, or remove it.")
 
@@ -49,3 +51,8 @@ def new(
         note(line)
     print_line(f"recipe: {target}")
     print_line(f"next: monteclora train {quote(str(target))}")
+
+
+def _name(file: Path) -> str:
+    """Of a file without its endings; of a pattern without what stands for other characters, or else its folder's."""
+    return re.sub(r"\[.*?\]|[*?]", "", file.name.partition(".")[0]).strip("-_ ") or file.resolve().parent.name

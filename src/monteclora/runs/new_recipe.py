@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ import yaml
 
 from monteclora.data.columns import find_columns
 from monteclora.data.encoding import encode
-from monteclora.data.files import open_table
 from monteclora.data.guessing import guess_columns
+from monteclora.data.kinds import Kind
 from monteclora.data.models import STARTERS, load_tokenizer, resolve_model
+from monteclora.data.parts import open_files
 from monteclora.errors import ConfigError, DataError
 from monteclora.runs.recipe import load_recipe
 from monteclora.tasks import DataSpec, TaskData, load
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["NewRecipe", "new_recipe"]
 
 _STARTER = {"classification": "minilm", "causal_lm": "smollm2"}
+_BY_HAND: Mapping[Kind, str] = {"regression": "scores", "multi_label": "several labels of a row"}
+_OTHERWISE = "for scores or several labels of a row, write a recipe by hand, with data.kind (monteclora recipes keys)"
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MEASURED_ROWS = 1000  # whose lengths choose data.max_length
 _COVERED = 0.98  # of the rows are not truncated
@@ -79,7 +82,7 @@ def new_recipe(
     """A recipe that trains on a file: its columns, labels and lengths are looked at, and nothing is trained.
 
     Args:
-        file: anything that ``data.task`` takes as a path.
+        file: anything that ``data.task`` takes as a path, of several files a pattern.
         text, label: columns of texts to be classified and of their labels. Without them they are recognised by their
             names, and where these say nothing, by what the columns hold, which a note says.
         model: by default the starter model for what the file holds.
@@ -87,18 +90,18 @@ def new_recipe(
 
     Raises:
         DataError: the file, its columns, rows or labels are wrong.
-        ConfigError: there is no such model or method, or no starter model for what the file holds.
+        ConfigError: there is no such model or method, or the rows have scores or several labels each.
     """
     columns, guess = _named_columns(str(file), text, label)
     spec = DataSpec(task=str(file), **columns)
-    data = load(spec)
+    data = _loaded(spec)
+    if data.kind in _BY_HAND:
+        raise ConfigError(f"{file} holds {_BY_HAND[data.kind]}, for which no recipe is made", _sentence(_OTHERWISE))
     if looks_like_file(str(file)) and len(data.splits.get("validation", ())) < _FEW_VALIDATION:  # it was set aside
         spec = dataclasses.replace(spec, validation_fraction=_MORE_VALIDATION)
         data = load(spec)
     rows = data.split("train")
     if model is None:
-        if data.kind not in _STARTER:
-            raise ConfigError(f"{file} holds {data.kind}, for which there is no starter model", "Give --model.")
         model = _STARTER[data.kind]
     length = _length(rows, data, model)
     settings = _SETTINGS[model] if model in STARTERS else _SETTINGS[data.kind]
@@ -112,17 +115,32 @@ def _named_columns(file: str, text: Sequence[str], label: str | None) -> tuple[d
     """The columns to name in the recipe, and what was guessed."""
     if not looks_like_file(file):
         return {}, ()
-    table = open_table(file)
+    table = open_files(file)
     try:
         find_columns(table, text, label)
-    except DataError:
+    except DataError as error:
         guess = guess_columns(table)
-        if guess is None or text or label:
-            raise
+        if guess is None or text or label:  # there is no recipe yet whose keys could be set
+            hint = f"Name the columns of texts and labels with --text and --label; {_OTHERWISE}."
+            raise DataError(error.message, hint) from None
         found = {"text_columns": [guess.text], "label_column": guess.label}
         return found, (f"guessed from what they hold: {guess.text} is the text, {guess.label} the label",)
     given = {"text_columns": list(text), "label_column": label}
     return {key: value for key, value in given.items() if value}, ()
+
+
+def _loaded(spec: DataSpec) -> TaskData:
+    """The rows; where only ``data.kind`` would mend what is wrong with them, the hint is to write a recipe by hand."""
+    try:
+        return load(spec)
+    except DataError as error:
+        if "data.kind" not in str(error):
+            raise
+        raise DataError(error.message, f"Name another column with --label; {_OTHERWISE}.") from None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _length(rows: Dataset, data: TaskData, model: str) -> int:
