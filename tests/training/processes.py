@@ -25,13 +25,18 @@ from monteclora.posterior import AdapterPosterior
 from monteclora.training import run
 from monteclora.training.loop import Loop
 original_step, kill_at, fail_at = Loop.step, int(sys.argv[3]), int(sys.argv[4])
+spoil_at = int(sys.argv[5])
+def spoil(loop):
+    with torch.no_grad():
+        next(p for p in loop.model.parameters() if p.requires_grad).fill_(float("nan"))
 def step(loop, batches):
     if kill_at >= 0 and loop.saver.first_step + loop.state.step == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     if loop.state.step == fail_at and not loop.state.back_offs:
-        with torch.no_grad():
-            next(p for p in loop.model.parameters() if p.requires_grad).fill_(float("nan"))
+        spoil(loop)
     original_step(loop, batches)
+    if loop.state.step == spoil_at and not loop.state.back_offs:
+        spoil(loop)
 Loop.step = step
 kept = []
 original = run.prepare_model
@@ -55,6 +60,7 @@ def launch(
     sharded: bool = False,
     kill_at: int | None = None,
     fail_at: int | None = None,
+    spoil_at: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Train a recipe on so many processes; gives what each had in the end.
 
@@ -67,6 +73,7 @@ def launch(
         sharded: as ``accelerate launch --use_fsdp --fsdp_version 2`` has it.
         kill_at: all of them are killed after so many steps.
         fail_at: after so many steps a weight is not finite, unless the run has gone back.
+        spoil_at: the same after that step, so that no loss has told of it when the step is saved.
     """
     folder.mkdir()
     file = folder / "recipe.json"
@@ -85,7 +92,7 @@ def launch(
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         command = [sys.executable, "-c", WORKER, str(file), str(folder / f"{rank}.pt")]
-        command += ["-1" if step is None else str(step) for step in (kill_at, fail_at)]
+        command += ["-1" if step is None else str(step) for step in (kill_at, fail_at, spoil_at)]
         started.append(subprocess.Popen(command, env={**shared, **place}, stderr=subprocess.PIPE, text=True))
     for process in started:
         _, errors = process.communicate(timeout=300)

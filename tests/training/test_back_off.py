@@ -161,9 +161,13 @@ def test_a_number_of_times(recipe: MakeRecipe) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_go_back_together(recipe: MakeRecipe, tmp_path: Path) -> None:
-    options = {"kind": "causal_lm", "micro_batch_size": 2, "max_steps": 6}
-    launch(recipe(name="back", back_off=1, **options), tmp_path / "with", 2, fail_at=4)
+@pytest.mark.parametrize("place", ["fail_at", "spoil_at"])
+def test_two_processes_go_back_together(place: str, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Also where the main process alone finds it, in the weights that it saves."""
+    options: dict[str, Any] = {"kind": "causal_lm", "micro_batch_size": 2, "max_steps": 6, "save_every": 4}
+    launch(recipe(name="back", back_off=1, **options), tmp_path / "with", 2, **{place: 4})
     launch(recipe(name="given", learning_rate=5e-3, **options), tmp_path / "without", 2)
-    assert [event["left_step"] for event in of(tmp_path / "back", "back_off")] == [4]
+    (event,) = of(tmp_path / "back", "back_off")
+    assert event["left_step"] == 4
+    assert ("the weight" in event["reason"]) is (place == "spoil_at")
     assert adapter_content(tmp_path / "back") == adapter_content(tmp_path / "given")

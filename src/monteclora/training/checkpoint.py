@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from monteclora.errors import CheckpointError, DivergenceError
@@ -67,8 +67,8 @@ class Checkpoints:
         sharding.reshard(model)
         state = _training_state(loop, generators)
         with sharding.gathered(model, self.trained):
+            _check_weights(model, loop)
             if is_main_process():
-                _check_weights(model, loop)
                 checkpoint = self._describe(loop)
                 with new_folder(checkpoint.path) as stage:
                     loop.method.save(model, stage)
@@ -180,15 +180,24 @@ def _restore_optimizer(loop: Loop, optimizer: dict[str, Any], scheduler: dict[st
 
 
 def _check_weights(model: nn.Module, loop: Loop) -> None:
+    """Raises DivergenceError, on all processes, for what the main process finds: it alone has whole weights."""
+    found = [_divergence(model, loop) if is_main_process() else None]
+    if process_count() > 1:
+        broadcast_object_list(found)
+    if found[0] is not None:
+        raise DivergenceError(
+            f"{found[0]} after step {loop.state.step}",
+            "Lower training.learning_rate (or training.post_hoc.learning_rate_factor), or set training.max_grad_norm.",
+        )
+
+
+def _divergence(model: nn.Module, loop: Loop) -> str | None:
+    """What is wrong with the weights, in words."""
     found = loop.method.diverged(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             found = f"the weight {name} is not finite"
-    if found is not None:
-        raise DivergenceError(
-            f"{found} after step {loop.state.step}",
-            "Lower training.learning_rate (or training.post_hoc.learning_rate_factor), or set training.max_grad_norm.",
-        )
+    return found
 
 
 def _state_of_0_1(checkpoint: Path, tree: dict[str, Any]) -> dict[str, Any]:
