@@ -33,6 +33,7 @@ def run_on_ray(
     folder: StudyFolder,
     address: str,
     count: int | None,
+    most: int,
     per_device: int,
     deadline: float | None,
     tick: Callable[[], int],
@@ -43,6 +44,7 @@ def run_on_ray(
         folder: of the study, with its recipe.
         address: of the cluster, as ``ray.init`` takes it; ``local`` starts one on this machine for as long as it takes.
         count: how many workers; None is one for each core, or ``per_device`` for each GPU.
+        most: how many have something to do: the runs that are left.
         per_device: how many share a GPU.
         deadline, tick: as for :func:`monteclora.studies.processes.run_workers`.
 
@@ -54,7 +56,7 @@ def run_on_ray(
     with _connected(address) as ray:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
-        workers = count or per_device * gpus or int(resources.get("CPU", 1))
+        workers = min(most, count or per_device * gpus or int(resources.get("CPU", 1)))
         start = ray.remote(num_cpus=1, num_gpus=1 / per_device if gpus else 0, max_retries=-1)(_run_worker).remote
         path = str(folder.path.resolve())
         endings = Endings(folder, workers, tick())

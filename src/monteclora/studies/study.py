@@ -81,7 +81,8 @@ def study(
     Args:
         recipe: the path of a YAML file, a bundled study's name, a mapping, or a study recipe.
         output: a study folder in place of the recipe's.
-        workers: processes on this machine; by default one for each core or GPU; 0 runs the trials in this process.
+        workers: processes on this machine, of which no more are started than there are runs left; by default one for
+            each core or GPU; 0 runs the trials in this process.
         workers_per_device: processes that share a GPU.
         ray: the address of a Ray cluster whose nodes run the workers, or ``local``; ``workers`` counts them all.
         optuna: the URL of an Optuna storage, as in ``sqlite:///study.db``, to which the trials are written at the end.
@@ -108,13 +109,14 @@ def study(
     hours = plan.study.max_hours
     deadline = None if hours is None else time.time() + 3600 * hours
     count = default_workers(workers_per_device) if workers is None else workers
+    left = sum(any(not folder.outcome_file(trial.id).is_file() for trial in trials) for trials in plan.runs)
     with Live(folder, plan, max(count, 1), show=progress) as live:
-        if count == 0:
+        if left and count == 0:
             work(folder, plan, deadline)
-        elif ray is not None:
-            run_on_ray(folder, ray, workers, workers_per_device, deadline, live.tick)
-        elif any(not folder.outcome_file(trial.id).is_file() for trial in plan.trials):
-            run_workers(folder, min(count, len(plan.trials)), workers_per_device, deadline, live.tick)
+        elif left and ray is not None:
+            run_on_ray(folder, ray, workers, left, workers_per_device, deadline, live.tick)
+        elif left:
+            run_workers(folder, min(count, left), workers_per_device, deadline, live.tick)
         live.tick()
     for trials in plan.runs:  # a worker that was killed after writing its result left what is not kept
         tidy(folder, plan.study, trials)
