@@ -68,6 +68,16 @@ def test_two_arms_with_one_trial_are_refused(make_study: Make) -> None:
         plan(make_study(grid=RATES, arms=arms))
 
 
+def test_a_key_that_an_arm_sets_and_varies_is_refused(make_study: Make) -> None:
+    arm: dict[str, Any] = {"set": {"method.name": "lora", "method.r": 4}, "grid": {"method.r": [4, 8]}}
+    with pytest.raises(ConfigError, match=r"arms\.low\.grid has method\.r, which the arm's set has too"):
+        load_study(make_study(grid=RATES, arms={"low": arm}))
+    with pytest.raises(ConfigError, match=r"arms\.lora\.grid has method\.name: name the method in set"):
+        load_study(make_study(grid=RATES, arms={"lora": {"grid": {"method.name": ["lora", "dora"]}}}))
+    arm["grid"] = {"training.batch_size": [8]}
+    assert len(plan(make_study(grid=RATES, arms={"low": arm})).trials) == 2
+
+
 def test_an_option_that_a_method_lacks_is_no_setting_of_its_trials(make_study: Make) -> None:
     found = plan(make_study(grid={**RATES, "method.name": ["lora", "monteclora"], "method.num_components": [2, 4]}))
     keys = {arm: {key for t in found.trials if t.arm == arm for key in t.settings} for arm in ("lora", "monteclora")}

@@ -18,6 +18,7 @@ from monteclora.runs.bundled import bundled_studies
 
 __all__ = ["Arm", "Centre", "StudyRecipe", "load_study"]
 
+_METHOD = "method.name"
 _WAYS: Mapping[str, Sequence[str]] = {
     "sampler": [name for name, kind in SAMPLERS.items() if not kind.needs_several_runs],  # a trial is of one run
     "calibrator": (NO_CALIBRATOR, *CALIBRATORS),
@@ -122,12 +123,17 @@ class StudyRecipe:
         found += [
             (place, f"has no value for {key}") for place, grid in grids.items() for key, v in grid.items() if not v
         ]
+        for name, arm in self.arms.items():
+            place = f"arms.{name}.grid"
+            found += [(place, f"has {key}, which the arm's set has too") for key in arm.grid if key in arm.set]
+            if _METHOD in arm.grid and _METHOD not in arm.set:
+                found.append((place, f"has {_METHOD}: name the method in set, an arm for each"))
         if self.centre is not None:
             if self.centre.values < 2:
                 found.append(("centre.values", f"is {self.centre.values}, expected at least 2"))
             if self.centre.key != Centre.key and not any(self.centre.key in grid for grid in grids.values()):
                 found.append(("centre.key", f"is {brief(self.centre.key)}, and no grid has it"))
-        if self.arms and "method.name" in self.grid:
+        if self.arms and _METHOD in self.grid:
             found.append(("grid", "has method.name, and arms are given: name the method in each arm"))
         return found
 
