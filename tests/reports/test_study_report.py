@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 
 from monteclora.errors import CheckpointError, DataError
+from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.formats import MINUS
 from monteclora.reports.page import render
+from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
 from monteclora.reports.study_report import study_page, write_study_report
 from monteclora.reports.study_verdict import verdict
 from monteclora.reports.svg import Svg
+from monteclora.runs.run_folder import RunFolder
 from monteclora.studies.folder import Outcome
 from monteclora.studies.study import StudyResult
 from monteclora.studies.summary import summarise
+from tests.studies.test_centring import made as centred_toy
 from tests.studies.test_summary import TABLE, made
 
 
@@ -32,9 +36,9 @@ def result_of(
     for trial in plan.trials:
         run = folder / "trials" / trial.id
         settings = {**trial.settings, "training.batch_size": 8 * trial.settings["training.learning_rate"]}
-        recipe = cast(Any, SimpleNamespace(folder=run))
+        recipe = cast(Any, SimpleNamespace(folder=run, name=trial.id))
         trials.append(replace(trial, arm=(names or {}).get(trial.arm, trial.arm), settings=settings, recipe=recipe))
-    study = cast(Any, SimpleNamespace(metric=None, name="toy"))
+    study = cast(Any, SimpleNamespace(metric=None, name="toy", centre=None))
     plan = replace(plan, study=study, trials=tuple(trials))
     return StudyResult(folder, plan, outcomes, summarise(plan, outcomes))
 
@@ -46,9 +50,9 @@ def test_verdict_claims_what_the_interval_over_seeds_shows(tmp_path: Path) -> No
     found = result_of({**wide, **narrow}, tmp_path)
     headline, evidence = verdict(found.plan, found.outcomes, found.summaries)
     assert headline == "n against w: more robust, judged by the spread."
-    # spreads 0.20, 0.22, 0.24 against 0.02: -0.18, -0.20, -0.22; percentiles of the means of 27 resamples
+    # spreads 0.20, 0.22, 0.24 against 0.02: -0.18, -0.20, -0.22: s = 0.02, t = 4.3027, so 0.0497 to both sides
     text = evidence.replace(MINUS, "-")
-    assert "on 9 shared cells: the spread of accuracy differs by -0.200 (-0.216 to -0.184)" in text
+    assert "on 9 shared cells: the spread of accuracy differs by -0.200 (-0.250 to -0.150)" in text
     found = result_of({**narrow, **wide}, tmp_path)
     headline, _ = verdict(found.plan, found.outcomes, found.summaries)
     assert headline == "w against n: less robust, judged by the spread."
@@ -85,7 +89,7 @@ def test_the_page_has_every_trial_and_escapes_names(tmp_path: Path) -> None:
     assert '<a href="trials/a10/report.html">a10</a>' in html
     assert all(f">{arm}{rate}{seed}<" in html for arm, rate, seed in TABLE)
     assert "<script" not in html
-    assert "0.300 (0.20" in html  # the spread of a
+    assert f"0.300 ({MINUS}0.971 to 1.571)" in html  # the spread of a
 
 
 def under(condition: int, result: StudyResult, outcomes: Mapping[str, Outcome]) -> StudyResult:
@@ -152,6 +156,66 @@ def test_a_study_whose_trials_all_failed_has_a_page(tmp_path: Path) -> None:
     html = render(study_page(result))
     assert "12 trials failed and have no value" in html
     assert "No trial has a value of accuracy yet." in html
+
+
+def test_a_run_that_is_evaluated_in_several_ways_is_read_and_drawn_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = result_of(TABLE, tmp_path)
+    first, second = (trial for trial in found.plan.trials if trial.id in ("a10", "a20"))
+    trials = [replace(trial, id=f"{trial.id}-{way}") for trial in (first, second) for way in ("mean", "posterior")]
+    trials.append(replace(first, id="another arm", arm="b"))  # which predicts in another way
+    outcomes = {trial.id: Outcome(trial.id, "finished", metrics={"accuracy": 0.5}) for trial in trials}
+    for trial in (first, second):
+        trial.recipe.folder.mkdir(parents=True)
+        line = '{"event": "train", "phase": "cooperative", "step": 10, "loss": 2.0}\n'
+        (trial.recipe.folder / "metrics.jsonl").write_text(line)
+    read: list[Path] = []
+
+    def curve(run: RunFolder) -> TrainingCurve:
+        read.append(run.path)
+        return training_curve(run)
+
+    monkeypatch.setattr("monteclora.reports.study_report.training_curve", curve)
+    plan = replace(found.plan, trials=tuple(trials))
+    page = study_page(StudyResult(found.folder, plan, outcomes, summarise(plan, outcomes)))
+    (section,) = [section for section in page.sections if section.title == "Learning curves"]
+    (figure,) = section.figures
+    assert read == [first.recipe.folder, second.recipe.folder]
+    assert [panel.count('id="curve-') for panel in figure.panels] == [2, 1]
+    assert figure.caption.startswith("Training loss of every run whose folder is here.")
+
+
+def test_the_page_has_the_view_around_each_arms_best_value(tmp_path: Path) -> None:
+    plan, outcomes = centred_toy()
+    folder = tmp_path / "trials"
+    named = [replace(t, recipe=cast(Any, SimpleNamespace(folder=folder / t.id, name=t.id))) for t in plan.trials]
+    plan = replace(plan, trials=tuple(named), study=cast(Any, SimpleNamespace(**vars(plan.study), name="toy")))
+    result = StudyResult(tmp_path, plan, outcomes, summarise(plan, outcomes))
+    page = study_page(result)
+    (section,) = [section for section in page.sections if section.title == "Each arm around its own best value"]
+    _, headline, evidence, *windows = section.paragraphs
+    assert headline == "b against a: 2 seeds, so no claim about which is the more robust."
+    # by the distance from the best: the spreads are 0.49 and 0.39 of a, 0.2 and 0.2 of b
+    text = evidence.replace(MINUS, "-")
+    assert text.startswith("b against a with x 1, on 6 shared cells: the spread of accuracy differs by -0.240 (")
+    assert windows == [
+        "a (x 1): 3 values of learning_rate around 1.0, from 0.1 to 10.0, chosen by validation accuracy.",
+        "b (x 1): 3 values of learning_rate around 0.01, from 0.001 to 0.1, chosen by validation accuracy.",
+    ]
+    (table,) = section.tables
+    assert [row.cells[:3] for row in table.rows] == [["x 1", "a", "accuracy"], ["x 1", "b", "accuracy"]]
+    spread = [column.header for column in table.columns].index("Spread")
+    assert [str(row.cells[spread])[:5] for row in table.rows] == ["0.440", "0.200"]
+    assert "Each arm around its own best value" in render(page)
+    one = replace(plan, trials=tuple(t for t in plan.trials if t.settings["training.learning_rate"] == 0.001))
+    done = {trial.id: outcomes[trial.id] for trial in one.trials}
+    page = study_page(StudyResult(tmp_path, one, done, summarise(one, done)))
+    (section,) = [section for section in page.sections if section.title == "Each arm around its own best value"]
+    assert section.paragraphs[1:] == ["not centred (x 1): an arm has a single learning_rate."]
+    assert not section.tables
+    page = study_page(result_of(TABLE, tmp_path))  # a study without this view
+    assert not [section for section in page.sections if section.title == "Each arm around its own best value"]
 
 
 def test_figures_mark_diverged_trials_and_hold_their_numbers() -> None:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan, Trial
-from monteclora.studies.summary import compare, summarise
+from monteclora.studies.summary import _estimate, compare, summarise
 
 # accuracy of (arm, learning rate, seed)
 TABLE: dict[tuple[str, int, int], float | None] = {
@@ -44,9 +45,9 @@ def test_statistics_of_a_toy_study() -> None:
         "regret": (0.9 - 2.2 / 3 + 0.1) / 2,
     }  # fmt: skip
     assert {name: e.value for name, e in a.statistics.items()} == pytest.approx(expected)
-    # four resamples of two seeds: means 0.4, 0.3, 0.3, 0.2; percentiles between them
+    # 0.4 and 0.2: s = 0.2 / sqrt(2), s / sqrt(2) = 0.1; t of one degree of freedom is 12.7062
     spread = a.statistics["spread"]
-    assert (spread.low, spread.high) == pytest.approx((0.2 + 0.075 * 0.1, 0.4 - 0.075 * 0.1))
+    assert (spread.low, spread.high) == pytest.approx((0.3 - 1.27062, 0.3 + 1.27062), abs=1e-6)
     # the diverged run counts with the majority class's accuracy, 0.5
     assert b.statistics["spread"].value == pytest.approx(0.2)
     assert (a.trials, a.diverged, a.collapsed) == (6, 0, 1)  # 0.5 is within 0.05 of 0.5
@@ -61,6 +62,18 @@ def test_paired_comparison_of_a_toy_study() -> None:
     assert (found.cells, found.better, found.worse) == (6, 3, 1)
     assert found.difference.value == pytest.approx(0.05)
     assert found.spread_difference.value == pytest.approx((0.4 - 0.2 + 0.2 - 0.2) / 2)
+
+
+def test_intervals_over_three_seeds_exclude_zero_in_one_case_of_twenty() -> None:
+    # 0.2, 0.4, 0.6: s = 0.2, t of two degrees of freedom is 4.302653
+    (a,) = summarise(*made({("a", rate, seed): 0.1 * rate * (seed + 1) for rate in (1, 3) for seed in (0, 1, 2)}))
+    reach = 4.302653 * 0.2 / 3**0.5
+    spread = a.statistics["spread"]
+    assert (spread.low, spread.high) == pytest.approx((0.4 - reach, 0.4 + reach), abs=1e-6)
+    noise = np.random.default_rng(0).normal(size=(2000, 3))
+    found = [_estimate(list(values)) for values in noise]
+    excluded = np.mean([e.low > 0 or e.high < 0 for e in found if e.low is not None and e.high is not None])
+    assert excluded == pytest.approx(0.05, abs=0.015)  # three standard errors; a bootstrap has 0.32
 
 
 def test_a_single_seed_has_no_interval() -> None:

@@ -171,11 +171,11 @@ def scatter_plot(arms: Mapping[str, Sequence[Dot]], x: str, y: str, *, logarithm
 
 @house_style()
 def loss_curves(title: str, curves: Sequence[tuple[TrainingCurve, bool]], index: int, highest: float) -> Svg:
-    """The training loss of every trial of an arm; those that diverged end in a cross.
+    """The training loss of every run of an arm; those that diverged end in a cross.
 
     Args:
         title: the arm's name.
-        curves: each with whether the trial diverged.
+        curves: each with whether the run diverged.
         index: the arm's place, which gives the colour.
         highest: the top of the vertical axis; a loss above it is drawn at it.
     """
@@ -194,7 +194,7 @@ def loss_curves(title: str, curves: Sequence[tuple[TrainingCurve, bool]], index:
     axes.set_ylim(0.0, 1.03 * highest)
     axes.grid(True)
     count = sum(diverged for _, diverged in drawn)
-    return to_svg(figure, f"Training loss of {len(drawn)} trials of {title}, {count} of which diverged")
+    return to_svg(figure, f"Training loss of {len(drawn)} runs of {title}, {count} of which diverged")
 
 
 def _nothing(what: str) -> DataError:

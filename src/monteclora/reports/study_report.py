@@ -18,10 +18,11 @@ from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
 from monteclora.reports.study_verdict import verdict
 from monteclora.runs.run_folder import RunFolder
+from monteclora.studies.centring import describe_window, shown
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Trial
 from monteclora.studies.study import StudyResult, read_study
-from monteclora.studies.summary import Estimate, by_condition, primary_metric, trial_values
+from monteclora.studies.summary import Estimate, Summary, by_condition, primary_metric, trial_values
 
 __all__ = ["STUDY_PAGE", "study_page", "write_study_report"]
 
@@ -65,7 +66,7 @@ def study_page(result: StudyResult) -> Page:
         subtitle=f"{len(outcomes)} of {len(plan.trials)} trials, {len(_arms(result))} arms",
         summary=verdict(plan, outcomes, result.summaries),
         warnings=warnings + list(plan.notes),
-        sections=[_how(result, metric), *sections, _curves(result), _trials(result, metric)],
+        sections=[_how(result, metric), *sections, *_centred(result), _curves(result), _trials(result, metric)],
         reproduce=[
             f"monteclora study {result.folder / 'study.yaml'} --out {result.folder}",
             f"monteclora report {result.folder}",
@@ -91,8 +92,8 @@ def _how(result: StudyResult, metric: Metric) -> Section:
             f"Each trial is one training run with one choice of settings. Varied: {varied}.",
             f"An arm is robust where its trials lie close together and none falls off: the spread is the distance from "
             f"its best to its worst trial in {metric.label} ({better} is better), taken over the settings of one seed "
-            "and averaged over seeds. Intervals are 95 % bootstrap percentiles over seeds. A diverged trial counts as "
-            "a prediction that does not look at its row; a cross marks it.",
+            "and averaged over seeds. In brackets are 95 % intervals over seeds (Student's t). A diverged trial counts "
+            "as a prediction that does not look at its row; a cross marks it.",
         ],
     )
 
@@ -133,7 +134,7 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
         )
     figures += _against(group, outcomes, arms, metric)
     condition = ", ".join(f"{_plain(key)} {value}" for key, value in group[0].conditions.items())
-    table = _table(result, group)
+    table = _table([summary for summary in result.summaries if summary.condition == group[0].conditions])
     return Section(f"With {condition}" if condition else "Results", paragraphs, figures, [table] if table.rows else [])
 
 
@@ -213,15 +214,31 @@ def _against(
     return [Figure(panels, caption)] if panels else []
 
 
-def _table(result: StudyResult, group: Sequence[Trial]) -> Table:
-    """The statistics of each arm under the condition of a group."""
+def _centred(result: StudyResult) -> list[Section]:
+    """The second view of the results; none where the study has none, or nothing of it is done."""
+    found, summaries = result.centred, result.centred_summaries
+    notes = [*(f"{describe_window(window)}." for window in found.windows), *(f"{note}." for note in found.notes)]
+    if not summaries and not notes:
+        return []
+    intro = (
+        "On one grid an arm can look robust only because its best value lies in the middle. Here every arm has as many "
+        "values: its best one, chosen by the validation rows, and those nearest to it."
+    )
+    sentences = verdict(found.plan, result.outcomes, summaries, result.plan) if summaries else []
+    tables = [_table(summaries, conditions=any(summary.condition for summary in summaries))] if summaries else []
+    return [Section("Each arm around its own best value", [intro, *sentences, *notes], tables=tables)]
+
+
+def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
+    """The statistics of each arm, with or without a column that names the condition."""
     rows = []
-    for summary in result.summaries:
-        if summary.condition == group[0].conditions:
-            texts = [_interval(summary.statistics[name]) for name in _STATISTICS]
-            counts: list[Cell] = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
-            rows.append(Row([summary.arm, METRICS[summary.metric].label, *texts, *counts]))
+    for summary in summaries:
+        condition = [shown(summary.condition)] if conditions else []
+        texts = [_interval(summary.statistics[name]) for name in _STATISTICS]
+        counts: list[Cell] = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
+        rows.append(Row([*condition, summary.arm, METRICS[summary.metric].label, *texts, *counts]))
     columns = [
+        *([Column("Condition")] if conditions else []),
         Column("Arm"),
         Column("Metric"),
         *(Column(header) for header in _STATISTICS.values()),
@@ -243,23 +260,29 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _curves(result: StudyResult) -> Section:
-    """Training loss of every trial whose folder is still there."""
+    """Training loss of every run whose folder is here, however many ways it is evaluated in."""
     found: dict[str, list[tuple[TrainingCurve, bool]]] = {}
-    for trial in result.plan.trials:
-        outcome = result.outcomes.get(trial.id)
-        run = RunFolder(trial.recipe.folder)
-        if outcome is not None and run.metrics.path.is_file():
-            found.setdefault(trial.arm, []).append((training_curve(run), outcome.status == "diverged"))
+    for trials in result.plan.runs:
+        done = [trial for trial in trials if trial.id in result.outcomes]
+        run = RunFolder(trials[0].recipe.folder)
+        if done and run.metrics.path.is_file():
+            drawn = training_curve(run), any(result.outcomes[trial.id].status == "diverged" for trial in done)
+            for arm in dict.fromkeys(trial.arm for trial in done):  # of a study that compares ways to predict
+                found.setdefault(arm, []).append(drawn)
     arms = _arms(result)
     starts = [c.loss[0] for curve in found.values() for c, _ in curve if len(c.loss) and np.isfinite(c.loss[0])]
     if not starts:
-        return Section("Learning curves", ["The trials' folders are not there any more."])
+        return Section("Learning curves", ["The folders of the runs are not here."])
     highest = 1.5 * float(np.median(starts))
     panels = [loss_curves(arm, found[arm], arms.index(arm), highest) for arm in arms if arm in found]
     return Section(
         "Learning curves",
         figures=[
-            Figure(panels, "Training loss of every trial. Losses above the frame are cut; a cross ends a diverged one.")
+            Figure(
+                panels,
+                "Training loss of every run whose folder is here. Losses above the frame are cut; a cross ends a "
+                "diverged one.",
+            )
         ],
     )
 

@@ -16,15 +16,23 @@ __all__ = ["verdict"]
 _CLAIM_FROM = 3  # seeds
 
 
-def verdict(plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary]) -> list[str]:
+def verdict(
+    plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary], whole: Plan | None = None
+) -> list[str]:
     """First which arms are more or less robust than the first one, then the evidence under each condition.
 
     An arm is said to be more robust where the interval of the difference of spreads, over seeds, lies below zero. That
-    is a claim from three seeds on: whatever two seeds agree on, their interval excludes the opposite.
+    is a claim from three seeds on: of two, nothing but the assumption that seeds are normal says how far they scatter.
+
+    Args:
+        plan: of the trials that count.
+        outcomes: of the study.
+        summaries: of the plan.
+        whole: the plan that it is a part of, see :func:`monteclora.studies.summary.compare`.
     """
     metric = primary_metric(plan, outcomes)
     arms = list(dict.fromkeys(trial.arm for trial in plan.trials))
-    found = [c for c in compare(plan, outcomes) if c.metric == metric.name and arms[0] in (c.first, c.second)]
+    found = [c for c in compare(plan, outcomes, whole) if c.metric == metric.name and arms[0] in (c.first, c.second)]
     if not found:
         return [_alone(summary) for summary in summaries if summary.metric == metric.name]
     against: dict[str, list[tuple[Comparison, Estimate, Estimate]]] = {}

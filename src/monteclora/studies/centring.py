@@ -19,7 +19,7 @@ from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan, Trial
 from monteclora.studies.summary import primary_metric
 
-__all__ = ["Centred", "Window", "centre", "shown"]
+__all__ = ["Centred", "Window", "centre", "describe_window", "shown"]
 
 
 @dataclass(frozen=True)
@@ -157,3 +157,15 @@ def _placed(trial: Trial, window: Window, group: Sequence[Trial]) -> Trial | Non
 def shown(condition: Mapping[str, Any]) -> str:
     """A condition for people."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in condition.items()) or "all"
+
+
+def describe_window(window: Window) -> str:
+    """Which values of an arm count, for people."""
+    place = f"{window.arm} ({shown(window.condition)})"
+    low, high, name = window.values[0], window.values[-1], window.key.rpartition(".")[2]
+    beyond = {"lowest": "below", "highest": "above"}
+    text = f"{place}: {len(window.values)} values of {name} around {window.best}, from {low} to {high}, "
+    text += f"chosen by validation {METRICS[window.metric].label}"
+    if window.edge:
+        text += f"; the best one is the {window.edge} of the grid, and a better one may lie {beyond[window.edge]}"
+    return text

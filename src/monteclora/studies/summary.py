@@ -5,8 +5,8 @@ Fewer settings narrow one, so only the seeds with the most results of an arm cou
 unfinished study left with fewer is not used.
 A diverged run counts with what a prediction that does not look at the row is worth, or, where that is unknown, with the
 worst value in the study under its condition; it has no calibration error. Failed trials have no value and are counted.
-Intervals (95 %) are percentiles of the bootstrap that resamples seeds; all resamples are taken where there are at most
-five seeds.
+Intervals (95 %) are Student's t over seeds: mean ± t s / √n with n - 1 degrees of freedom. Percentiles of a
+bootstrap would be too narrow for so few: with three seeds of pure noise they exclude zero in 32 % of cases.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from monteclora.metrics.registry import METRICS, Metric
 from monteclora.studies.folder import Outcome
@@ -39,7 +40,7 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 _WITHOUT_DIVERGED = ("ece",)
-_LEVEL, _RESAMPLES, _ENUMERATED = 0.95, 2000, 5
+_LEVEL = 0.95
 
 
 def _worst_decile(values: FloatArray, better: int) -> float:
@@ -298,14 +299,10 @@ def _collapsed(outcome: Outcome) -> bool:
 
 
 def _estimate(by_seed: Sequence[float]) -> Estimate:
-    """The mean over seeds with its bootstrap interval."""
+    """The mean over seeds with its interval."""
     values = np.array(by_seed)
-    count = len(values)
+    count, mean = len(values), float(values.mean())
     if count == 1:
-        return Estimate(float(values[0]))
-    if count <= _ENUMERATED:
-        chosen = np.array(list(itertools.product(range(count), repeat=count)))
-    else:
-        chosen = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
-    ends = np.quantile(values[chosen].mean(1), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Estimate(float(values.mean()), float(ends[0]), float(ends[1]))
+        return Estimate(mean)
+    reach = float(stats.t.ppf((1 + _LEVEL) / 2, count - 1) * values.std(ddof=1) / count**0.5)
+    return Estimate(mean, mean - reach, mean + reach)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monteclora.metrics.registry import METRICS
-from monteclora.studies.centring import Centred, Window, shown
+from monteclora.studies.centring import Centred, describe_window, shown
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan
 from monteclora.studies.results import write_results
@@ -53,7 +53,7 @@ def write_tables(
     if of_centred:
         rows = [_texts(summary) for summary in of_centred]
         text += f"\nCentred: each arm around its own best value\n\n{_markdown(header, rows)}"
-        text += _bullets([*map(_window, centred.windows), *_notes(centred.plan, of_centred)])
+        text += _bullets([*map(describe_window, centred.windows), *_notes(centred.plan, of_centred)])
         write_file(second, _latex(header, rows).encode())
     else:
         second.unlink(missing_ok=True)
@@ -77,18 +77,6 @@ def _pair(found: Comparison) -> dict[str, Any]:
 
 def _bullets(notes: Sequence[str]) -> str:
     return "\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
-
-
-def _window(window: Window) -> str:
-    """Which values of an arm count, for people."""
-    place = f"{window.arm} ({shown(window.condition)})"
-    low, high, name = window.values[0], window.values[-1], window.key.rpartition(".")[2]
-    beyond = {"lowest": "below", "highest": "above"}
-    text = f"{place}: {len(window.values)} values of {name} around {window.best}, from {low} to {high}, "
-    text += f"chosen by validation {METRICS[window.metric].label}"
-    if window.edge:
-        text += f"; the best one is the {window.edge} of the grid, and a better one may lie {beyond[window.edge]}"
-    return text
 
 
 def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
