@@ -3,8 +3,10 @@
 python benchmarks/study_overhead.py
 
 Each trial trains MiniLM on the bundled data for a few steps, with a learning rate of its own. All three run on the same
-machine, one after the other, in a new folder, ``--rounds`` times in turns. The study evaluates its trials too, which
-the others do not: the comparison leaves that to its disadvantage.
+machine, one after the other, in a new folder, ``--rounds`` times in turns. The study evaluates its trials on
+the test rows too, which the others do not. ``monteclora train`` ends with a verdict instead: a pass of the frozen model
+over training and validation rows and a logistic regression, which the study and Ray Tune do without. Neither is taken
+out of the times.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ def run_study(folder: Path, trials: int, steps: int, workers: int) -> None:
     recipe.write_text(yaml.safe_dump(study))
     command = [sys.executable, "-m", "monteclora", "study", str(recipe), "--workers", str(workers)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    done = len(list((folder / "study" / "results").glob("*.json")))
-    assert done == trials, f"{done} of {trials} trials are done"
+    statuses = [json.loads(file.read_text())["status"] for file in (folder / "study" / "results").glob("*.json")]
+    finished = statuses.count("finished")
+    assert finished == len(statuses) == trials, f"{finished} of {trials} trials finished"
 
 
 def run_loop(folder: Path, trials: int, steps: int, workers: int) -> None:
