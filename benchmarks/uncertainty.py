@@ -1,12 +1,12 @@
-"""Which way of predicting knows what it does not know: on test rows, on corrupted ones, and on messages out of scope.
+"""Ways to train, predict and calibrate side by side: on test rows, on corrupted ones, and on messages out of scope.
 
-    python benchmarks/uncertainty.py --study STUDY
+    python benchmarks/uncertainty.py --study STUDY --out FOLDER [--draws 8] [--corrupted typos:2 cut:2]
 
-Takes the finished runs of a study of ``helpdesk`` that kept their adapters, of method lora and monteclora, without
-label noise and at one batch size. For each seed and method the run whose validation NLL at the mean is the smallest is
-taken; all else is fitted to validation rows too. Every case (a way of predicting and a seed) has a file of its own, so
-that the same command resumes where it stopped, and takes in runs that were finished since. ``uncertainty.parquet`` has
-a row for each case and corruption, ``uncertainty.md`` the means over seeds. The study's folder is only read.
+Takes the finished runs of a study of a classification task that kept their adapters, without label noise. Each method
+has the learning rate whose validation NLL, averaged over seeds, is the smallest; all else is fitted to validation rows
+too. Every case (a way of predicting and a seed) has a file of its own, so that the same command resumes where it
+stopped, and takes in runs that were finished since. ``uncertainty.parquet`` has a row for each case, with and without
+a temperature, and each corruption; ``uncertainty.md`` the means over seeds. The study's folder is only read.
 
 This is the protocol of Ovadia et al. 2019: fit to clean validation rows, report on clean and on corrupted test rows.
 """
@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 from results import table
+from scipy import stats
 
 from monteclora.data.corruption import CORRUPTIONS, STRENGTHS, corrupted_rows
 from monteclora.errors import MonteCLoRAError
 from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.metrics.ood import auroc
 from monteclora.metrics.registry import measure
 from monteclora.metrics.selective import risk_coverage
@@ -48,45 +50,51 @@ from monteclora.tasks import load
 from monteclora.tasks.classification import classify
 from monteclora.tasks.helpdesk import ambiguous, out_of_scope
 
-DRAWS, MEMBERS = 16, 5
-CLEAN = "none"
-MEASURES = ("accuracy", "nll", "brier", "ece", "aurc", "ood_entropy", "ood_mutual_information")
+MEMBERS = 5
+CLEAN = ("none", 0)
+MEASURES = ("accuracy", "mcc", "nll", "brier", "ece", "aurc", "ood_entropy", "ood_mutual_information")
+TITLES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "peft_monteclora": "peft's MonteCLoRA",
+    "monteclora": "MonteCLoRA",
+    "monteclora wide": "MonteCLoRA wide",
+}
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of predicting.
+    """A way of predicting; each is measured without and with a temperature.
 
     Attributes:
-        arm: of the run: ``lora``, ``monteclora`` or ``monteclora wide``.
+        arm: of the run: a method, or ``monteclora wide`` for one with a scale of its own.
         sampler: by name.
-        temperature: whether one is fitted.
         rows: calibrate the posterior's scale; of a plain LoRA, with a posterior of such rows.
     """
 
     arm: str
     sampler: str = "mean"
-    temperature: bool = False
     rows: str | None = None
 
 
 WAYS = {
+    "full fine-tuning": Way("full"),
     "LoRA": Way("lora"),
-    "LoRA + temperature": Way("lora", temperature=True),
+    "DoRA": Way("dora"),
     "LoRA, MC dropout": Way("lora", "mc_dropout"),
     "LoRA, Laplace": Way("lora", "laplace"),
     f"ensemble of {MEMBERS} LoRA": Way("lora", "ensemble"),
-    "LoRA + calibrate": Way("lora", "posterior", rows="equal"),
-    "LoRA + calibrate + temperature": Way("lora", "posterior", True, "equal"),
-    "LoRA + calibrate, isotropic": Way("lora", "posterior", rows="isotropic"),
+    "LoRA + calibrate": Way("lora", "posterior", "equal"),
+    "LoRA + calibrate, isotropic": Way("lora", "posterior", "isotropic"),
+    "peft's MonteCLoRA": Way("peft_monteclora"),
     **{
-        f"{title}{suffix}": Way(arm, *how)
-        for arm, title in (("monteclora", "MonteCLoRA"), ("monteclora wide", "MonteCLoRA wide"))
+        f"{TITLES[arm]}{suffix}": Way(arm, *how)
+        for arm in ("monteclora", "monteclora wide")
         for suffix, how in {
             ", mean": (),
             ", posterior": ("posterior",),
-            ", calibrated": ("posterior", False, "trained"),
-            ", calibrated + temperature": ("posterior", True, "trained"),
+            ", calibrated": ("posterior", "trained"),
         }.items()
     },
 }
@@ -101,40 +109,54 @@ class Run:
     seed: int
     rate: float
     nll: float
+    seconds: float
+    memory: float
 
 
-def runs_of(study: Path, batch_size: int) -> Iterator[Run]:
+def runs_of(study: Path, batch_size: int | None) -> Iterator[Run]:
     """The finished runs that kept their adapters, with the validation NLL they ended with."""
     for folder in sorted((study / "trials").iterdir()):
         run = RunFolder(folder)
         try:
-            recipe, done = run.recipe, run.finished is not None
+            recipe, done = run.recipe, run.finished
         except (MonteCLoRAError, OSError):
             continue
-        plain = recipe.data.task == "helpdesk" and not recipe.data.label_noise
-        if not done or not plain or recipe.training.batch_size != batch_size:
+        if done is None or recipe.data.label_noise or batch_size not in (None, recipe.training.batch_size):
             continue
         method: Any = recipe.method
-        if method.name not in ("lora", "monteclora"):
-            continue
-        wide = getattr(method, "sample_scale", None) is not None
+        wide = " wide" if getattr(method, "sample_scale", None) is not None else ""
         nlls = [event["nll"] for event in run.metrics.read() if event["event"] == "eval" and "nll" in event]
-        if nlls:
+        if nlls and f"{method.name}{wide}" in TITLES:
             yield Run(
-                folder, f"{method.name}{' wide' if wide else ''}", recipe.seed, recipe.training.learning_rate, nlls[-1]
+                folder,
+                f"{method.name}{wide}",
+                recipe.seed,
+                recipe.training.learning_rate,
+                nlls[-1],
+                done["seconds"],
+                done["peak_memory_bytes"],
             )
 
 
 def best(runs: Sequence[Run], arm: str) -> dict[int, Run]:
-    """For each seed the run with the smallest validation NLL."""
-    found: dict[int, Run] = {}
+    """The runs of an arm at its best rate, by seed: the one with the least NLL over the seeds that tried all rates."""
+    by_rate: dict[float, dict[int, Run]] = {}
     for run in runs:
-        if run.arm == arm and (run.seed not in found or run.nll < found[run.seed].nll):
-            found[run.seed] = run
-    return found
+        if run.arm == arm:
+            by_rate.setdefault(run.rate, {})[run.seed] = run
+    if not by_rate:
+        return {}
+    tried_by_all = set.intersection(*(set(each) for each in by_rate.values()))
+
+    def nll(rate: float) -> float:
+        return float(np.mean([by_rate[rate][seed].nll for seed in tried_by_all]))
+
+    if not tried_by_all:
+        return {}
+    return by_rate[min(by_rate, key=nll)]
 
 
-def prepared(way: Way, run: Run, members: Sequence[Run], work: Path) -> LoadedRun:
+def prepared(way: Way, run: Run, members: Sequence[Run], work: Path, draws: int) -> LoadedRun:
     """A copy of the run, calibrated where that is asked for, loaded."""
     copies = []
     for each in [run, *(m for m in members if m is not run)] if way.sampler == "ensemble" else [run]:
@@ -144,67 +166,85 @@ def prepared(way: Way, run: Run, members: Sequence[Run], work: Path) -> LoadedRu
         return load_ensemble(copies)
     if way.rows is not None:
         rows: Any = None if way.rows == "trained" else way.rows
-        calibrate(copies[0], rows=rows, temperature=way.temperature, num_samples=DRAWS, progress=False)
+        calibrate(copies[0], rows=rows, num_samples=draws, progress=False)
     return load_run(copies[0])
 
 
-def measured(way: Way, loaded: LoadedRun) -> list[dict[str, Any]]:
+def measured(way: Way, loaded: LoadedRun, draws: int, corrupted: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
     """The measures on test rows, clean and corrupted, and what the predictions of clean ones cost."""
-    count = None if way.sampler in ("mean", "ensemble") else DRAWS
+    count = None if way.sampler in ("mean", "ensemble") else draws
+    prepare_sampler(loaded, way.sampler, count)
     sampler = loaded.sampler(way.sampler, count)
-    name = "temperature" if way.temperature else None
-    calibrators, _ = fitted_calibrators(loaded, name, sampler, 0)
+    calibrators, _ = fitted_calibrators(loaded, "temperature", sampler, 0)
+    temperature = calibrators[(sampler or MEAN).name]
     test = load(loaded.recipe.data, ("test",)).split("test")
-    outside = Dataset.from_dict({"text": list(out_of_scope())})
-    between = Dataset.from_dict({"text": [message.text for message in ambiguous()]})
 
     def predicted(rows: Dataset) -> tuple[Predictions, float, int]:
         started = time.perf_counter()
         with metered(loaded.model) as meter:
             drawn = sampler and Metered.of(sampler, meter)
-            predictor = loaded.predictor(drawn, calibrators=calibrators)
-            (found,), _ = classify(predictor, rows, (drawn or MEAN,))
+            (found,), _ = classify(loaded.predictor(drawn), rows, (drawn or MEAN,))
         return found, time.perf_counter() - started, meter.calls
 
-    far, near = predicted(outside)[0], predicted(between)[0]
-    settings = [(CLEAN, 0), *((name, strength) for name in CORRUPTIONS for strength in STRENGTHS)]
+    outside = {}
+    if loaded.recipe.data.task == "helpdesk":
+        texts = {"epistemic_outside": list(out_of_scope()), "epistemic_ambiguous": [m.text for m in ambiguous()]}
+        outside = {name: predicted(Dataset.from_dict({"text": each}))[0] for name, each in texts.items()}
     records = []
-    for corruption, strength in settings:
-        rows = test if corruption == CLEAN else corrupted_rows(test, corruption, strength)
+    for corruption, strength in (CLEAN, *corrupted):
+        rows = test if corruption == CLEAN[0] else corrupted_rows(test, corruption, strength)
         found, seconds, passes = predicted(rows)
-        record = {"corruption": corruption, "strength": strength, **measures(found, np.asarray(rows["label"][:]), far)}
-        if corruption == CLEAN:
-            record |= {"seconds": seconds, "passes": passes, "epistemic": float(np.median(found.epistemic))}
-            record |= {"epistemic_outside": float(np.median(far.epistemic))}
-            record |= {"epistemic_ambiguous": float(np.median(near.epistemic))}
-        records.append(record)
+        cost = {"seconds_per_1000": 1000 * seconds / len(rows), "passes": passes}
+        for name, apply in (("none", _unchanged), ("temperature", temperature.apply)):
+            far = {key: apply(each) for key, each in outside.items()}
+            records.append(
+                {
+                    "calibrator": name,
+                    "corruption": corruption,
+                    "strength": strength,
+                    **measures(apply(found), np.asarray(rows["label"][:]), far),
+                    **(cost if corruption == CLEAN[0] else {}),
+                    **({"temperature": temperature.state["temperature"]} if name == "temperature" else {}),
+                }
+            )
     return records
 
 
-def measures(found: Predictions, labels: np.ndarray, far: Predictions) -> dict[str, float]:
+def _unchanged(found: Predictions) -> Predictions:
+    return found
+
+
+def measures(found: Predictions, labels: np.ndarray, far: Mapping[str, Predictions]) -> dict[str, float]:
     """Of predictions of labelled rows, and of telling out-of-scope messages from them."""
     scores = dict(measure("classes", found.probs, labels))
     curve = risk_coverage(found.probs.max(1), found.probs.argmax(1) == labels)
-    record = {name: float(scores[name]) for name in ("accuracy", "nll", "brier", "ece")}
-    record |= {"aurc": float(curve.aurc), "ood_entropy": auroc(found.total, far.total)}
-    if found.num_samples > 1:
-        record["ood_mutual_information"] = auroc(found.epistemic, far.epistemic)
+    record = {name: float(scores[name]) for name in ("accuracy", "mcc", "nll", "brier", "ece")}
+    record |= {"aurc": float(curve.aurc), "epistemic": float(np.median(found.epistemic))}
+    record |= {name: float(np.median(each.epistemic)) for name, each in far.items()}
+    if far:
+        other = far["epistemic_outside"]
+        record["ood_entropy"] = auroc(found.total, other.total)
+        if found.num_samples > 1:
+            record["ood_mutual_information"] = auroc(found.epistemic, other.epistemic)
     return record
 
 
-def run_case(name: str, way: Way, run: Run, members: Sequence[Run], out: Path) -> None:
+def run_case(name: str, way: Way, run: Run, members: Sequence[Run], args: argparse.Namespace) -> None:
     """Measure a case and keep it; one that cannot be measured is kept with the reason."""
-    place = out / "cases" / f"{name.replace(' ', '-').replace(',', '')}-{run.seed}.json"
+    place = args.out / "cases" / f"{name.replace(' ', '-').replace(',', '')}-{run.seed}.json"
     chosen = [str(each.folder.name) for each in members] if way.sampler == "ensemble" else [run.folder.name]
-    if place.exists() and json.loads(place.read_text())["runs"] == chosen:
+    how = {"runs": chosen, "draws": args.draws, "corrupted": [list(each) for each in args.corrupted]}
+    if place.exists() and how.items() <= json.loads(place.read_text()).items():
         return
     print(f"{name}, seed {run.seed} ...", file=sys.stderr, flush=True)
-    work = out / "work"
+    work = args.out / "work"
     shutil.rmtree(work, ignore_errors=True)
-    record: dict[str, Any] = {"way": name, "seed": run.seed, "rate": run.rate, "runs": chosen}
+    trained = {"rate": run.rate, "train_seconds": run.seconds, "peak_memory_mb": run.memory / 1e6}
+    record: dict[str, Any] = {"way": name, "seed": run.seed, **trained, **how}
     try:
         with quiet_libraries():
-            record["settings"] = measured(way, prepared(way, run, members, work))
+            loaded = prepared(way, run, members, work, args.draws)
+            record["settings"] = measured(way, loaded, args.draws, args.corrupted)
     except MonteCLoRAError as error:
         record["left_out"] = error.message
     write_file(place, (json.dumps(record, indent=1) + "\n").encode())
@@ -218,65 +258,93 @@ def records_of(out: Path) -> list[dict[str, Any]]:
 def write_tables(out: Path) -> None:
     """``uncertainty.parquet`` and ``uncertainty.md`` of the cases so far."""
     records = records_of(out)
-    rows = [
-        {"way": r["way"], "seed": r["seed"], "rate": r["rate"], **setting}
-        for r in records
-        for setting in r.get("settings", [])
-    ]
+    about = ("way", "seed", "rate", "train_seconds", "peak_memory_mb", "draws")
+    rows = [{**{key: r[key] for key in about}, **setting} for r in records for setting in r.get("settings", [])]
     if not rows:
         return
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out / "uncertainty.parquet") as temporary:
         pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), temporary)
     texts = ["## Clean test rows", table(*clean_table(rows))]
-    texts += ["## Corrupted test rows, mean over four corruptions at three strengths", table(*shifted_table(rows))]
+    if any(row["corruption"] != CLEAN[0] for row in rows):
+        texts += ["## Corrupted test rows, mean over corruptions", table(*shifted_table(rows))]
     left_out = {r["way"]: r["left_out"] for r in records if "left_out" in r}
     texts += [f"{way}: left out, {reason}" for way, reason in left_out.items()]
     write_file(out / "uncertainty.md", ("\n\n".join(texts) + "\n").encode())
 
 
 def clean_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    columns = (*MEASURES, "epistemic", "epistemic_outside", "passes", "seconds")
-    return _means(rows, columns, lambda row: row["corruption"] == CLEAN)
+    cost = ("rate", "epistemic", "epistemic_outside", "passes", "seconds_per_1000", "train_seconds", "peak_memory_mb")
+    return _means(rows, (*MEASURES, *cost), lambda row: row["corruption"] == CLEAN[0])
 
 
 def shifted_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    return _means(rows, MEASURES, lambda row: row["corruption"] != CLEAN)
+    return _means(rows, MEASURES, lambda row: row["corruption"] != CLEAN[0])
 
 
-def _means(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], wanted: Any) -> tuple[list[str], list[list[str]]]:
-    """For each way the mean over seeds of the mean over settings; with a range where there are several seeds."""
+def _means(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], wanted: Callable[[Mapping[str, Any]], bool]
+) -> tuple[list[str], list[list[str]]]:
+    """For each way the mean over seeds of the mean over settings, ± half the 95 % interval (Student's t over seeds)."""
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows if wanted(row))]
     body = []
     for way in WAYS:
-        mine = [row for row in rows if row["way"] == way and wanted(row)]
-        seeds = sorted({row["seed"] for row in mine})
-        if not seeds:
-            continue
-        cells = [way, str(len(seeds))]
-        for column in columns:
-            by_seed = [[r[column] for r in mine if r["seed"] == seed and r.get(column) is not None] for seed in seeds]
-            values = [float(np.mean(each)) for each in by_seed if each]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.4g}{spread}" if values else "")
-        body.append(cells)
+        for calibrator, suffix in (("none", ""), ("temperature", " + temperature")):
+            mine = [row for row in rows if row["way"] == way and row["calibrator"] == calibrator and wanted(row)]
+            seeds = sorted({row["seed"] for row in mine})
+            if not seeds:
+                continue
+            cells = [way + suffix, str(len(seeds))]
+            for column in columns:
+                by_seed = [[r[column] for r in mine if r["seed"] == s and r.get(column) is not None] for s in seeds]
+                cells.append(_cell([float(np.mean(each)) for each in by_seed if each]))
+            body.append(cells)
     return ["", "seeds", *columns], body
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if len(values) == 1 or len(set(values)) == 1:
+        return f"{np.mean(values):.4g}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.4g} ± {half:.2g}"
+
+
+def corruption(text: str) -> tuple[str, int]:
+    """Of ``typos:2``."""
+    name, _, strength = text.partition(":")
+    if name not in CORRUPTIONS or strength not in map(str, STRENGTHS):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(CORRUPTIONS)}, and :1, :2 or :3")
+    return name, int(strength)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", type=Path, required=True, help="folder of a study whose trials kept their adapters")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "uncertainty")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="of the runs to take; by default all")
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument(
+        "--corrupted",
+        type=corruption,
+        nargs="*",
+        default=[(name, strength) for name in CORRUPTIONS for strength in STRENGTHS],
+        metavar="NAME:STRENGTH",
+    )
     args = parser.parse_args()
     runs = list(runs_of(args.study, args.batch_size))
-    for seed in sorted({run.seed for run in runs}):
-        for name, way in WAYS.items():
-            of_arm = best(runs, way.arm)
-            members = [of_arm[each] for each in sorted(of_arm)][:MEMBERS]
-            if seed not in of_arm or (way.sampler == "ensemble" and (len(members) < 2 or seed != members[0].seed)):
-                continue
-            run_case(name, way, of_arm[seed], members, args.out)
-            write_tables(args.out)
+    for name in args.ways:
+        way = WAYS[name]
+        of_arm = best(runs, way.arm)
+        members = [of_arm[each] for each in sorted(of_arm)][:MEMBERS]
+        alone = way.sampler == "ensemble"  # one for all seeds
+        for seed in [*args.seeds][:1] if alone else args.seeds:
+            if seed in of_arm and not (alone and len(members) < MEMBERS):
+                run_case(name, way, of_arm[seed], members, args)
+                write_tables(args.out)
     write_tables(args.out)
     if (args.out / "uncertainty.md").exists():
         print((args.out / "uncertainty.md").read_text(encoding="utf-8"))

@@ -36,31 +36,38 @@ def validation_nll(run):
 
 
 def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(uncertainty, "DRAWS", 2)
-    monkeypatch.setattr(uncertainty, "STRENGTHS", (3,))
-    monkeypatch.setattr(uncertainty, "CORRUPTIONS", {"cut": None})
-    names = ("LoRA + temperature", "LoRA, MC dropout", "LoRA + calibrate", "MonteCLoRA, posterior")
-    monkeypatch.setattr(uncertainty, "WAYS", {name: uncertainty.WAYS[name] for name in names})
+    names = ("LoRA", "LoRA, MC dropout", "LoRA, Laplace", "LoRA + calibrate", "MonteCLoRA, posterior")
     before = sorted(path.relative_to(study) for path in study.rglob("*"))
-    monkeypatch.setattr("sys.argv", ["", "--study", str(study), "--out", str(tmp_path), "--batch-size", "8"])
+    options = ["--study", str(study), "--out", str(tmp_path), "--batch-size", "8", "--draws", "2"]
+    monkeypatch.setattr("sys.argv", ["", *options, "--corrupted", "cut:3", "--ways", *names])
     uncertainty.main()
     assert sorted(path.relative_to(study) for path in study.rglob("*")) == before
     nll = {name: validation_nll(study / "trials" / name) for name in ("slow", "fast")}
     better = min(nll, key=nll.get)
     cases = {r["way"]: r for r in uncertainty.records_of(tmp_path)}
     assert {name: r["runs"] for name, r in cases.items()} == {
-        "LoRA + temperature": [better],
+        "LoRA": [better],
         "LoRA, MC dropout": [better],
+        "LoRA, Laplace": [better],
         "LoRA + calibrate": [better],
         "MonteCLoRA, posterior": ["bayes"],
     }
     assert "dropout rate above 0" in cases["LoRA, MC dropout"]["left_out"]
     table = pq.read_table(tmp_path / "uncertainty.parquet").to_pylist()
-    assert {(row["way"], row["corruption"]) for row in table} == {
-        (name, corruption) for name in names if name != "LoRA, MC dropout" for corruption in ("none", "cut")
+    assert {(row["way"], row["calibrator"], row["corruption"]) for row in table} == {
+        (name, calibrator, corruption)
+        for name in names
+        if name != "LoRA, MC dropout"
+        for calibrator in ("none", "temperature")
+        for corruption in ("none", "cut")
     }
+    for name in names:
+        pair = {r["calibrator"]: r for r in table if r["way"] == name and r["corruption"] == "none"}
+        if pair:
+            assert name != "LoRA" or pair["temperature"]["accuracy"] == pair["none"]["accuracy"]
+            assert pair["temperature"]["nll"] != pair["none"]["nll"]
     assert all(0 <= row["accuracy"] <= 1 < row["nll"] for row in table)
-    assert "| LoRA + calibrate |" in capsys.readouterr().out
+    assert "| LoRA + calibrate + temperature |" in capsys.readouterr().out
     monkeypatch.setattr(uncertainty, "measured", lambda *_: pytest.fail("measured again"))
     uncertainty.main()
     place = tmp_path / "cases" / "MonteCLoRA-posterior-0.json"
