@@ -29,3 +29,8 @@ def test_the_page_of_a_run(run: str, trained: dict[str, Path], capsys: pytest.Ca
 def test_what_is_no_run_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "it is not a run" in capsys.readouterr().err
+
+
+def test_a_run_is_not_watched(trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(trained["lora"]), "--watch"]) == 2
+    assert "--watch is of a study" in capsys.readouterr().err

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from monteclora.errors import CheckpointError, DataError
+from monteclora.reports import study_report
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.formats import MINUS
 from monteclora.reports.page import render
 from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
-from monteclora.reports.study_report import study_page, write_study_report
+from monteclora.reports.study_report import study_page, watch_study_report, write_study_report
 from monteclora.reports.study_verdict import verdict
 from monteclora.reports.svg import Svg
 from monteclora.runs.run_folder import RunFolder
-from monteclora.studies.folder import Outcome
+from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.study import StudyResult
 from monteclora.studies.summary import summarise
 from tests.studies.test_centring import made as centred_toy
@@ -244,3 +245,30 @@ def test_nothing_to_draw_is_said() -> None:
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no study"):
         write_study_report(tmp_path)
+
+
+def test_a_watched_page_is_written_when_a_trial_is_done_and_then_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = result_of(TABLE, tmp_path)
+    names = list(whole.outcomes)
+
+    def after(count: int) -> StudyResult:
+        outcomes = {name: whole.outcomes[name] for name in names[:count]}
+        return replace(whole, outcomes=outcomes, summaries=summarise(whole.plan, outcomes))
+
+    states = iter([after(4), whole])
+    folder = StudyFolder(tmp_path)
+    written = iter([["a"], [], ["b"]])
+
+    def run_on(seconds: float) -> None:
+        """Trials that are done while the page waits."""
+        for name in next(written):
+            folder.write_outcome(Outcome(name, "finished"))
+
+    monkeypatch.setattr(study_report, "read_study", lambda folder: next(states))
+    monkeypatch.setattr(study_report.time, "sleep", run_on)
+    seen = [(left, page.read_text(encoding="utf-8")) for page, left in watch_study_report(tmp_path)]
+    assert [left for left, _ in seen] == [len(names) - 4, 0]
+    assert ['http-equiv="refresh"' in html for _, html in seen] == [True, False]
+    assert f">{names[3]}<" in seen[0][1]

@@ -25,6 +25,7 @@ def report(
     split: str | None = None,
     kind: Annotated[_Format | None, Parameter(name="--format")] = None,
     out: Path | None = None,
+    watch: bool = False,
     as_json: Json = False,
 ) -> None:
     """Write a page about a finished run, or about a study as far as it is; or compare several runs.
@@ -40,12 +41,15 @@ def report(
         split: of runs: train, validation or test; by default test where it has labels, else validation.
         kind: of a comparison: text, markdown or latex, to standard output or a file; or html, a page.
         out: the file of a comparison; by default standard output, of a page comparison.html in this folder.
+        watch: of a running study: write the page anew whenever a trial is done, until none is left.
     """
     from monteclora.reports.run_report import write_run_report
-    from monteclora.reports.study_report import write_study_report
+    from monteclora.reports.study_report import watch_study_report, write_study_report
     from monteclora.studies.folder import StudyFolder
 
     study = StudyFolder(run).recipe_file.is_file()
+    if watch and (not study or others or kind is not None):
+        raise ConfigError(f"--watch is of a study, and {run} is none", "Leave it out, or give a study folder alone.")
     if others or kind is not None:
         if study:
             raise ConfigError(f"{run} is a study, and runs are compared", "Give runs, or a study by itself.")
@@ -56,6 +60,9 @@ def report(
     if study:
         if split is not None:
             raise ConfigError(f"{run} is a study, and --split is of a run", "The study's recipe says the split.")
+        if watch:
+            for page, left in watch_study_report(run):
+                note(f"{page}: {left} trials are left" if left else f"{page}: all trials are done")
         page = write_study_report(run)
     else:
         page = write_run_report(run, split)

@@ -132,6 +132,7 @@ class Page:
         sections: the body.
         environment: versions, devices and settings by name.
         reproduce: shell commands, a line each.
+        refresh: seconds after which a browser loads the page again; 0 for a page that stays as it is.
     """
 
     title: str
@@ -141,6 +142,7 @@ class Page:
     sections: Sequence[Section] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     reproduce: Sequence[str] = ()
+    refresh: int = 0
 
 
 def render(page: Page) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves
 from monteclora.reports.study_verdict import verdict
 from monteclora.runs.run_folder import RunFolder
 from monteclora.studies.centring import describe_window, shown
-from monteclora.studies.folder import Outcome
+from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.plan import Trial
 from monteclora.studies.study import StudyResult, read_study
 from monteclora.studies.summary import Estimate, Summary, by_condition, primary_metric, trial_values
 
-__all__ = ["STUDY_PAGE", "study_page", "write_study_report"]
+__all__ = ["STUDY_PAGE", "study_page", "watch_study_report", "write_study_report"]
 
 STUDY_PAGE = "report.html"
+_POLL = 5  # seconds
 _RATE = "training.learning_rate"
 _STATISTICS = {
     "best": "Best",
@@ -50,6 +52,26 @@ def write_study_report(folder: Path) -> Path:
     if not result.outcomes:
         raise CheckpointError(f"nothing of {folder} is done yet", f"Run monteclora study {folder / 'study.yaml'}.")
     return write_page(folder / STUDY_PAGE, study_page(result))
+
+
+def watch_study_report(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Write the page anew whenever a trial is done, until none is left; a browser that shows it loads it again.
+
+    Yields:
+        The page, each time it was written, and how many trials have no outcome yet.
+
+    Raises as :func:`write_study_report`, but waits where nothing is done yet.
+    """
+    seen: frozenset[tuple[str, int]] = frozenset()
+    while True:
+        found = StudyFolder(folder).outcome_versions()
+        if found != seen:  # reading a study reads its data too
+            seen, result = found, read_study(folder)
+            page = replace(study_page(result), refresh=_POLL if result.left else 0)
+            yield write_page(folder / STUDY_PAGE, page), result.left
+            if not result.left:
+                return
+        time.sleep(_POLL)
 
 
 def study_page(result: StudyResult) -> Page:

@@ -120,6 +120,11 @@ class StudyFolder:
         found = {trial.id: self.outcome(trial.id) for trial in trials}
         return {identity: outcome for identity, outcome in found.items() if outcome is not None}
 
+    def outcome_versions(self) -> frozenset[tuple[str, int]]:
+        """File name and time of every outcome: another set when one was written or removed. Reads none of them."""
+        files = (self.path / "results").glob("*.json")
+        return frozenset((file.name, file.stat().st_mtime_ns) for file in files)
+
     def adopt(self, trial: Trial, outcome: Outcome) -> bool:
         """Record the outcome that a trial had elsewhere, unless it has one here or is in progress; whether it was."""
         with self.claims.idle(trial.run) as idle:
