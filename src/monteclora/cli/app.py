@@ -19,6 +19,7 @@ from monteclora.cli import (
     export,
     generate,
     harness,
+    importing,
     listing,
     new,
     predict,
@@ -59,6 +60,7 @@ app.command(harness.harness)
 app.command(calibrate.calibrate)
 app.command(report.report)
 app.command(export.export)
+app.command(importing.import_adapter, name="import")
 app.command(listing.app)
 app.command(doctor.doctor)
 

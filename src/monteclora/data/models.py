@@ -23,6 +23,7 @@ __all__ = [
     "STARTERS",
     "ModelSource",
     "StarterModel",
+    "empty_model",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -259,6 +260,30 @@ def load_model(
     _refuse_untrained(source, kind, model, loaded[1]["missing_keys"], "missing")
     reshaped = [key if isinstance(key, str) else key[0] for key in loaded[1]["mismatched_keys"]]
     _refuse_untrained(source, kind, model, reshaped, "of another shape than the model's")
+    return model
+
+
+def empty_model(
+    source: ModelSource, config: PretrainedConfig, auto_class: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model of a configuration, without weights: its parameters and buffers are on the ``meta`` device.
+
+    Args:
+        source: names the model in errors.
+        config: from :func:`load_config`.
+        auto_class: of transformers, such as ``AutoModelForCausalLM``.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ConfigError: there is no model of that class for the configuration.
+        UnsafeCodeError: it needs code that comes with it, and ``trust_remote_code`` is False.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    auto: Any = getattr(transformers, auto_class)
+    with _as_our_errors(source), init_empty_weights(include_buffers=True):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

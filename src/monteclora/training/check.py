@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import init_empty_weights
 
 from monteclora.data.encoding import RowView, describe_rows
 from monteclora.data.kinds import Kind
-from monteclora.data.models import ModelSource, refuse_encoder, resolve_model
+from monteclora.data.models import ModelSource, empty_model, refuse_encoder, resolve_model
 from monteclora.methods import get_method
 from monteclora.runs.prepare import PreparedData, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe, load_recipe
@@ -212,19 +211,15 @@ def _views(data: PreparedData) -> tuple[RowView, ...]:
 
 def _empty_model(recipe: Recipe, found: AtHand) -> nn.Module:
     """The model with its adapter, without weights."""
-    import transformers
-
     source = resolve_model(recipe.model.name)
     if source.gguf_file is not None:
         return prepare_model(recipe, found.kind, found.label_names, tokenizer_of(recipe))
     config = config_of(recipe)
     if found.kind == "causal_lm":
         refuse_encoder(source, config)
-    auto: Any = getattr(transformers, KINDS[found.kind].auto_class)
     if outputs := KINDS[found.kind].outputs(found.label_names):
         config.num_labels = len(outputs)
-    with init_empty_weights(include_buffers=True):
-        model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+    model = empty_model(source, config, KINDS[found.kind].auto_class, recipe.model.trust_remote_code)
     return get_method(recipe.method.name).wrap(model, recipe.method, found.kind, recipe.seed)
 
 
