@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from monteclora.data.files import open_table
+from monteclora.data.text import encoding_of
 from monteclora.errors import DataError
 
 ROWS = [{"text": 'a "quoted", text', "label": "x"}, {"text": "zwei\nZeilen ü", "label": "y"}]
@@ -109,3 +110,12 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
     assert "Did you mean" in refusal(tmp_path / "trian.csv")
     assert "there is no file" in refusal(tmp_path / "nowhere" / "x.csv")
+
+
+def test_half_a_character_at_the_end_of_a_piece_is_not_utf8(tmp_path):
+    start, piece = b"refund," + b"x" * (2**20 - 6), b"y" * 2**20  # 2 bytes are looked at first, then pieces of 2**20
+    rows = {"cp1252": start + b"\xc3" + piece + b"\xa9", "utf-8": start + b"\xc3\xa9" + piece}
+    for encoding, content in rows.items():
+        path = tmp_path / f"{encoding}.csv"
+        path.write_bytes(content)
+        assert encoding_of(path, guess=True) == encoding

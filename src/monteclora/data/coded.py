@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["Coded"]
+__all__ = ["Coded", "distinct"]
 
 
 class Coded(Sequence[Any]):
@@ -22,3 +22,8 @@ class Coded(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.values.__getitem__, self.codes.tolist())
+
+
+def distinct(values: Iterable[Any]) -> set[Any]:
+    """The different ones among values; of coded ones without a look at each."""
+    return set(values.values if isinstance(values, Coded) else values)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from monteclora.config import brief
-from monteclora.data.coded import Coded
+from monteclora.data.coded import Coded, distinct
 from monteclora.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ class LabelSet:
 
         Labels 0, 1, ... therefore keep their meaning as ids, and any other integers keep theirs as names.
         """
-        distinct = set(keys)
-        numeric = all(_INTEGER.fullmatch(key) for key in distinct)
-        return cls(sorted(distinct, key=int) if numeric else sorted(distinct), ids_count=False)
+        names = distinct(keys)
+        numeric = all(_INTEGER.fullmatch(key) for key in names)
+        return cls(sorted(names, key=int) if numeric else sorted(names), ids_count=False)
 
     @property
     def type(self) -> pa.DataType:
@@ -190,15 +190,18 @@ def describe_labels(names: Sequence[str], splits: Mapping[str, Sequence[int]], m
 
 
 def _counted(values: Iterable[Any]) -> Counter[Any]:
-    """As ``Counter``, in the order of their first use, of codes or arrays without a look at each."""
+    """As ``Counter``, in the order of their first use, of codes or arrays of ids without a look at each."""
     codes = values.codes if isinstance(values, Coded) else values
     import numpy as np
 
     if not isinstance(codes, np.ndarray):
         return Counter(codes)
-    found, first, counts = np.unique(codes, return_index=True, return_counts=True)
-    names = [values.values[code] for code in found] if isinstance(values, Coded) else found.tolist()
-    return Counter({names[i]: int(counts[i]) for i in np.argsort(first)})
+    counts = np.bincount(codes)
+    first = np.empty(len(counts), dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the first use of each is written last
+    found = np.flatnonzero(counts)
+    names = values.values if isinstance(values, Coded) else range(len(counts))
+    return Counter({names[code]: int(counts[code]) for code in found[np.argsort(first[found])].tolist()})
 
 
 def _groups(groups: Sequence[Sequence[str]], most: int = 10) -> str:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from monteclora.config import brief
+from monteclora.data.coded import distinct
 from monteclora.data.labels import LabelSet, describe_labels, label_key
 from monteclora.errors import DataError
 
@@ -77,11 +78,11 @@ class MultiLabelSet:
     @classmethod
     def from_keys(cls, keys: Iterable[LabelsKey], separator: str | None) -> MultiLabelSet:
         """The set of the labels that occur, in the order of :meth:`LabelSet.from_labels`."""
-        distinct: set[str] = set()
-        for key in set(keys):
+        names: set[str] = set()
+        for key in distinct(keys):
             with suppress(ValueError):  # raised with its place by value_of
-                distinct.update(_parts(key, separator))
-        return cls(LabelSet.from_labels(distinct).names, separator, ids_count=False)
+                names.update(_parts(key, separator))
+        return cls(LabelSet.from_labels(names).names, separator, ids_count=False)
 
     @property
     def type(self) -> pa.DataType:

@@ -39,7 +39,8 @@ def encoding_of(path: Path, guess: bool) -> str:
         try:
             decoder.decode(start)
             while chunk := file.read(_CHUNK):
-                decoder.decode(chunk)
+                if not chunk.isascii() or decoder.getstate()[0]:  # decoding takes five times as long as to look
+                    decoder.decode(chunk)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return "cp1252"

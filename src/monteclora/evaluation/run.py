@@ -16,7 +16,7 @@ import pyarrow as pa
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.sources import local_splits
-from monteclora.data.splitting import content_sha256, subset
+from monteclora.data.splitting import subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibration_errors import calibration_errors
 from monteclora.evaluation.calibrators import fitted_calibrators
@@ -321,7 +321,7 @@ def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | 
     leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
     notes = [*_to_be_known(loaded, own, source), *(note if task is None else f"{task}:{note}" for note in leaks)]
     if len(rows) < source.rows:
-        source = SplitSource(source.origin, len(rows), content_sha256(rows))
+        source = SplitSource(source.origin, len(rows), rows)
     return _Asked(split if task is None else f"{Path(task).name}:{split}", rows, source, own, notes)
 
 

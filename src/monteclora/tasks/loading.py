@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from monteclora.config import brief
-from monteclora.data.coded import Coded
+from monteclora.data.coded import distinct
 from monteclora.data.columns import Columns, find_columns, input_columns, listed
 from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
@@ -31,13 +32,21 @@ if TYPE_CHECKING:
 __all__ = ["SplitSource", "TaskData", "load", "load_inputs"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SplitSource:
-    """Where the rows of a split came from (path or hub name), their number, the sha256 of their content."""
+    """Where the rows of a split came from (path or hub name), and their number.
+
+    ``content`` is the sha256 of the rows, or the rows, which are then hashed when it is asked for.
+    """
 
     origin: str
     rows: int
-    sha256: str
+    content: str | Dataset = field(repr=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the rows' content."""
+        return self.content if isinstance(self.content, str) else content_sha256(self.content)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
         kind=plan.columns.kind,
         label_names=targets.names if targets else None,
         splits=ordered,
-        sources={s: SplitSource(origins[s], len(rows), content_sha256(rows)) for s, rows in ordered.items()},
+        sources={s: SplitSource(origins[s], len(rows), rows) for s, rows in ordered.items()},
         description=plan.description,
         notes=(*notes, *leaks),
         columns=plan.columns if plan.own else None,
@@ -274,12 +283,8 @@ def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Pla
     return _Plan(task.name, tables, columns, task.label_names or (), task.description, "validation" in available)
 
 
-def _distinct(keys: Sequence[Any]) -> set[Any]:
-    return set(keys.values if isinstance(keys, Coded) else keys)
-
-
 def _hidden(checked: Mapping[str, CheckedRows]) -> set[str]:
     """Splits whose labels are all -1, the hub's mark for labels that are not public."""
     return {
-        split for split, rows in checked.items() if split != "train" and _distinct(rows.label_keys) in ({"-1"}, {-1.0})
+        split for split, rows in checked.items() if split != "train" and distinct(rows.label_keys) in ({"-1"}, {-1.0})
     }

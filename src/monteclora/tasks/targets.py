@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from monteclora.data.coded import distinct
 from monteclora.data.columns import Columns
 from monteclora.data.kinds import Kind
 from monteclora.data.labels import LabelSet, Targets, describe_labels, refuse_scores
@@ -44,7 +45,7 @@ def find_targets(
     if columns.kind == "multi_label":
         # training and evaluation load different splits, and must divide the labels alike
         source = [keys["train"]] if "train" in keys else keys.values()
-        found = separator or separator_of(key for split in source for key in split)
+        found = separator or separator_of(key for split in source for key in distinct(split))
         notes = [f"labels are separated by {found!r}"] if found and not separator else []
         return (MultiLabelSet(names, found) if names else MultiLabelSet.from_keys(keys["train"], found)), notes
     if names:
