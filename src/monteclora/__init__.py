@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from monteclora.evaluation.run import evaluate
     from monteclora.evaluation.text import load
     from monteclora.prediction.predictive import PredictiveDistribution, predict
+    from monteclora.runs.publishing import export_adapter, push_to_hub
     from monteclora.runs.result import RunResult
     from monteclora.studies.study import StudyResult, study
     from monteclora.training.groups import separate_posterior
@@ -35,6 +36,7 @@ _HOME = {
     "RunResult": "runs.result",
     "StudyResult": "studies.study",
     "evaluate": "evaluation.run",
+    "export_adapter": "runs.publishing",
     "export_gguf": "adapters.gguf",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
@@ -44,6 +46,7 @@ _HOME = {
     "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",
+    "push_to_hub": "runs.publishing",
     "separate_posterior": "training.groups",
     "study": "studies.study",
     "train": "training.run",
@@ -60,6 +63,7 @@ __all__ = [
     "RunResult",
     "StudyResult",
     "evaluate",
+    "export_adapter",
     "export_gguf",
     "export_merged",
     "export_samples",
@@ -69,6 +73,7 @@ __all__ = [
     "load",
     "posterior_sampling",
     "predict",
+    "push_to_hub",
     "separate_posterior",
     "study",
     "train",

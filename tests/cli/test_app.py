@@ -306,6 +306,13 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
     assert (run / "merged" / "config.json").is_file()
     assert (run / "merged" / "tokenizer.json").is_file()
 
+    status, out, _ = run_main("export", run, "--format", "adapter", "--json")
+    (published,) = json.loads(out)["written"]
+    assert status == 0
+    assert "## Metrics" in (Path(published) / "README.md").read_text()
+    assert run_main("export", run, "--format", "adapter", "--num-samples", 2)[0] == 2
+    status, _, err = run_main("push", run, "tickets")
+    assert (status, "is no owner/name" in err) == (2, True)
     status, _, err = run_main("export", run, "--format", "gguf")
     assert status == 2
     assert "GGUF adapters were checked for LlamaForCausalLM, not for BertForSequenceClassification" in one_line(err)

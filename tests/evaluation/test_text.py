@@ -265,5 +265,37 @@ def test_single_texts_are_refused_by_a_run_of_pairs(trained, how):
             model.run, columns=None, recipe=dataclasses.replace(model.run.recipe, data=data)
         ),
     }[how]
-    with pytest.raises(ConfigError, match=r"reads pairs of texts \(sentence1, sentence2\)"):
-        dataclasses.replace(model, run=loaded).predict(["w1"])
+    model = dataclasses.replace(model, run=loaded)
+    for wrong in (["w1"], [("w1", "w2"), "w3"], [("w1", "w2", "w3")]):
+        with pytest.raises(ConfigError, match=r"reads (pairs of texts \(sentence1, sentence2\)|single texts, or two)"):
+            model.predict(wrong)
+
+
+def test_pairs_are_answered_as_predict_file_does(assets, tmp_path):
+    rows = [
+        {"a": row["text"], "b": other["text"], "label": row["label"]}
+        for row, other in zip(texts(24, 0), texts(24, 5), strict=True)
+    ]
+    recipe = tiny_recipe(assets, tmp_path / "run")
+    train_file = write_rows(tmp_path / "pairs.jsonl", rows)
+    recipe["data"] = {"train_file": str(train_file), "text_columns": ["b", "a"], "max_length": 32}
+    recipe["training"]["max_steps"] = 2
+    train(recipe, progress=False)
+    model = monteclora.load(tmp_path / "run")
+    found = model.predict([(row["b"], row["a"]) for row in rows[:5]], seed=1)
+    file = write_rows(tmp_path / "in.jsonl", rows[:5])
+    path = predict_file(tmp_path / "run", file, tmp_path / "out.jsonl", seed=1, progress=False).path
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    np.testing.assert_allclose(found.confidence, [row["confidence"] for row in written], atol=1e-6)
+    swapped = model.predict([(row["a"], row["b"]) for row in rows[:5]], seed=1)
+    assert not np.allclose(found.confidence, swapped.confidence, atol=1e-6)
+    assert len(found.novelty) == 5
+    with pytest.raises(ConfigError, match=r"pairs of texts \(b, a\)"):
+        model.predict(["w1"])
+
+
+def test_a_pair_is_refused_by_a_run_of_single_texts_and_by_a_language_model(trained):
+    with pytest.raises(ConfigError, match=r"reads single texts \(text\)"):
+        monteclora.load(trained["texts"]).predict([("w1", "w2")])
+    with pytest.raises(ConfigError, match="a pair of texts was given"):
+        monteclora.load(trained["pairs"]).predict([("w1", "w2")])

@@ -23,6 +23,7 @@ from monteclora.cli import (
     listing,
     new,
     predict,
+    push,
     recipes,
     report,
     study,
@@ -61,6 +62,7 @@ app.command(calibrate.calibrate)
 app.command(report.report)
 app.command(export.export)
 app.command(importing.import_adapter, name="import")
+app.command(push.push)
 app.command(listing.app)
 app.command(doctor.doctor)
 

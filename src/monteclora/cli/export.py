@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ def export(
     run: str,
     /,
     *,
-    kind: Annotated[Literal["merged", "samples", "gguf"], Parameter(name="--format")],
+    kind: Annotated[Literal["merged", "adapter", "samples", "gguf"], Parameter(name="--format")],
     out: Path | None = None,
     num_samples: int | None = None,
     seed: int = 0,
@@ -28,8 +29,9 @@ def export(
     Args:
         run: a run folder.
         kind: merged is the pretrained model with the posterior's mean merged in, an ordinary transformers folder;
-            samples are plain LoRA adapters drawn from the posterior, for servers that serve several; gguf are the mean
-            and such samples as files for llama.cpp.
+            adapter is the adapter with its labels, tokenizer and a model card, as push sends it to the hub; samples
+            are plain LoRA adapters drawn from the posterior, for servers that serve several; gguf are the mean and
+            such samples as files for llama.cpp.
         out: the folder to write; by default one of the format's name in the run folder.
         num_samples: how many adapters to draw; by default 8, of gguf 0 for a method without a posterior.
         seed: of the draws.
@@ -38,10 +40,16 @@ def export(
     from monteclora.adapters.gguf import export_gguf
     from monteclora.methods import get_method
     from monteclora.runs.loading import load_run
+    from monteclora.runs.publishing import export_adapter
+    from monteclora.runs.run_folder import RunFolder
     from monteclora.system.quiet import quiet_libraries
 
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file", "Give the name of a folder.")
+    if kind == "adapter":
+        _check_no_draws(num_samples)
+        _print([export_adapter(run, out or RunFolder.existing(run).path / "published")], as_json)
+        return
     loaded = load_run(run)
     loaded.check_single("export")
     target = out or loaded.folder / kind
@@ -65,8 +73,17 @@ def export(
             written = export_samples(model, target, count, seed)
         else:
             written = export_gguf(model, target, count, seed)
+    _print(written, as_json)
+
+
+def _check_no_draws(num_samples: int | None) -> None:
+    if num_samples is not None:
+        raise ConfigError("--num-samples is for samples and gguf, and the format is adapter", "Leave it out.")
+
+
+def _print(written: Sequence[Path], as_json: bool) -> None:
     if as_json:
-        print_json({"written": written})
+        print_json({"written": list(written)})
         return
     for folder in written:
         print_line(str(folder))

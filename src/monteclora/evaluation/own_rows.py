@@ -27,8 +27,10 @@ def own_rows(folder: Path, spec: DataSpec, *splits: str) -> TaskData:
         splits: which are needed.
 
     Raises:
-        DataError: rows are gone, or are not those that the run was trained with.
+        DataError: rows are gone, not known, or not those that the run was trained with.
     """
+    if not (spec.task or spec.train_file or spec.validation_file):
+        raise DataError(f"{folder} is an adapter that does not say which rows it was trained on", "Load its run.")
     data = load(spec, splits)
     for split, source in data.sources.items():
         if changed(folder, split, source):

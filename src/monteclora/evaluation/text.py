@@ -14,14 +14,21 @@ from datasets import Dataset
 from monteclora.errors import ConfigError
 from monteclora.evaluation.reference import LEVEL, RISK, Judge, promise
 from monteclora.prediction.sampler import Sampler
+from monteclora.runs.adapter_folder import fetched, load_adapter_folder, run_of_adapter
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.result import RunResult
+from monteclora.runs.run_folder import RunFolder
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import list_tasks
 from monteclora.tasks.base import TokenKind
 from monteclora.tasks.kinds import KINDS
+from monteclora.tasks.local import is_hub_name
 
 __all__ = ["TextModel", "TextPredictions", "load"]
+
+
+Text = str | tuple[str, str]
+"""What is answered: a text, or two that belong together."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class TextPredictions:
     """Answers to B texts, a list of B values each.
 
     Attributes:
-        texts: as given.
+        texts: as given, pairs as tuples.
         labels: the most probable label, the list of labels that are more probable than not, the mean of the score, or
             the greedy completion of a language model.
         confidence: probability of the label, or of a completion's first token; None for scores and for several labels.
@@ -51,7 +58,7 @@ class TextPredictions:
         probabilities: of several labels of a text, the probability of each by its name; None for other runs.
     """
 
-    texts: list[str]
+    texts: list[Text]
     labels: list[Any]
     confidence: list[float] | None
     total: list[float]
@@ -86,17 +93,19 @@ class TextPredictions:
 
 @dataclass(frozen=True)
 class TextModel:
-    """A trained run that answers texts.
+    """A trained run, or an adapter, that answers texts.
 
     Attributes:
         run: as loaded.
         risk: the largest acceptable share of wrong answers among those that are not abstained from.
         level: with which probability; see :func:`monteclora.metrics.selective.abstention_threshold`.
+        notes: what was taken for granted of an adapter, in words.
     """
 
     run: LoadedRun
     risk: float = RISK
     level: float = LEVEL
+    notes: tuple[str, ...] = ()
     # what judges the answers of a sampler: weights in memory do not change, so that it is looked up once
     _judges: dict[tuple[Sampler | None, int], tuple[Judge | None, tuple[str, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -107,7 +116,7 @@ class TextModel:
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         num_samples: int | None = None,
         seed: int = 0,
@@ -122,7 +131,8 @@ class TextModel:
         calls take what the first one found.
 
         Args:
-            texts: at least one; prompts for a language model.
+            texts: at least one; prompts for a language model; of a classifier of pairs a tuple of two texts each, in
+                the order of ``data.text_columns``.
             num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
             seed: their stream.
             max_new_tokens: most tokens of a completion.
@@ -130,20 +140,14 @@ class TextModel:
             answers: of a language model: this many draws write a completion each.
 
         Raises:
-            ConfigError: ``texts`` is no list of texts, or an argument does not fit the run.
+            ConfigError: ``texts`` is no list of what the run reads, or an argument does not fit the run.
             CheckpointError: what was stored beside the run is damaged.
         """
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
         kind = KINDS[self.run.kind]
-        if not kind.predicts_tokens and len(columns_read := _text_columns(self.run)) > 1:
-            raise ConfigError(
-                f"{self.run.folder} reads pairs of texts ({', '.join(columns_read)}), and predict takes single ones",
-                "Predict a file with these columns: monteclora predict RUN FILE.",
-            )
+        columns_of_texts = _checked(self.run, texts)
         given = _completions(self.run, len(texts), completions, answers)
         sampler = self.run.sampler(num_samples=num_samples, seed=seed)
-        rows = Dataset.from_dict({"prompt" if kind.predicts_tokens else "text": list(texts), **given})
+        rows = Dataset.from_dict({**columns_of_texts, **given})
         with quiet_libraries():
             predictor = self.run.predictor(sampler)
             if isinstance(kind, TokenKind):
@@ -190,6 +194,30 @@ def _completions(run: LoadedRun, count: int, completions: Sequence[str] | None, 
     return {"completion": list(completions)}
 
 
+def _checked(run: LoadedRun, texts: Sequence[Text]) -> dict[str, list[str]]:
+    """The columns of texts that the run reads. Raises ConfigError where what was given is something else."""
+    pairs = [text for text in texts if isinstance(text, tuple | list)] if not isinstance(texts, str) else []
+    words = [part for text in texts for part in (text if isinstance(text, tuple | list) else [text])]
+    if isinstance(texts, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
+    if KINDS[run.kind].predicts_tokens:
+        if pairs:
+            raise ConfigError(f"{run.folder} is a language model, and a pair of texts was given", "Give prompts.")
+        return {"prompt": words}
+    read = _text_columns(run)  # none where nobody wrote them down: either is taken
+    if len(read) == 2 and len(pairs) < len(texts):
+        raise ConfigError(
+            f"{run.folder} reads pairs of texts ({', '.join(read)}), and single ones were given",
+            'Write [("a text", "another")].',
+        )
+    if pairs and (len(read) == 1 or len(pairs) < len(texts) or any(len(pair) != 2 for pair in pairs)):
+        wrong = f"reads single texts ({read[0]})" if len(read) == 1 else "reads single texts, or two each"
+        raise ConfigError(f"{run.folder} {wrong}, and something else was given", 'Write ["a text", "another"].')
+    if pairs:
+        return {"text": [pair[0] for pair in pairs], "text_pair": [pair[1] for pair in pairs]}
+    return {"text": words}
+
+
 def _text_columns(run: LoadedRun) -> tuple[str, ...]:
     """Those that a classifier was trained on, as far as they were written down."""
     if run.columns is not None:
@@ -198,18 +226,38 @@ def _text_columns(run: LoadedRun) -> tuple[str, ...]:
     return tasks.get(spec.task or "", tuple(spec.text_columns))
 
 
-def load(run: str | Path | RunResult, *, risk: float | None = None, level: float | None = None) -> TextModel:
-    """Load a run that answers texts.
+def load(
+    run: str | Path | RunResult, *, base: str | None = None, risk: float | None = None, level: float | None = None
+) -> TextModel:
+    """Load a run, or an adapter, that answers texts.
 
     Args:
-        run: a run folder, or what ``train`` gave.
+        run: a run folder, what ``train`` gave, a folder that holds an adapter, or the name of one on the hub.
+        base: of an adapter: the model it belongs on; by default the one that its files name. The model's ``notes`` say
+            what was found.
         risk: of a classifier: the largest acceptable share of wrong answers among those that are not abstained from; by
             default 0.1.
         level: with which probability; by default 0.9.
 
     Raises:
-        CheckpointError: not a run, an unfinished one, or its adapter is damaged.
-        ConfigError: ``risk`` or ``level`` is out of range, or is given for a language model.
+        CheckpointError: neither a run nor an adapter, an unfinished run, or files are damaged.
+        ConfigError: ``risk`` or ``level`` is out of range, or is given for a language model; no base model is known, or
+            one is given for a run.
     """
-    loaded = load_run(run.folder if isinstance(run, RunResult) else run)
-    return TextModel(loaded, *promise(loaded, risk, level))
+    loaded, notes = _loaded(run.folder if isinstance(run, RunResult) else run, base)
+    return TextModel(loaded, *promise(loaded, risk, level), notes)
+
+
+def _loaded(source: str | Path, base: str | None) -> tuple[LoadedRun, tuple[str, ...]]:
+    folder = Path(source)
+    if not folder.exists() and is_hub_name(str(source)):
+        folder = fetched(str(source))
+    is_run = (folder / "recipe.yaml").is_file()
+    if not is_run and RunFolder(folder).is_adapter:
+        run = run_of_adapter(folder)
+        if run is None or base is not None:
+            return load_adapter_folder(folder, base)
+        return load_run(run), (f"{folder} is the adapter of the run {run}, which is loaded",)
+    if base is not None:
+        raise ConfigError(f"base is {base}, and {folder} is no adapter without a run", "Leave it out.")
+    return load_run(folder), ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from monteclora.data.columns import Columns
 from monteclora.data.kinds import Kind
@@ -29,6 +29,7 @@ class DataFacts:
         scale: on which scores were learned; None for other kinds.
         columns: of the training data, where it was no task with a name; earlier versions did not write them down.
         sha256: of the rows of each split.
+        rows: how many each split has.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DataFacts:
     columns: Columns | None
     sha256: Mapping[str, str]
     scale: ScoreScale | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 def data_facts(run: RunFolder) -> DataFacts:
@@ -62,10 +64,11 @@ def data_facts(run: RunFolder) -> DataFacts:
         scale = None if about.get("scale") is None else ScoreScale(*(float(about["scale"][n]) for n in _SCALE))
         if (scale is None) == (kind == "regression"):
             raise ValueError("scores have a scale, and nothing else has one")
-        rows = {split: source["sha256"] for split, source in about["splits"].items()}
+        sha256 = {split: source["sha256"] for split, source in about["splits"].items()}
+        rows = {split: int(source["rows"]) for split, source in about["splits"].items() if "rows" in source}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{run.path / 'environment.json'} is damaged ({type(error).__name__}: {error})",
             "Take the folder from a backup, or remove it and run `monteclora train` again.",
         ) from None
-    return DataFacts(name, kind, tuple(labels) if labels else None, columns, rows, scale)
+    return DataFacts(name, kind, tuple(labels) if labels else None, columns, sha256, scale, rows)
