@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from monteclora.data.columns import Columns, find_columns, input_columns
+from monteclora.data.columns import Columns, columns_as_trained, find_columns
 from monteclora.data.files import Table
 from monteclora.errors import DataError
 
@@ -84,7 +84,7 @@ ALPACA = Columns("causal_lm", ("instruction", "input"), "output", system="system
     ],
 )
 def test_rows_to_be_predicted_have_the_columns_of_the_training_data(trained, names, expected):
-    assert input_columns(table(*names), trained) == expected
+    assert columns_as_trained(table(*names), trained) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_rows_to_be_predicted_have_the_columns_of_the_training_data(trained, nam
 )
 def test_rows_without_the_columns_of_the_training_data_are_refused(trained, names, part):
     with pytest.raises(DataError, match=part):
-        input_columns(table(*names), trained)
+        columns_as_trained(table(*names), trained)

@@ -121,7 +121,8 @@ def test_recipes_take_lists_and_patterns(spark: Path) -> None:
 def test_rows_of_parts_are_predicted(spark: Path) -> None:
     spec = DataSpec(train_file=str(spark))
     columns = load(DataSpec(train_file=str(spark), validation_fraction=0.0)).columns
-    assert load_inputs(str(spark), spec, "classification", columns)["text"][:] == ["one", "two", "three"]
+    rows, _ = load_inputs(str(spark), spec, "classification", columns)
+    assert rows["text"][:] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_file_needs_the_columns_that_the_run_was_trained_on(trained, tmp_path)
 def test_prompts_of_any_length_share_a_batch(trained, tmp_path):
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1"}, {"prompt": "w1 w2 w3 w4 w5 w6 w7"}])
-    rows = load_inputs(file, loaded.recipe.data, loaded.kind)
+    rows, _ = load_inputs(file, loaded.recipe.data, loaded.kind)
     prompts, _ = encode_prompts(rows, loaded.tokenizer, loaded.recipe.data.max_length, 4)
     together = complete(loaded.model, loaded.tokenizer, prompts, Decoding(4))
     assert together == [
@@ -200,7 +200,7 @@ def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
     (prompt,), notes = encode_prompts(
-        load_inputs(file, loaded.recipe.data, loaded.kind), loaded.tokenizer, loaded.recipe.data.max_length, 4
+        load_inputs(file, loaded.recipe.data, loaded.kind)[0], loaded.tokenizer, loaded.recipe.data.max_length, 4
     )
     whole = Encoder(loaded.tokenizer).options("w1 w2", ["w9"], 16)[0][0]
     learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)

@@ -17,7 +17,7 @@ import torch
 import monteclora
 from monteclora.cli import main
 from monteclora.data.models import STARTERS
-from monteclora.errors import ConfigError
+from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.prediction import OUTPUT_COLUMNS, predict_file
 from monteclora.evaluation.run import evaluate
@@ -117,6 +117,19 @@ def test_a_file_and_texts_have_the_predictions_of_the_evaluation(
     if kind == "multi_label":
         assert texts.probabilities is not None
         assert texts.probabilities[0] == pytest.approx(found["probabilities"].to_pylist()[0], rel=1e-5)
+
+
+def test_another_file_is_read_as_the_training_data_were(runs: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    folder = runs["multi_label", "lora"]  # trained on lists
+    (tmp_path / "lists.csv").write_text("text;labels\nw1 w2;low\nw3 w4;\n")
+    found = evaluate(folder, task=str(tmp_path / "lists.csv"), progress=False)
+    assert found.scored.table["label"].to_pylist() == [["low"], []]
+    assert f"{tmp_path / 'lists.csv'}: fields are separated by semicolons" in found.notes
+    (tmp_path / "texts.csv").write_text("text;labels\nw1 w2;low|middle\n")
+    with pytest.raises(DataError, match=r"texts\.csv, line 2: the label 'low\|middle' is not among"):
+        evaluate(folder, task=str(tmp_path / "texts.csv"), progress=False)
+    predicted = predict_file(folder, tmp_path / "texts.csv", tmp_path / "p.parquet", progress=False)
+    assert predicted.notes[0] == f"{tmp_path / 'texts.csv'}: fields are separated by semicolons"
 
 
 @pytest.mark.parametrize("kind", KINDS)

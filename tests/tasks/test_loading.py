@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -130,7 +132,7 @@ def test_instructions_and_conversations(tmp_path):
 
 def test_rows_to_be_predicted_have_no_label(tmp_path):
     path = jsonl(tmp_path / "new.jsonl", messages(3))
-    assert load_inputs(path, DataSpec(task="helpdesk"), "classification").column_names == ["text"]
+    assert load_inputs(path, DataSpec(task="helpdesk"), "classification")[0].column_names == ["text"]
     with pytest.raises(DataError, match=r"Set data\.text_columns"):
         load_inputs(jsonl(tmp_path / "x.jsonl", [{"body": "a"}]), DataSpec(task="helpdesk"), "classification")
 
@@ -139,7 +141,7 @@ def test_chats_to_be_answered_may_end_with_the_user(tmp_path):
     trained = Columns("causal_lm", ("messages",), None, conversation=True)
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = jsonl(tmp_path / "new.jsonl", [{"messages": turns}, {"messages": turns[:1]}])
-    rows = load_inputs(path, DataSpec(task="a.jsonl"), "causal_lm", trained)
+    rows, _ = load_inputs(path, DataSpec(task="a.jsonl"), "causal_lm", trained)
     assert rows["messages"][:] == [turns, turns[:1]]
 
 
@@ -189,3 +191,53 @@ def test_a_validation_file_of_hidden_labels_leaves_validation_to_be_carved(tmp_p
     hidden = jsonl(tmp_path / "dev.jsonl", [{"text": "a", "label": -1}, {"text": "b", "label": -1}])
     data = load(DataSpec(train_file=jsonl(tmp_path / "mail.jsonl", messages()), validation_file=hidden))
     assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 54, "validation": 6}
+
+
+ONE = {"text": "one", "label": "good"}
+TAGS = {"text": "one", "tags": "a;b"}
+ASKED = {"instruction": "q", "output": "a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "other", "part"),
+    [
+        # a label that was no id in training is none in another file
+        (None, [ONE, {**ONE, "label": "bad"}], [{**ONE, "label": "1"}], "the label '1' is not among"),
+        (None, [{**ONE, "label": 3}, {**ONE, "label": 5}], [{**ONE, "label": 0}], "the label '0' is not among"),
+        # what parted labels in training parts them in another file, and nothing else does
+        ("multi_label", [TAGS, TAGS], [{**TAGS, "tags": "a|b"}], "the label 'a|b' is not among"),
+        ("multi_label", [{**TAGS, "tags": ["a", "b"]}], [{**TAGS, "tags": "a,b"}], "the label 'a,b' is not among"),
+        (None, [ASKED], [{"prompt": "q", "completion": "a"}], "no column 'instruction', which the run was trained on"),
+        (None, [ASKED], [{"instruction": "q", "response": "a"}], "no column 'output', which the run was trained on"),
+        (None, [{"text": "Once."}], [{"body": "Once."}], "no column 'text', which the run was trained on"),
+    ],
+)
+def test_another_file_is_not_read_by_another_guess(tmp_path, kind, trained, other, part):
+    data = load(DataSpec(task=jsonl(tmp_path / "a.jsonl", trained), kind=kind, validation_fraction=0))
+    spec = DataSpec(test_file=jsonl(tmp_path / "b.jsonl", other), label_names=list(data.label_names or ()))
+    with pytest.raises(DataError, match=re.escape(part)):
+        load(spec, ["test"], data.columns)
+    own = replace(spec, test_file=jsonl(tmp_path / "c.jsonl", trained))
+    same = load(own, ["test"], data.columns)
+    assert same.split("test").to_list() == data.split("train").to_list()
+
+
+def test_another_file_has_its_own_form_which_is_said(tmp_path):
+    rows = jsonl(tmp_path / "a.jsonl", [TAGS, {**TAGS, "tags": ""}])
+    data = load(DataSpec(task=rows, kind="multi_label", validation_fraction=0))
+    (tmp_path / "b.csv").write_bytes("Tags\tText\na ; b\t\u00e9t\u00e9\n\tnone\n".encode("cp1252"))
+    spec = DataSpec(test_file=str(tmp_path / "b.csv"), label_names=["a", "b"])
+    test = load(spec, ["test"], data.columns)
+    assert test.split("test").to_list() == [
+        {"text": "\u00e9t\u00e9", "label": [1, 1]},
+        {"text": "none", "label": [0, 0]},
+    ]
+    note = f"{tmp_path / 'b.csv'}: fields are separated by tabs, the encoding is cp1252"
+    assert test.file_notes == {"test": (note,)}
+    assert load_inputs(tmp_path / "b.csv", spec, "multi_label", data.columns)[1] == (note,)
+
+
+def test_runs_that_did_not_write_down_how_labels_are_parted(tmp_path):
+    columns = replace(Columns("multi_label", ("text",), "tags"), separator=None)
+    spec = DataSpec(test_file=jsonl(tmp_path / "a.jsonl", [TAGS]), label_names=["a", "b"])
+    assert load(spec, ["test"], columns).split("test")["label"][:] == [[1, 1]]

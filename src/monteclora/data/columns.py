@@ -10,7 +10,7 @@ from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.errors import DataError
 
-__all__ = ["Columns", "find_columns", "input_columns", "listed"]
+__all__ = ["Columns", "columns_as_trained", "find_columns", "listed"]
 
 _TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -45,6 +45,10 @@ class Columns:
     1 each (``flags``), or where rows to be predicted have none.
     ``system``, ``history`` and ``tools`` go with a prompt or a conversation, where there are such columns; rows of one
     ``group`` are never parted.
+
+    How labels were read goes with them, for other files of the same task: ``separator`` parts several labels in one
+    text ("" where each text is one label, None where that is not known), and ``ids_count`` says whether a label may be
+    an id in place of a name.
     """
 
     kind: Kind
@@ -56,6 +60,8 @@ class Columns:
     tools: str | None = None
     group: str | None = None
     flags: tuple[str, ...] = ()
+    separator: str | None = None
+    ids_count: bool = True
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -119,33 +125,41 @@ def find_columns(
     return _completion_columns(table, prompt_column, completion_column, with_target, kind)
 
 
-def input_columns(table: Table, trained: Columns) -> Columns:
-    """The columns of rows to be predicted by what was trained on ``trained``: the same ones, whatever their capitals.
+def columns_as_trained(table: Table, trained: Columns, with_target: bool = False) -> Columns:
+    """The columns of other rows for what was trained on ``trained``: the same ones, whatever their capitals.
+
+    Args:
+        table: the rows.
+        trained: the columns of the training data.
+        with_target: False for rows to be predicted, which need no label or completion.
 
     Raises:
-        DataError: one is missing, or the training data have no prompts.
+        DataError: one is missing, or the training data have no prompts, after which alone rows can be predicted.
     """
-    if not trained.text:
+    if not (trained.text or with_target):
         raise DataError("the run was trained on texts without prompts", "Rows can be predicted after prompts only.")
-    found = {name: _first(table, (name.lower(),)) if name not in table.columns else name for name in trained.used}
+    wanted = trained if with_target else replace(trained, target=None, flags=())
+    # columns of flags are the names of the labels, and keep their capitals
+    found = {
+        name: name if name in table.columns or name in trained.flags else _first(table, (name.lower(),))
+        for name in wanted.used
+    }
+    for name in wanted.required:
+        if found[name] not in table.columns:
+            raise DataError(
+                f"{table.name} has no column {name!r}, which the run was trained on; it has {listed(table)}",
+                "Name the columns as in the training data.",
+            )
     text = tuple(found[name] or name for name in trained.text)
-    columns = replace(
-        trained,
+    return replace(
+        wanted,
         text=tuple(name for name in text if name in table.columns),
-        target=None,
-        flags=(),
+        target=found.get(wanted.target or ""),
         group=None,
         system=found.get(trained.system or ""),
         history=found.get(trained.history or ""),
         tools=found.get(trained.tools or ""),
     )
-    for name in replace(trained, target=None, flags=()).required:
-        if found[name] is None:
-            raise DataError(
-                f"{table.name} has no column {name!r}, which the run was trained on; it has {listed(table)}",
-                "Name the columns as in the training data.",
-            )
-    return columns
 
 
 def _conversation(table: Table, column: str) -> Columns:

@@ -67,13 +67,13 @@ class MultiLabelSet:
 
     Args:
         names: label names.
-        separator: divides labels that are written as one text; None where each such text is a label.
+        separator: divides labels that are written as one text; None or "" where each such text is a label.
         ids_count: see :class:`LabelSet`.
     """
 
     def __init__(self, names: Sequence[str], separator: str | None = None, ids_count: bool = True) -> None:
         self.names = tuple(names)
-        self._one, self._separator = LabelSet(names, ids_count), separator
+        self._one, self.separator = LabelSet(names, ids_count), separator or ""
 
     @classmethod
     def from_keys(cls, keys: Iterable[LabelsKey], separator: str | None) -> MultiLabelSet:
@@ -95,7 +95,7 @@ class MultiLabelSet:
         """For each label 1 where the row has it, else 0; DataError naming ``place`` for one outside the set."""
         found = [0] * len(self._one.names)
         try:
-            parts = _parts(key, self._separator)
+            parts = _parts(key, self.separator)
         except ValueError as error:
             raise DataError(f"{place} {error}", "Correct the labels or remove the row.") from None
         for part in parts:

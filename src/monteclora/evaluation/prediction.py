@@ -135,7 +135,7 @@ def predict_file(
     _check_kept(keep)
     loaded = load_runs(run, sampler, num_samples)
     promised = promise(loaded, risk, level)
-    rows = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
+    rows, read = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
     kept = _kept(file, keep)
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     kind, drawn = KINDS[loaded.kind], loaded.sampler(sampler, num_samples, seed, layers)
@@ -147,7 +147,7 @@ def predict_file(
         judge, left_out = (
             Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators)) if kind.has_classes else (None, ())
         )
-    notes = [*prepared, *fitted, *left_out]
+    notes = [*read, *prepared, *fitted, *left_out]
     with (
         quiet_libraries(),
         replacing(target) as temporary,

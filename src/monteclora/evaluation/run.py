@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from monteclora.config.checks import check_at_least_one
-from monteclora.data.kinds import TEXT_KINDS, Kind
+from monteclora.data.kinds import Kind
 from monteclora.data.sources import local_splits
 from monteclora.data.splitting import subset
 from monteclora.errors import ConfigError, DataError
@@ -37,7 +37,7 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.version import VERSION
-from monteclora.tasks import DataSpec, SplitSource, TaskData, get_task, load
+from monteclora.tasks import DataSpec, SplitSource, TaskData, check_pair, get_task, load
 from monteclora.tasks.base import Scored
 from monteclora.tasks.kinds import KINDS
 from monteclora.tasks.local import looks_like_file
@@ -319,18 +319,19 @@ def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | 
     source = data.sources[split]
     own = own_split(loaded.folder, split, source, task)
     leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
-    notes = [*_to_be_known(loaded, own, source), *(note if task is None else f"{task}:{note}" for note in leaks)]
+    notes = [*data.file_notes.get(split, ()), *_to_be_known(loaded, own, source)]
+    notes += leaks if task is None else [f"{task}:{note}" for note in leaks]
     if len(rows) < source.rows:
         source = SplitSource(source.origin, len(rows), rows)
     return _Asked(split if task is None else f"{Path(task).name}:{split}", rows, source, own, notes)
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
-    spec = loaded.recipe.data
+    spec, trained = loaded.recipe.data, None
     if task is not None and looks_like_file(task):
         if split not in (None, "test"):
             raise ConfigError(f"split is {split}, and {task} is one file of rows", "Leave the split out.")
-        spec, split = _of_file(loaded, task), "test"
+        spec, trained, split = _of_file(loaded, task), loaded.columns, "test"
     elif task is not None:
         kind = get_task(task).kind
         if kind != loaded.kind:
@@ -341,7 +342,9 @@ def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple
         if split is None:  # none of its rows is learned here, so none is read that is not scored
             available = local_splits(task, spec.local_folder) or get_task(task).splits
             split = "test" if "test" in available else "validation"
-    data = load(spec, None if split is None else (split,))
+    data = load(spec, None if split is None else (split,), trained)
+    if trained is None and data.columns is not None:
+        check_pair(data.name, data.columns, loaded.recipe.data)
     if data.label_names != loaded.label_names:
         raise DataError(
             f"{data.name} has other labels than the run {loaded.folder} was trained with",
@@ -352,12 +355,8 @@ def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple
 
 def _of_file(loaded: LoadedRun, file: str) -> DataSpec:
     """A file with the columns and labels of the run's own data, as its test rows."""
-    spec, columns = loaded.recipe.data, loaded.columns
-    named: dict[str, Any] = {}
-    if columns is not None and columns.kind in TEXT_KINDS:
-        named = {"text_columns": list(columns.text), "label_column": columns.target}
     return dataclasses.replace(
-        spec,
+        loaded.recipe.data,
         task=None,
         subset=None,
         train_file=None,
@@ -365,7 +364,7 @@ def _of_file(loaded: LoadedRun, file: str) -> DataSpec:
         test_file=file,
         label_names=list(loaded.label_names or ()),
         train_rows=None,
-        **named,
+        kind=loaded.kind,
     )
 
 

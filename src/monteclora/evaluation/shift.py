@@ -127,7 +127,8 @@ def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Dataset | None:
     loaded.check_single("ood")
     if not KINDS[loaded.kind].has_classes:
         raise ConfigError(f"{loaded.folder} is a run of {loaded.kind}, and ood is for classifiers", "Leave --ood out.")
-    return load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
+    rows, _ = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
+    return rows
 
 
 def _scores(found: Predictions, seen: Seen) -> dict[str, FloatArray]:

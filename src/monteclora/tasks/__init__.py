@@ -7,13 +7,14 @@ from monteclora.tasks.registry import Task, get_task, is_task, list_tasks, regis
 from monteclora.tasks.spec import DataSpec
 
 if TYPE_CHECKING:
-    from monteclora.tasks.loading import SplitSource, TaskData, load, load_inputs
+    from monteclora.tasks.loading import SplitSource, TaskData, check_pair, load, load_inputs
 
 __all__ = [
     "DataSpec",
     "SplitSource",
     "Task",
     "TaskData",
+    "check_pair",
     "get_task",
     "is_task",
     "list_tasks",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from monteclora.config import brief
 from monteclora.data.coded import distinct
-from monteclora.data.columns import Columns, find_columns, input_columns, listed
+from monteclora.data.columns import Columns, columns_as_trained, find_columns, listed
 from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.label_noise import with_label_noise
-from monteclora.data.labels import LabelSet
+from monteclora.data.labels import LabelSet, Targets
+from monteclora.data.multi_labels import MultiLabelSet
 from monteclora.data.parts import open_files
 from monteclora.data.rows import CheckedRows, Reading, read_rows
 from monteclora.data.scores import ScoreScale
@@ -29,7 +30,7 @@ from monteclora.tasks.targets import check_targets, describe_targets, find_targe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["SplitSource", "TaskData", "load", "load_inputs"]
+__all__ = ["SplitSource", "TaskData", "check_pair", "load", "load_inputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,8 @@ class TaskData:
     ``splits`` holds datasets with the columns that :mod:`monteclora.data.rows` describes; ``notes`` says in
     words what was set aside or left out, ``leaks`` what of other splits stands in the training rows. ``columns`` are
     those of own data, which rows to be predicted must have too; None for a task with a name. ``scale`` is the one on
-    which training learns scores; None for labels, and where the training rows are not loaded.
+    which training learns scores; None for labels, and where the training rows are not loaded. ``file_notes`` are those
+    of ``notes`` that are on the files of a split: how they were read, and what was left out.
     """
 
     name: str
@@ -69,6 +71,7 @@ class TaskData:
     columns: Columns | None = None
     leaks: tuple[str, ...] = ()
     scale: ScoreScale | None = None
+    file_notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def split(self, name: str) -> Dataset:
         """The rows of one split. Raises DataError that names the splits there are."""
@@ -90,23 +93,26 @@ class _Plan:
     own: bool = False
 
 
-def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
+def load(spec: DataSpec, splits: Sequence[str] | None = None, trained: Columns | None = None) -> TaskData:
     """Load the data of a recipe.
 
     Args:
         spec: what to load.
         splits: the splits that are needed; by default all there are.
+        trained: the columns of a run, where the files are others than its own: they must have the same ones, and
+            nothing is recognised anew. ``spec`` then has the names of its labels.
 
     Raises:
         ConfigError: there is no such task.
         DataError: files, columns, rows or labels are wrong or missing.
         UnsafeCodeError: the data set is a program.
     """
-    plan = _plan(spec, splits)
+    plan = _plan(spec, splits, trained)
     if spec.class_weights is not None and plan.columns.kind not in ("classification", "multi_label"):
         raise ConfigError("data.class_weights is given, and the rows have no labels", "Leave it out.")
     reading = Reading(spec.on_bad_row, spec.roles, spec.learned_turns)
     checked = {split: read_rows(table, plan.columns, reading) for split, table in plan.tables.items()}
+    file_notes = {split: (*table.notes, *checked[split].notes) for split, table in plan.tables.items()}
     notes = [note for table in plan.tables.values() for note in table.notes]
     notes += [note for rows in checked.values() for note in rows.notes]
     notes += _unused(plan)
@@ -114,7 +120,7 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
     notes += [f"{split}: left out, its labels are hidden" for split in hidden]
     checked = {split: rows for split, rows in checked.items() if split not in hidden}
     keys = {split: rows.label_keys for split, rows in checked.items()}
-    targets, found = find_targets(plan.columns, plan.label_names, keys, spec.label_separator, plan.name)
+    targets, found = find_targets(plan.columns, plan.label_names, keys, plan.name)
     notes += found
     data = {split: rows.to_dataset(targets) for split, rows in checked.items()}
     origins = {split: rows.table.name for split, rows in checked.items()}
@@ -152,14 +158,25 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None) -> TaskData:
         sources={s: SplitSource(origins[s], len(rows), rows) for s, rows in ordered.items()},
         description=plan.description,
         notes=(*notes, *leaks),
-        columns=plan.columns if plan.own else None,
+        columns=_as_read(plan, targets) if plan.own else None,
         leaks=leaks,
         scale=ScoreScale.of(ordered["train"]["label"][:], plan.name) if scored else None,
+        file_notes=file_notes,
     )
 
 
-def load_inputs(path: str | Path, spec: DataSpec, kind: Kind, trained: Columns | None = None) -> Dataset:
+def _as_read(plan: _Plan, targets: Targets | None) -> Columns:
+    """The columns in use with how labels were read in them."""
+    separator = targets.separator if isinstance(targets, MultiLabelSet) else None
+    return replace(plan.columns, separator=separator, ids_count=bool(plan.label_names))
+
+
+def load_inputs(
+    path: str | Path, spec: DataSpec, kind: Kind, trained: Columns | None = None
+) -> tuple[Dataset, tuple[str, ...]]:
     """The rows of a file to be predicted: ``text`` and ``text_pair``, ``prompt`` or ``messages``, no labels.
+
+    Also what was found about the file, in words.
 
     Args:
         path: of the file.
@@ -172,22 +189,23 @@ def load_inputs(path: str | Path, spec: DataSpec, kind: Kind, trained: Columns |
     """
     table = open_files(path)
     if trained is not None:
-        columns = input_columns(table, trained)
+        columns = columns_as_trained(table, trained)
     else:
         text, prompt = spec.text_columns, spec.prompt_column
         columns = find_columns(table, text, prompt_column=prompt, kind=kind, with_target=False)
-        _check_pair(table, columns, spec)
-    return read_rows(table, columns, Reading(roles=spec.roles, with_answer=False)).to_dataset(None)
+        check_pair(table.name, columns, spec)
+    rows = read_rows(table, columns, Reading(roles=spec.roles, with_answer=False))
+    return rows.to_dataset(None), (*table.notes, *rows.notes)
 
 
-def _check_pair(table: Table, columns: Columns, spec: DataSpec) -> None:
-    """A task with a name reads one text or two."""
+def check_pair(name: str, columns: Columns, spec: DataSpec) -> None:
+    """Raises DataError where a file has other numbers of texts than the task with a name that a run was trained on."""
     if spec.task is None or looks_like_file(spec.task) or is_hub_name(spec.task) or columns.kind not in TEXT_KINDS:
         return
     expected = get_task(spec.task).text_columns
     if len(columns.text) != len(expected):
         raise DataError(
-            f"{table.name} has the texts {', '.join(columns.text)}, and {spec.task} reads {', '.join(expected)}",
+            f"{name} has the texts {', '.join(columns.text)}, and {spec.task} reads {', '.join(expected)}",
             "Name the columns so.",
         )
 
@@ -218,7 +236,7 @@ def _wanted(split: str, splits: Sequence[str] | None) -> bool:
     return splits is None or split in splits
 
 
-def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
+def _plan(spec: DataSpec, splits: Sequence[str] | None, trained: Columns | None) -> _Plan:
     if spec.task is not None and not looks_like_file(spec.task) and not is_hub_name(spec.task):
         return _task_plan(get_task(spec.task), spec, splits)
     if spec.task is None or looks_like_file(spec.task):
@@ -233,8 +251,20 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
     if not tables:
         raise ConfigError("no data is given", "Set data.task or data.train_file.")
     first = next(iter(tables.values()))
+    columns = columns_as_trained(first, trained, with_target=True) if trained else _own_columns(first, spec)
+    names = tuple(spec.label_names) or first.class_names.get(columns.target or "", ())
+    if splits is not None:
+        # Without names, and for a validation split that is not there, the training rows are needed as well.
+        known = names and (columns.kind == "classification" or spec.label_separator)
+        helpers = () if known and "validation" in tables else ("train",)
+        tables = {split: table for split, table in tables.items() if split in (*splits, *helpers)}
+    return _Plan(name, tables, columns, names, description, has_validation, own=True)
+
+
+def _own_columns(table: Table, spec: DataSpec) -> Columns:
+    """Those of own data, named by the recipe or recognised."""
     columns = find_columns(
-        first,
+        table,
         spec.text_columns,
         spec.label_column,
         spec.prompt_column,
@@ -243,19 +273,12 @@ def _plan(spec: DataSpec, splits: Sequence[str] | None) -> _Plan:
         messages_column=spec.messages_column,
         label_columns=spec.label_columns,
     )
-    if spec.group_column is not None and spec.group_column not in first.columns:
+    if spec.group_column is not None and spec.group_column not in table.columns:
         raise DataError(
-            f"{first.name} has no column {spec.group_column!r}; it has {listed(first)}",
+            f"{table.name} has no column {spec.group_column!r}; it has {listed(table)}",
             "Set data.group_column to one of them.",
         )
-    columns = replace(columns, group=spec.group_column)
-    names = tuple(spec.label_names) or first.class_names.get(columns.target or "", ())
-    if splits is not None:
-        # Without names, and for a validation split that is not there, the training rows are needed as well.
-        known = names and (columns.kind == "classification" or spec.label_separator)
-        helpers = () if known and "validation" in tables else ("train",)
-        tables = {split: table for split, table in tables.items() if split in (*splits, *helpers)}
-    return _Plan(name, tables, columns, names, description, has_validation, own=True)
+    return replace(columns, group=spec.group_column, separator=spec.label_separator)
 
 
 def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Plan:

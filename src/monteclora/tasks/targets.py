@@ -20,7 +20,7 @@ __all__ = ["check_targets", "describe_targets", "find_targets"]
 
 
 def find_targets(
-    columns: Columns, names: Sequence[str], keys: Mapping[str, Sequence[Any]], separator: str | None, data: str
+    columns: Columns, names: Sequence[str], keys: Mapping[str, Sequence[Any]], data: str
 ) -> tuple[Targets | None, list[str]]:
     """How what stands in the files becomes the column ``label``, and in words what was recognised; None for prompts.
 
@@ -28,7 +28,6 @@ def find_targets(
         columns: in use.
         names: of the labels, where they are known.
         keys: what stands in the files, by split.
-        separator: between several labels in one text, where it is known.
         data: the name of it.
 
     Raises:
@@ -45,11 +44,14 @@ def find_targets(
     if columns.kind == "multi_label":
         # training and evaluation load different splits, and must divide the labels alike
         source = [keys["train"]] if "train" in keys else keys.values()
-        found = separator or separator_of(key for split in source for key in distinct(split))
-        notes = [f"labels are separated by {found!r}"] if found and not separator else []
-        return (MultiLabelSet(names, found) if names else MultiLabelSet.from_keys(keys["train"], found)), notes
+        found, notes = columns.separator, []
+        if found is None and (found := separator_of(key for split in source for key in distinct(split))):
+            notes = [f"labels are separated by {found!r}"]
+        if names:
+            return MultiLabelSet(names, found, columns.ids_count), notes
+        return MultiLabelSet.from_keys(keys["train"], found), notes
     if names:
-        return LabelSet(names), []
+        return LabelSet(names, columns.ids_count), []
     refuse_scores(keys["train"], data)
     return LabelSet.from_labels(keys["train"]), []
 
