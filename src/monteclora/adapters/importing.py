@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def _configuration(given: Any, folder: Path) -> MonteCLoRAConfig:
     if not found:
         raise ConfigError(
             f"{folder / storage.CONFIG_FILE} has no monteclora_config: it is an adapter without a posterior",
-            f"Give it one, with `monteclora calibrate {folder} --data FILE` or training.post_hoc.adapter in a recipe.",
+            f"Give it one, with `monteclora calibrate {quote(str(folder))} --data FILE` "
+            "or training.post_hoc.adapter in a recipe.",
         )
     settings = PosteriorSettings(
         num_components=found.num_samples,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 from monteclora.cli.output import Json, print_json, print_line, print_table
 
@@ -32,7 +33,7 @@ def demo(*, out: Path = Path("demo"), seed: int = 0, as_json: Json = False) -> N
         print(f"{name} ({number} of {len(RECIPES)})", file=sys.stderr)
         run = train(recipe, [("output", str(out / Path(recipe).stem)), ("seed", str(seed))])
         contenders.append(contend(name, run))
-    command = f"monteclora demo --out {out} --seed {seed}"
+    command = f"monteclora demo --out {quote(str(out))} --seed {seed}"
     page = write_page(out / PAGE, demo_report(contenders, [command]))
     if as_json:
         print_json({"report": page, "runs": [contender.facts() for contender in contenders]})

@@ -37,12 +37,14 @@ def new(
     from shlex import quote
 
     target = out or Path(f"{_name(file)}.yaml")
+    if not target.parent.is_dir():
+        raise ConfigError(f"there is no folder {target.parent}", "Make it, or give another name with --out.")
     if target.exists():
         raise ConfigError(f"{target} exists", "Give another name with --out, or remove it.")
 
     from monteclora.runs.new_recipe import new_recipe
 
-    found = new_recipe(file, text=text or (), label=label, model=model, method=method)
+    found = new_recipe(file, text=text or (), label=label, model=model, method=method, folder=target.parent)
     write_file(target, found.text.encode())
     if as_json:
         print_json({"recipe": target, "notes": list(found.notes)})

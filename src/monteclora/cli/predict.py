@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,7 +113,9 @@ def predict(
     if page is not None:
         from monteclora.reports.texts import write_text_page
 
-        command = f"monteclora predict {' '.join([run, *others])} --tokens --seed {seed} --page {page}"
+        command = shlex.join(
+            ["monteclora", "predict", run, *others, "--tokens", "--seed", str(seed), "--page", str(page)]
+        )
         write_text_page(page, found.path, title=Path(run).name, command=command)
     _print_written(found, page, as_json)
 

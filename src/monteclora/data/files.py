@@ -69,7 +69,11 @@ def _size(path: Path) -> int:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         near = nearest(path.name, (file.name for file in path.parent.glob("*") if file.name != path.name))
-        hint = f"Did you mean {path.parent / near}?" if near else "Check the path; it is relative to here."
+        hint = (
+            f"Did you mean {path.parent / near}?"
+            if near
+            else "Check the path; it leads from the recipe's folder, or from here."
+        )
         raise DataError(f"there is no file {path}", hint) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)

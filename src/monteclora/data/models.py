@@ -125,7 +125,9 @@ def resolve_model(name: str) -> ModelSource:
             raise ConfigError(f"{path} holds no model: it has no config.json", "Give a transformers model folder.")
         return _at(name, path, "folder")
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or name.count("/") > 1:
-        raise ConfigError(f"there is no model at {name}", "Check the path; it is relative to here.")
+        raise ConfigError(
+            f"there is no model at {name}", "Check the path; it leads from the recipe's folder, or from here."
+        )
     near = nearest(name, STARTERS)
     remedy = f"Did you mean {near}? " if near else ""
     return ModelSource(name, name, None, "hub", f"{remedy}Check the name and that the hub is reachable.")

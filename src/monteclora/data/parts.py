@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def part_files(files: Files) -> list[Path]:
             writer has not finished.
     """
     given = [files] if isinstance(files, str | Path) else list(files)
-    found = [path for each in given for path in _part_files(str(each))]
+    found = [path for each in given for path in _part_files(os.path.expanduser(each))]
     if not found:
         raise DataError("the list of data files is empty", "Name at least one.")
     return list(dict.fromkeys(found))
@@ -53,7 +54,9 @@ def _part_files(path: str) -> list[Path]:
         matched = sorted(Path(each) for each in glob.glob(path, recursive=True))
         matched = [each for each in matched if each.is_file()]
         if not matched:
-            raise DataError(f"no file matches {path}", "Check the pattern; it is relative to here.")
+            raise DataError(
+                f"no file matches {path}", "Check the pattern; it leads from the recipe's folder, or from here."
+            )
         return matched
     try:
         is_folder = stat.S_ISDIR(Path(path).stat().st_mode)

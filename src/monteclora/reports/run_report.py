@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
@@ -74,7 +75,10 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
         subtitle=f"{loaded.recipe.model.name} on {run.environment['data']['name']}",
         trained=_trained(loaded.recipe, finished, result),
         environment=environment_facts(run),
-        reproduce=[f"monteclora train {run.recipe_file}", f"monteclora report {folder} --split {result.split}"],
+        reproduce=[
+            f"monteclora train {quote(str(run.recipe_file))}",
+            f"monteclora report {quote(str(folder))} --split {quote(result.split)}",
+        ],
     )
     return write_page(folder / PAGE, replace(page, sections=[*page.sections, *written]))
 

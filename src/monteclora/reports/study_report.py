@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,9 @@ def write_study_report(folder: Path) -> Path:
     """
     result = read_study(folder)
     if not result.outcomes:
-        raise CheckpointError(f"nothing of {folder} is done yet", f"Run monteclora study {folder / 'study.yaml'}.")
+        raise CheckpointError(
+            f"nothing of {folder} is done yet", f"Run monteclora study {quote(str(folder / 'study.yaml'))}."
+        )
     return write_page(folder / STUDY_PAGE, study_page(result))
 
 
@@ -90,8 +93,8 @@ def study_page(result: StudyResult) -> Page:
         warnings=warnings + list(plan.notes),
         sections=[_how(result, metric), *sections, *_centred(result), _curves(result), _trials(result, metric)],
         reproduce=[
-            f"monteclora study {result.folder / 'study.yaml'} --out {result.folder}",
-            f"monteclora report {result.folder}",
+            f"monteclora study {quote(str(result.folder / 'study.yaml'))} --out {quote(str(result.folder))}",
+            f"monteclora report {quote(str(result.folder))}",
         ],
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from monteclora.errors import CheckpointError
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import Checkpoint, newest_complete
-from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_sha256
+from monteclora.runs.recipe import Recipe, differences, recipe_sha256
 from monteclora.runs.resumption import accepted_sha256, check_changes, resumed
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.atomic import discard_remains
@@ -123,7 +123,7 @@ class Run:
 def _claim(run: Run) -> None:
     """A recipe that is accepted on purpose is not recorded yet: :meth:`Run.note` does it when training resumes."""
     if run.folder.recipe_file.is_file():
-        before = load_recipe(run.folder.recipe_file)
+        before = RunFolder(run.folder.path).recipe  # not kept: it may be replaced below
         changed = differences(before, run.recipe)
         if changed and run.folder.begun:
             check_changes(run.folder, changed, run.override)

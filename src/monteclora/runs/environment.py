@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from monteclora.runs.recipe import Recipe, recipe_sha256
+from monteclora.runs.recipe_paths import started_in
 from monteclora.system.devices import device_name, process_count
 from monteclora.system.version import VERSION
 from monteclora.tasks import TaskData
@@ -44,6 +45,7 @@ def describe_environment(recipe: Recipe, data: TaskData, device: torch.device) -
         "processes": process_count(),
         "threads": torch.get_num_threads(),
         "code": _git_state(),
+        "started_in": started_in(recipe.folder),
         "recipe_sha256": recipe_sha256(recipe),
         "method": dataclasses.asdict(recipe.method.resolved()),  # with the values that other options decide
         "seeds": {"run": recipe.seed, "data": recipe.data.seed},

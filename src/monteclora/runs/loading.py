@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -326,7 +327,7 @@ def _adapter_of(run: RunFolder, allow_unfinished: bool) -> tuple[Path, str | Non
     """The folder of the adapter to load, and how far the run came if it is not finished."""
     if _is_finished(run):
         return run.adapter, None
-    again = f"Run `monteclora train {run.recipe_file}` to finish it"
+    again = f"Run `monteclora train {quote(str(run.recipe_file))}` to finish it"
     if run.recipe.ensemble > 1:
         raise CheckpointError(f"the ensemble {run.path} is not finished", f"{again}.")
     if not allow_unfinished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def new_recipe(
     label: str | None = None,
     model: str | None = None,
     method: str = "monteclora",
+    folder: str | Path = ".",
 ) -> NewRecipe:
     """A recipe that trains on a file: its columns, labels and lengths are looked at, and nothing is trained.
 
@@ -87,6 +89,7 @@ def new_recipe(
             names, and where these say nothing, by what the columns hold, which a note says.
         model: by default the starter model for what the file holds.
         method: by name.
+        folder: that the recipe will be in; the file's path leads from there.
 
     Raises:
         DataError: the file, its columns, rows or labels are wrong.
@@ -106,9 +109,17 @@ def new_recipe(
     length = _length(rows, data, model)
     settings = _SETTINGS[model] if model in STARTERS else _SETTINGS[data.kind]
     epochs = min(max(math.ceil(_STEPS * settings.batch_size / len(rows)), _EPOCHS[0]), _EPOCHS[1])
-    content = _text(spec, data, model, method, length, epochs, settings)
+    written = dataclasses.replace(spec, task=_from(folder, str(file)))
+    content = _text(written, data, model, method, length, epochs, settings)
     load_recipe({"name": "new", **yaml.safe_load(content)})  # a wrong method or name is told before anything is written
     return NewRecipe(content, (*guess, *data.notes, *data.leaks))
+
+
+def _from(folder: str | Path, file: str) -> str:
+    """The path of a file as it leads from a folder; an absolute one, and what is no file, as it is."""
+    if os.path.isabs(file) or not looks_like_file(file) or os.path.samefile(folder, "."):
+        return file
+    return os.path.relpath(file, folder)
 
 
 def _named_columns(file: str, text: Sequence[str], label: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:

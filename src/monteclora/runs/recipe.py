@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from monteclora.methods import MethodOptions, get_method
 from monteclora.metrics.registry import METRICS
 from monteclora.runs.bundled import bundled_recipes, former_names
 from monteclora.runs.method_section import method_name, with_current_names, without_foreign_fields
+from monteclora.runs.recipe_paths import PATH_KEYS, absolute, with_places
 from monteclora.tasks import DataSpec
 
 __all__ = [
@@ -221,7 +222,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.output or f"runs/{self.name}")
+        return Path(self.output or f"runs/{self.name}").expanduser()
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong across sections, see :mod:`monteclora.config`."""
@@ -240,26 +241,36 @@ class Recipe:
         return found
 
 
-def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Iterable[tuple[str, str]] = (),
+    *,
+    places: Sequence[Path] | None = None,
+) -> Recipe:
     """Read a recipe and check it.
+
+    Relative paths in a file lead from its folder, or else from the working directory; those of overrides and mappings
+    from the working directory alone.
 
     Args:
         source: the path of a YAML file, the name of a bundled recipe, a mapping with the same content, or a recipe.
         overrides: pairs of dotted key and YAML text, as in ``("training.learning_rate", "1e-4")``.
+        places: of a file: where its relative paths lead from, in place of its folder and the working directory.
 
     Raises:
         ConfigError: no such file or name, or with every problem of the recipe at once.
     """
-    overrides = list(overrides)
+    overrides = [(key, _expanded(key, text)) for key, text in overrides]
     if isinstance(source, Recipe):
         if not overrides:
             return source
         source = dataclasses.asdict(source)
     if isinstance(source, Mapping):
-        document = Document(from_python(source, "recipe"), "recipe")
+        document = _with_places(Document(from_python(source, "recipe"), "recipe"), [Path()])
     else:
         path, implied = _find(source)
-        document, overrides = _named(load_yaml(path), Path(source).stem), [*implied, *overrides]
+        document = _with_places(_named(load_yaml(path), Path(source).stem), places or _places_of(path))
+        overrides = [*implied, *overrides]
     name = method_name(document, overrides)
     options = get_method(name).options
     document = without_foreign_fields(document, name)
@@ -276,7 +287,7 @@ def recipe_content(source: str | Path) -> dict[str, Any]:
         ConfigError: no such file or name, or it is not YAML.
     """
     path, implied = _find(source)
-    root = _named(load_yaml(path), Path(source).stem).root
+    root = _with_places(_named(load_yaml(path), Path(source).stem), _places_of(path)).root
     for key, text in implied:
         root = override(root, key.split("."), text, [])
     content: dict[str, Any] = to_python(root)
@@ -291,6 +302,7 @@ def is_run_name(name: str) -> bool:
 
 def _find(source: str | Path) -> tuple[Path, list[tuple[str, str]]]:
     """The file of a recipe, and what an earlier name of a bundled one says beside it."""
+    source = os.path.expanduser(source)
     bundled, name = bundled_recipes(), str(source)
     if os.path.isfile(source):  # Path.is_file raises for names that are too long
         return Path(source), []
@@ -305,6 +317,19 @@ def _find(source: str | Path) -> tuple[Path, list[tuple[str, str]]]:
         hint = f"Did you mean {near}?" if near else "Give a YAML file, or see `monteclora recipes`."
         raise ConfigError(f"there is no bundled recipe {name!r}", hint)
     return Path(source), []
+
+
+def _places_of(file: Path) -> list[Path]:
+    return [file.parent, Path()]
+
+
+def _with_places(document: Document, places: Sequence[Path]) -> Document:
+    return dataclasses.replace(document, root=with_places(document.root, places))
+
+
+def _expanded(key: str, text: str) -> str:
+    """The value of an override; of a path in the user's home the whole path."""
+    return os.path.expanduser(text) if key in PATH_KEYS and text.startswith("~/") else text
 
 
 def _named(document: Document, name: str) -> Document:
@@ -330,13 +355,13 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
-    """The dotted keys, of those that determine the result, in which two recipes differ."""
+    """The dotted keys, of those that determine the result, in which two recipes differ; paths by where they lead."""
     return list(changed_values(first, second))
 
 
 def changed_values(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     """Both values of the keys that :func:`differences` gives; None for a key that only the other's method has."""
-    one, other = (dict(_flat(_determining(_resolved(recipe)))) for recipe in (first, second))
+    one, other = (dict(_flat(_determining(_resolved(absolute(recipe))))) for recipe in (first, second))
     missing = object()
     keys = sorted(key for key in {*one, *other} if one.get(key, missing) != other.get(key, missing))
     return {key: (one.get(key), other.get(key)) for key in keys}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -19,6 +20,7 @@ from monteclora.config import dump
 from monteclora.errors import CheckpointError
 from monteclora.runs.metrics_log import MetricsLog
 from monteclora.runs.recipe import Recipe, load_recipe
+from monteclora.runs.recipe_paths import places_of
 from monteclora.system.atomic import write_file
 
 __all__ = ["RunFolder", "RunInUseError"]
@@ -49,12 +51,13 @@ class RunFolder:
         Raises:
             CheckpointError: it does not.
         """
-        run = cls(Path(path))
+        run = cls(Path(path).expanduser())
         if not run.recipe_file.is_file():
             what = "has no recipe.yaml: it is not a run" if run.path.is_dir() else "does not exist"
             hint = "Give a folder that `monteclora train` made."
             if run.is_adapter:
-                hint = f"It is an adapter: run `monteclora calibrate {run.path} --base MODEL --data FILE` on it first."
+                command = f"monteclora calibrate {quote(str(run.path))} --base MODEL --data FILE"
+                hint = f"It is an adapter: run `{command}` on it first, or load it with monteclora.load."
             raise CheckpointError(f"the folder {run.path} {what}", hint)
         return run
 
@@ -101,8 +104,15 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe as it was trained. Raises ConfigError where the file was changed into something else."""
-        return load_recipe(self.recipe_file)
+        """The recipe as it was trained, with paths that lead to its files from here.
+
+        Raises ConfigError where the file was changed into something else.
+        """
+        try:
+            environment = self.environment
+        except CheckpointError:
+            environment = {}  # not written yet, or damaged, which is told where it is read
+        return load_recipe(self.recipe_file, places=places_of(self.path, environment))
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -106,4 +106,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "Check the path; it is relative to here.") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}",
+            "Check the path; it leads from the recipe's folder, or from here.",
+        ) from None

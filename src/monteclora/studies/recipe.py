@@ -15,6 +15,7 @@ from monteclora.errors import ConfigError
 from monteclora.metrics.registry import METRICS
 from monteclora.prediction.registry import CALIBRATORS, NO_CALIBRATOR, SAMPLERS
 from monteclora.runs.bundled import bundled_studies
+from monteclora.runs.recipe_paths import beside, with_places
 
 __all__ = ["Arm", "Centre", "StudyRecipe", "load_study"]
 
@@ -59,7 +60,8 @@ class StudyRecipe:
         name: of the study; by default the file's name.
         base: the recipe that every trial starts from: a bundled one's name, a YAML file (by its path from the study
             recipe's folder, or from the working directory), or its content. The study folder keeps the content.
-        set: dotted recipe keys that every trial changes.
+        set: dotted recipe keys that every trial changes. Paths here, in ``grid`` and in arms lead from the study
+            recipe's folder, or else from the working directory, as those of a recipe do.
         arms: what is compared, by a name for people; by default the values of ``method.name`` in the grid.
         grid: dotted recipe keys with lists of values, and ``sampler`` and ``calibrator``, which can be in ``set`` too.
             Keys under ``data`` and ``model``, and what says how a run is evaluated (these two, and keys under
@@ -101,7 +103,7 @@ class StudyRecipe:
     @property
     def folder(self) -> Path:
         """The study folder."""
-        return Path(self.output or f"studies/{self.name}")
+        return Path(self.output or f"studies/{self.name}").expanduser()
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values, see :mod:`monteclora.config`."""
@@ -162,16 +164,17 @@ def load_study(source: str | Path | Mapping[str, Any] | StudyRecipe, output: str
     overrides: Iterable[tuple[str, str]] = () if output is None else [("output", output)]
     if isinstance(source, Mapping):
         return build(StudyRecipe, Document(from_python(source, "study"), "study"), overrides)
-    path = Path(source)
+    path = Path(source).expanduser()
     if not os.path.isfile(path) and str(source) in bundled_studies():
         path = bundled_studies()[str(source)]
     document = load_yaml(path)
     if "name" not in document.root.value:
         root = Node({"name": Node(path.stem, document.source), **document.root.value}, document.root.where)
         document = dataclasses.replace(document, root=root)
-    values = dict(document.root.value)
+    values = _with_places(document.root.value, [path.parent, Path()])
     if (base := values.get("base")) is not None:
-        values["base"] = _beside(base, path.parent)
+        content = isinstance(base.value, dict)
+        values["base"] = with_places(base, [path.parent, Path()]) if content else _beside(base, path.parent)
     if (known := values.get("known")) is not None and isinstance(known.value, list):
         values["known"] = Node([_beside(file, path.parent) for file in known.value], known.where)
     document = dataclasses.replace(document, root=Node(values, document.root.where))
@@ -180,8 +183,31 @@ def load_study(source: str | Path | Mapping[str, Any] | StudyRecipe, output: str
     return build(StudyRecipe, document, overrides)
 
 
+def _with_places(values: Mapping[str, Node], places: Sequence[Path]) -> dict[str, Node]:
+    """The study with paths among the recipe keys that it sets and varies, and those its arms do, as they lead."""
+    found = dict(values)
+    for name in ("set", "grid"):
+        node = values.get(name)
+        if node is not None and isinstance(node.value, dict):
+            found[name] = Node({key: _placed(key, each, places) for key, each in node.value.items()}, node.where)
+    arms = values.get("arms")
+    if arms is not None and isinstance(arms.value, dict):
+        of_arms = {
+            key: Node(_with_places(arm.value, places), arm.where) if isinstance(arm.value, dict) else arm
+            for key, arm in arms.value.items()
+        }
+        found["arms"] = Node(of_arms, arms.where)
+    return found
+
+
+def _placed(key: str, node: Node, places: Sequence[Path]) -> Node:
+    if isinstance(node.value, list):
+        return Node([_placed(key, each, places) for each in node.value], node.where)
+    return Node(beside(key, node.value, places), node.where, node.raw)
+
+
 def _beside(node: Node, folder: Path) -> Node:
     """The path of a file in ``folder``, where a node names one; else the node as it is."""
-    if isinstance(node.value, str) and os.path.isfile(beside := folder / node.value):
-        return Node(str(beside), node.where)
+    if isinstance(node.value, str) and os.path.isfile(found := folder / os.path.expanduser(node.value)):
+        return Node(str(found), node.where)
     return node

@@ -1,0 +1,137 @@
+"""Where the relative paths of a recipe lead: beside its file first, then from the working directory.
+
+A path is written down as it leads from the working directory; where both folders are the same, or nothing is beside the
+file, it stays as it is written. A run also records where it was started (:func:`started_in`), and finds its data from
+any directory, and after a move with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monteclora.config import Node
+from monteclora.data.chat import CHATML
+from monteclora.data.models import STARTERS
+from monteclora.tasks import list_tasks
+
+if TYPE_CHECKING:
+    from monteclora.runs.recipe import Recipe
+
+__all__ = ["PATH_KEYS", "absolute", "beside", "places_of", "started_in", "with_places"]
+
+PATH_KEYS = (
+    "model.name",
+    "data.task",
+    "data.folder",
+    "data.train_file",
+    "data.validation_file",
+    "data.test_file",
+    "data.chat_template",
+)
+"""Keys of a recipe whose values can be paths of what it reads; where runs are written is up to the command."""
+
+
+def beside(key: str, value: Any, places: Sequence[Path]) -> Any:
+    """The value of a key, with relative paths as they lead from the first of these folders in which they exist.
+
+    Args:
+        key: dotted; values of keys that hold no path stay as they are.
+        value: a path, a list of them, or a name of something else, which stays as it is.
+        places: folders; one that is the working directory leaves a path as it is.
+    """
+    if key not in PATH_KEYS:
+        return value
+    if isinstance(value, list):
+        return [beside(key, each, places) for each in value]
+    if not isinstance(value, str) or not value or value in _names(key):
+        return value
+    if value.startswith("~"):
+        return os.path.expanduser(value)
+    if os.path.isabs(value):
+        return value
+    for place in places:
+        if _exists(found := os.path.normpath(os.path.join(place, value))):
+            return value if place.resolve() == Path.cwd() else found
+    return value
+
+
+def with_places(root: Node, places: Sequence[Path], prefix: str = "") -> Node:
+    """A recipe's document with its paths as :func:`beside` has them."""
+    entries = {}
+    for key, node in root.value.items():
+        name = f"{prefix}{key}"
+        if isinstance(node.value, dict):
+            entries[key] = with_places(node, places, f"{name}.")
+        elif isinstance(node.value, list):
+            entries[key] = dataclasses.replace(node, value=[_node(name, each, places) for each in node.value])
+        else:
+            entries[key] = _node(name, node, places)
+    return dataclasses.replace(root, value=entries)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, in which two that name the same files in different words are equal."""
+    found = recipe
+    for key in PATH_KEYS:
+        found = _replaced(found, key.split("."), partial(_absolute, key))
+    return found
+
+
+def started_in(folder: Path) -> dict[str, str]:
+    """The working directory, for the environment of a run: as it is, and as it leads from the run's folder."""
+    here = Path.cwd()
+    try:
+        relative = os.path.relpath(here, folder.resolve())
+    except ValueError:  # another drive
+        relative = "."
+    return {"absolute": str(here), "from_run": relative}
+
+
+def places_of(folder: Path, environment: Mapping[str, Any]) -> list[Path]:
+    """Where the paths of a run's recipe lead from: here, where it was started as seen from the run, where that was."""
+    recorded = environment.get("started_in")
+    if not isinstance(recorded, dict):
+        return [Path()]  # earlier versions did not write it down
+    from_run, where = str(recorded.get("from_run", ".")), str(recorded.get("absolute", "."))
+    return [Path(), folder / from_run, Path(where)]
+
+
+def _node(key: str, node: Node, places: Sequence[Path]) -> Node:
+    return dataclasses.replace(node, value=beside(key, node.value, places))
+
+
+def _names(key: str) -> frozenset[str]:
+    """What a value means that is no path, whatever files there are."""
+    known = {"model.name": STARTERS, "data.chat_template": (CHATML,), "data.task": [task.name for task in list_tasks()]}
+    return frozenset(known.get(key, ()))
+
+
+def _replaced(section: Any, path: Sequence[str], change: Callable[[Any], Any]) -> Any:
+    """The section with the value at a path changed."""
+    value, rest = getattr(section, path[0]), path[1:]
+    return dataclasses.replace(section, **{path[0]: _replaced(value, rest, change) if rest else change(value)})
+
+
+def _absolute(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(key, each) for each in value]
+    return os.path.abspath(value) if _leads_somewhere(key, value) else value
+
+
+def _leads_somewhere(key: str, value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value not in _names(key) and _exists(value)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.exists(path) or (
+            glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None
+        )
+    except (OSError, ValueError):  # no name of a file at all
+        return False
