@@ -105,3 +105,18 @@ def test_weights_of_classes_multiply_the_loss_of_their_rows() -> None:
     loss = ClassMeasures((0.5, 1.0, 4.0)).loss(Head(outputs), {"labels": labels}, torch.tensor(2))
     each = -outputs.log_softmax(-1)
     assert loss.item() == pytest.approx((4.0 * each[0, 2] + 0.5 * each[1, 0]).item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("measures", "outputs", "labels"),
+    [
+        (ScoreMeasures(ScoreScale(0.0, 1.0)), (3, 2), torch.ones(3)),
+        (LabelMeasures(((1.0, 2.0), (3.0, 4.0))), (3, 2), torch.ones(3, 2, dtype=torch.long)),
+        (ClassMeasures((1.0, 2.0)), (3, 2), torch.ones(3, dtype=torch.long)),
+    ],
+)
+def test_a_loss_looks_at_no_value_so_that_nothing_waits_for_the_device(measures, outputs, labels) -> None:
+    head = Head(torch.zeros(outputs, device="meta"))  # a device whose tensors have no values to look at
+    loss = measures.loss(head, {"labels": labels.to("meta")}, torch.ones((), device="meta"))
+    loss.backward()
+    assert loss.shape == ()

@@ -78,7 +78,7 @@ class ClassMeasures:
         logits = model(**inputs).logits
         labels = batch["labels"].to(logits.device)
         flat = logits.view(-1, logits.shape[-1]).float()
-        weight = None if self.weights is None else flat.new_tensor(self.weights)
+        weight = None if self.weights is None else _on(flat.device, flat.dtype, self.weights)
         total = nn.functional.cross_entropy(
             flat, labels.view(-1).long(), weight=weight, reduction="sum", ignore_index=IGNORED
         )
@@ -111,15 +111,14 @@ class LabelMeasures:
         """Binary cross-entropy summed over the labels of a row: its negative log-likelihood."""
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
         labels = batch["labels"].to(logits.device)
-        counted = labels[:, 0] != IGNORED
-        wanted = labels[counted]
+        counted = labels[:, :1] != IGNORED
+        wanted = labels.where(counted, 0)
         weight = None
         if self.weights is not None:
-            both = logits.new_tensor(self.weights)
+            both = _on(logits.device, logits.dtype, self.weights)
             weight = torch.where(wanted > 0, both[:, 1], both[:, 0])
-        total = nn.functional.binary_cross_entropy_with_logits(
-            logits[counted], wanted.to(logits.dtype), weight, reduction="sum"
-        )
+        each = nn.functional.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), weight, reduction="none")
+        total = each.where(counted, 0).sum()  # to select rows would wait for the device, which alone knows how many
         return total / items.to(total.device).clamp(min=1)
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -150,9 +149,10 @@ class ScoreMeasures:
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
         labels = batch["labels"].to(logits.device)
         counted = ~labels.isnan()
-        mean, variance = mean_and_variance(logits[counted])
-        wanted = labels[counted].to(mean.dtype)
-        total = 0.5 * (torch.log(2 * torch.pi * variance) + (wanted - mean).square() / variance).sum()
+        mean, variance = mean_and_variance(logits)
+        wanted = labels.where(counted, 0).to(mean.dtype)
+        each = torch.log(2 * torch.pi * variance) + (wanted - mean).square() / variance
+        total = 0.5 * each.where(counted, 0).sum()  # as above: nothing waits for the device
         return total / items.to(total.device).clamp(min=1)
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -209,6 +209,13 @@ class TokenMeasures:
         """The metrics of tokens."""
         nll, tokens, right = kept.sum(0)
         return measure(self.scoring, TokenSums(float(nll), int(tokens), int(right)))
+
+
+@cache
+def _on(device: torch.device, dtype: torch.dtype, weights: tuple[Any, ...]) -> Tensor:
+    """Weights as a tensor, copied to the device once and not for every batch."""
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)
 
 
 def _takes_loss_arguments(model: nn.Module) -> bool:

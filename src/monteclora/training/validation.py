@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from monteclora.system.randomness import preserved_generators
 from monteclora.tasks.measures import Measures
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["Interrupted", "Validation"]
+
+
+_MOST_NUMBERS = 2**22  # kept on the device: 16 MB
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: a request to stop came in
@@ -70,7 +74,7 @@ class Validation:
         starts = range(0, len(rows), self.batch_size)
         # sharded models compute together: a process without a batch of its own repeats the first one
         rounds = [starts[i] if i < len(starts) else None for i in range(self.process, self._passes, self.processes)]
-        found: list[tuple[int, Any, Any]] = []
+        kept, labels = _Kept(), []
         model.eval()
         with preserved_generators(), torch.no_grad():
             for own in rounds:
@@ -78,16 +82,45 @@ class Validation:
                     raise Interrupted
                 start = own or 0
                 batch = self.collate([rows[i] for i in range(start, min(start + self.batch_size, len(rows)))])
-                labels = batch["labels"].to(device)
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 with precision:
                     logits = model(**inputs).logits
-                kept = self.measures.reduce(logits.float(), labels)
+                reduced = self.measures.reduce(logits.float(), batch["labels"].to(device))
                 if own is not None:
-                    found.append((start, kept.double().cpu().numpy(), labels.cpu().numpy()))
+                    kept.add(reduced)
+                    labels.append((start, batch["labels"].numpy()))
+            found = list(zip(labels, kept.finish(), strict=True))
             if self.processes > 1:
                 found = gather_object(found)
-        found.sort(key=lambda part: part[0])
+        found.sort(key=lambda part: part[0][0])
         tokens = self.measures.scoring == "tokens"  # their batches are of different lengths
-        labels = None if tokens else np.concatenate([labels for _, _, labels in found])
-        return self.measures.compute(np.concatenate([kept for _, kept, _ in found]), labels)
+        whole = None if tokens else np.concatenate([labels for (_, labels), _ in found])
+        return self.measures.compute(np.concatenate([kept for _, kept in found]), whole)
+
+
+class _Kept:
+    """What is kept of batches, on the device until there is much of it: nothing waits for a copy of each."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._numbers = 0
+        self._done: list[NDArray[np.float64]] = []
+
+    def add(self, kept: Tensor) -> None:
+        """Add a batch's, (B, K)."""
+        self._waiting.append(kept)
+        self._numbers += kept.numel()
+        if self._numbers >= _MOST_NUMBERS:
+            self._transfer()
+
+    def finish(self) -> list[NDArray[np.float64]]:
+        """Each batch's, float64, (B, K)."""
+        self._transfer()
+        return self._done
+
+    def _transfer(self) -> None:
+        if self._waiting:
+            sizes = [len(each) for each in self._waiting]
+            whole = torch.cat(self._waiting).cpu().double()
+            self._done += [part.numpy() for part in whole.split(sizes)]
+        self._waiting, self._numbers = [], 0
