@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 
 import monteclora
 from monteclora.errors import ConfigError
@@ -14,6 +15,7 @@ from monteclora.prediction.agreement import agreement
 from monteclora.prediction.ensemble import Ensemble, Members
 from monteclora.prediction.generation import Decoding, complete, complete_by_draws
 from monteclora.runs.loading import load_run
+from monteclora.tasks.kinds import KINDS
 from tests.finished_runs import write_rows
 
 PROMPTS = ["w1 w2 w3", "w40 w4", "w5"]
@@ -104,6 +106,29 @@ def test_a_file_of_them(trained, model, tmp_path):
     assert [row["answers"] for row in rows] == expected.answers
     plain = predict_file(trained["questions"], file, tmp_path / "c.jsonl", **options).path
     assert not {"tokens", "sequence", "answers"} & set(json.loads(plain.read_text().splitlines()[0]))
+
+
+@pytest.mark.parametrize("num_samples", [0, 3])
+def test_the_first_token_tells_what_the_prompt_alone_tells(model, num_samples):
+    rows = Dataset.from_dict({"prompt": ["w1 w2 w3", "w40 w4"]})
+    predictor = model.run.predictor(model.run.sampler(num_samples=num_samples, seed=4))
+    read = []  # rows of forward passes over prompts; those of one token go on from the cache
+
+    def note(embedding, inputs):
+        read.append(len(inputs[0]) * (inputs[0].shape[1] > 1))
+
+    hook = model.run.model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        alone = KINDS["causal_lm"].predict(predictor, rows, 1).columns
+        count = sum(read)
+        whole = KINDS["causal_lm"].predict_tokens(predictor, rows, 1).columns
+    finally:
+        hook.remove()
+    assert count == 2 * (1 + max(num_samples, 1)), "once to write and once under each draw"
+    assert sum(read) == 2 * count, "for tokens as well"
+    assert whole["next_token"] == alone["next_token"]
+    for name in ("confidence", "total", "aleatoric", "epistemic"):
+        np.testing.assert_allclose(whole[name], alone[name], atol=1e-6)
 
 
 def test_what_is_refused(trained, model, tmp_path):

@@ -72,6 +72,8 @@ class TokenScores:
         draw_log_probs: log p_s(token | what is before it), float64, shape (S, T), nats.
         total, aleatoric, epistemic: of each token's distribution over the vocabulary, float64, shape (T,), nats; the
             first is the sum of the others.
+        likeliest: ids of the tokens that mean_s p_s makes most probable in its places, int64, shape (T,), and
+        confidence: their probabilities, float64, shape (T,); both None where only parts of the distributions are known.
     """
 
     tokens: NDArray[np.int64]
@@ -79,6 +81,8 @@ class TokenScores:
     total: FloatArray
     aleatoric: FloatArray
     epistemic: FloatArray
+    likeliest: NDArray[np.int64] | None = None
+    confidence: FloatArray | None = None
 
     @property
     def log_probs(self) -> FloatArray:
@@ -231,10 +235,17 @@ def _score(reader: _Reader, prompts: list[list[int]], texts: list[list[int]]) ->
 
 
 def _measured(log_probs: Tensor, targets: Tensor) -> dict[str, FloatArray]:
-    """Of k tokens, (S, B, k) or (B, k) each, from ``log_probs`` of shape (S, B, k, V) and ``targets`` (B, k)."""
+    """Of k tokens, (S, B, k) or (B, k) each, by the names in :class:`TokenScores`.
+
+    Args:
+        log_probs: shape (S, B, k, V).
+        targets: the tokens, shape (B, k).
+    """
     draws, rows, width, vocabulary = log_probs.shape
     index = targets.to(log_probs.device).expand(draws, rows, width)[..., None]
     probs = log_probs.double().exp().view(draws, rows * width, vocabulary)
     found = {name: getattr(uncertainty, name)(probs).view(rows, width) for name in ("total", "aleatoric", "epistemic")}
+    confidence, likeliest = probs.mean(0).max(-1)
+    found |= {"confidence": confidence.view(rows, width), "likeliest": likeliest.view(rows, width)}
     found["draw_log_probs"] = log_probs.gather(-1, index).squeeze(-1).double()
     return {name: values.cpu().numpy() for name, values in found.items()}

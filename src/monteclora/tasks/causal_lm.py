@@ -14,7 +14,6 @@ from monteclora.data.kinds import Kind
 from monteclora.data.truncation import Truncation
 from monteclora.errors import DataError
 from monteclora.metrics.registry import Scoring, measure
-from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.completions import CompletionScores, score_completions
 from monteclora.prediction.generation import encode_prompts
 from monteclora.prediction.options import OptionRow, OptionScores, score_options
@@ -27,6 +26,7 @@ from monteclora.tasks.token_columns import (
     check_answers,
     generated_texts,
     given_texts,
+    next_token_columns,
     token_columns,
 )
 from monteclora.tasks.weights import ClassWeights
@@ -111,17 +111,11 @@ class CausalLM:
                 texts = generated_texts(writer, [each["input_ids"] for each in prompts], max_new_tokens)
         inputs = [{"input_ids": text.prompt, "attention_mask": [1] * len(text.prompt)} for text in texts]
         with predictor.precision():
-            found = predict_classes(
-                predictor.model, inputs, sampler=sampler, **{**predictor.arguments(), "progress": None}
-            )
-            more = token_columns(predictor, texts) if tokens else {}
+            more = token_columns(predictor, texts) if tokens else next_token_columns(predictor, inputs)
             more |= answer_columns(predictor, inputs, max_new_tokens, answers) if answers else {}
         columns = {
             **{name: rows[name][:] for name in rows.column_names},
             "completion": tokenizer.batch_decode([text.completion for text in texts], skip_special_tokens=True),
-            "next_token": [tokenizer.decode([int(token)]) for token in found.probs.argmax(1)],
-            "confidence": found.probs.max(1),
-            **uncertainties(found),
             **more,
         }
         return Predicted(columns, notes)

@@ -6,20 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from monteclora.data.encoding import Encoder
 from monteclora.data.truncation import truncate
 from monteclora.errors import ConfigError, DataError
 from monteclora.prediction.agreement import agreement
+from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete_by_draws, complete_tokens, token_texts
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.prediction.tokens import TokenScores, score_tokens
-from monteclora.tasks.base import Predictor, truncated
+from monteclora.tasks.base import Predictor, truncated, uncertainties
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Read", "answer_columns", "check_answers", "generated_texts", "given_texts", "token_columns"]
+__all__ = [
+    "Read",
+    "answer_columns",
+    "check_answers",
+    "generated_texts",
+    "given_texts",
+    "next_token_columns",
+    "token_columns",
+]
+
+_FIRST = ("likeliest", "confidence", "total", "aleatoric", "epistemic")
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,11 @@ def given_texts(predictor: Predictor, rows: Dataset) -> tuple[list[Read], tuple[
     return found, truncated(cut, len(rows), predictor.max_length)
 
 
-def token_columns(predictor: Predictor, texts: Sequence[Read]) -> dict[str, list[Any]]:
-    """``tokens``, a list of records a text, and ``sequence``, a record of the text's scores."""
+def token_columns(predictor: Predictor, texts: Sequence[Read]) -> dict[str, Any]:
+    """``tokens``, a list of records a text, and ``sequence``, a record of the text's scores.
+
+    Also what :func:`next_token_columns` gives, of which the first tokens tell: prompts are read once.
+    """
     scores = score_tokens(
         predictor.model,
         [text.prompt for text in texts],
@@ -73,9 +89,23 @@ def token_columns(predictor: Predictor, texts: Sequence[Read]) -> dict[str, list
         batch_size=predictor.batch_size,
         progress=predictor.progress,
     )
+    first = {name: np.array([getattr(each, name)[0] for each in scores]) for name in _FIRST}
     return {
+        "next_token": [predictor.tokenizer.decode([int(each)]) for each in first.pop("likeliest")],
+        **first,
         "tokens": [_records(predictor, each) for each in scores],
         "sequence": [each.sequence().facts() for each in scores],
+    }
+
+
+def next_token_columns(predictor: Predictor, prompts: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """``next_token``, the most probable one after each prompt, its probability, and how uncertain it is."""
+    arguments = {**predictor.arguments(), "progress": None}
+    found = predict_classes(predictor.model, list(prompts), sampler=predictor.samplers[-1], **arguments)
+    return {
+        "next_token": [predictor.tokenizer.decode([int(token)]) for token in found.probs.argmax(1)],
+        "confidence": found.probs.max(1),
+        **uncertainties(found),
     }
 
 
