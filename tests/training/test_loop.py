@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import monteclora
 from monteclora.training.batches import Batch, Batches
@@ -51,6 +52,27 @@ def test_a_step_runs_through_at_most_five_of_our_files(
     counted = {name for name in entered if not name.startswith(("adapters/", "posterior/"))}
     assert "training/loop.py" in counted
     assert len(counted) <= 5, counted
+
+
+def test_modes_are_set_where_a_validation_changed_them_alone(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Setting the mode of every module takes 1 % of a small model's step; a loaded model is in evaluation mode."""
+    modes, calls, passes, train = [], [], Loop._passes, nn.Module.train
+
+    def watched(loop: Loop, *args: Any) -> Any:
+        modes.append({module.training for module in loop.model.modules()})
+        return passes(loop, *args)
+
+    def counted(module: nn.Module, mode: bool = True) -> nn.Module:
+        calls.extend([len(modes)] if mode else [])
+        return train(module, mode)
+
+    monkeypatch.setattr(Loop, "_passes", watched)
+    monkeypatch.setattr(nn.Module, "train", counted)
+    quietly(recipe(max_steps=6, eval_every=3, save_every=2))
+    assert modes == [{True}] * 6
+    assert set(calls) == {0, 3}
 
 
 def test_the_callers_generators_are_left_alone(recipe: MakeRecipe) -> None:

@@ -143,7 +143,7 @@ class Method:
         """Around all forward and backward passes of a step and the clipping of its gradient.
 
         Args:
-            optimizer: what :meth:`optimizer` made, as accelerate prepared it.
+            optimizer: what :meth:`optimizer` made.
         """
         return nullcontext()
 

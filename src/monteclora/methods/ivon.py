@@ -7,8 +7,7 @@ is under the GPL, so that it is neither a requirement nor copied: it is imported
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,12 +91,10 @@ class Ivon(LoRAMethod):
         )
         return made
 
-    @contextmanager
-    def gradient_context(self, optimizer: Any) -> Iterator[None]:
+    def gradient_context(self, optimizer: Any) -> AbstractContextManager[None]:
         """The weights at a draw, their mean afterwards."""
-        own = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
-        with own.at_a_draw():
-            yield
+        context: AbstractContextManager[None] = optimizer.at_a_draw()
+        return context
 
     def kept_whole(self, model: nn.Module) -> list[nn.Module]:
         """Raises ConfigError: the optimiser flattens all weights into one vector."""

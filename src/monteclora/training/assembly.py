@@ -67,9 +67,12 @@ def assemble(
     if sharding.is_requested():
         kept_whole = sharding.shard(model, method, accelerator.device)
     groups = sharding.separated(method.parameter_groups(model, plan))
-    prepared, optimizer = model, method.optimizer(groups, plan)
+    optimizer = method.optimizer(groups, plan)
+    # accelerate's clipping knows sharded gradients, and looks for them in every step; its optimiser looks for a library
+    prepared, clip = model, accelerator.clip_grad_norm_
     if not sharding.is_requested():
-        prepared, optimizer = accelerator.prepare(model, optimizer)
+        prepared, clip = accelerator.prepare(model), torch.nn.utils.clip_grad_norm_
+    prepared.train()
     validation = None
     if phase.validates and data.validation is not None:
         place = process_index(), process_count()
@@ -86,6 +89,7 @@ def assemble(
         batches=shuffled,
         validation=validation,
         steps=phase.steps,
+        clip=clip,
         max_grad_norm=math.inf if spec.max_grad_norm is None else spec.max_grad_norm,
         intervals=_intervals(spec, shuffled.steps_per_epoch, validates=validation is not None),
         saver=saver,

@@ -100,7 +100,7 @@ class Loop:
     Attributes:
         accelerator: of this process.
         method: adds its loss, and is called after steps.
-        model: as accelerate prepared it.
+        model: as accelerate prepared it, all of it in training mode.
         optimizer, scheduler: of the phase.
         scaler: of the loss, for fp16; switched off otherwise.
         precision: makes the autocast context of a forward pass.
@@ -108,7 +108,8 @@ class Loop:
         batches: of the training split.
         validation: of the validation split; None for none.
         steps: at most.
-        max_grad_norm: gradients are scaled down to this norm; infinite for never.
+        clip: scales the gradients of parameters down to a norm, and gives the one they had.
+        max_grad_norm: that norm; infinite for never.
         intervals: when what happens.
         saver: writes checkpoints.
         non_finite: what happens at a step that is not finite.
@@ -132,6 +133,7 @@ class Loop:
     batches: Batches
     validation: Validation | None
     steps: int
+    clip: Callable[[Sequence[nn.Parameter], float], Tensor]
     max_grad_norm: float
     intervals: Intervals
     saver: Saver
@@ -210,7 +212,8 @@ class Loop:
 
     def step(self, batches: list[Batch]) -> None:
         """One optimiser step; ``batches`` are this process's."""
-        self.model.train()
+        if not self.model.training:  # after a validation; setting every module takes 1 % of a small model's step
+            self.model.train()
         device = self.accelerator.device
         items, tokens = self._count(batches)
         inputs = [{name: value.to(device) for name, value in batch.inputs.items()} for batch in batches]
@@ -220,7 +223,7 @@ class Loop:
             passes = self._passes(inputs, items)
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.optimizer)
-            norm = self.accelerator.clip_grad_norm_(self._trained, self.max_grad_norm)
+            norm = self.clip(self._trained, self.max_grad_norm)
         finite = self._is_finite(batches, passes, _plain(norm))
         if not finite:
             self._forget_gradients()  # without them the optimiser skips every weight
