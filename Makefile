@@ -42,10 +42,26 @@ types: setup
 
 check: lint types test test-slow
 
-docs:
+# other people's code for the pages, of these versions; it is bundled with the built site and not kept here
+BUNDLED := docs/assets/bundled
+MATHJAX ?= 3.2.2
+MERMAID ?= 11.17.2
+
+$(BUNDLED)/.$(MATHJAX)-$(MERMAID):
+	@command -v npm > /dev/null || { echo "make docs fetches MathJax and mermaid with npm: install Node.js"; exit 1; }
+	rm -rf $(BUNDLED) && mkdir -p $(BUNDLED)
+	cd $(BUNDLED) && npm pack --silent mathjax@$(MATHJAX) mermaid@$(MERMAID)
+	cd $(BUNDLED) && tar -xzf mathjax-$(MATHJAX).tgz --strip-components 2 package/es5/tex-svg.js
+	cd $(BUNDLED) && tar -xzf mermaid-$(MERMAID).tgz --strip-components 2 package/dist/mermaid.min.js
+	rm $(BUNDLED)/*.tgz && touch $@
+
+REPOSITORY ?= $(filter http%,$(shell git remote get-url origin 2> /dev/null))
+export REPOSITORY
+
+docs: $(BUNDLED)/.$(MATHJAX)-$(MERMAID)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock mkdocs-material "mkdocstrings[python]" ruff
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BUNDLED) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
