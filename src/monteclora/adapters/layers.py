@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from monteclora.adapters.functional import drawn_lora, grouped_lora
 from monteclora.adapters.peft_private import cast_input
+from monteclora.adapters.row_checks import without_adapters
 from monteclora.adapters.scope import DrawScope
 from monteclora.posterior import AdapterPosterior
 from monteclora.posterior.torch_private import in_backward, parts_of
@@ -94,6 +95,8 @@ class DrawnLayer(LoraVariant):
             draw = self.scope.predictive(posterior)
             layer = None if draw is None else draw.layers[self.slot.index]
         if layer is None or not posterior.enabled:
+            if not torch.compiler.is_compiling() and without_adapters():
+                return result
             lora_a = _part(parts, "lora_A", active_adapter)
             x = cast_input(module, x, lora_a.weight.dtype)
             return cast(Tensor, result + lora_b(lora_a(x)) * scaling)

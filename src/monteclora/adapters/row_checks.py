@@ -14,9 +14,19 @@ from monteclora.adapters.rows import RowOrder, batch_tensor, batch_tensors, row_
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, in_force
 
-__all__ = ["AdaptedLayers", "RowChecks", "RowOrderError", "batch_size", "call_kind", "probe", "probing"]
+__all__ = [
+    "AdaptedLayers",
+    "RowChecks",
+    "RowOrderError",
+    "batch_size",
+    "call_kind",
+    "probe",
+    "probing",
+    "without_adapters",
+]
 
 _probing: ContextVar[bool] = ContextVar("probing", default=False)
+_frozen_alone: ContextVar[bool] = ContextVar("frozen_alone", default=False)
 
 
 class RowOrderError(ConfigError):
@@ -36,12 +46,18 @@ class AdaptedLayers(Protocol):
 
 
 @contextmanager
-def probe() -> Iterator[None]:
-    """In the block this context runs a model only to find something out."""
-    token = _probing.set(True)
+def probe(*, adapted: bool = True) -> Iterator[None]:
+    """In the block this context runs a model only to find something out.
+
+    Args:
+        adapted: whether adapters add their mean, or the frozen layers are run alone. Where rows lie is a matter of the
+            architecture, and adapters that training has ruined may let rows look alike.
+    """
+    token, alone = _probing.set(True), _frozen_alone.set(not adapted)
     try:
         yield
     finally:
+        _frozen_alone.reset(alone)
         _probing.reset(token)
 
 
@@ -56,6 +72,11 @@ def call_kind(
 def probing() -> bool:
     """Whether this context runs a model only to find something out: nothing is drawn then."""
     return _probing.get()
+
+
+def without_adapters() -> bool:
+    """Whether this context runs the frozen layers alone."""
+    return _frozen_alone.get()
 
 
 def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -149,7 +170,7 @@ class RowChecks:
         known = self._order.get(kind, RowOrder())
         if not known.settled:
             layers = {k: v for posterior in posteriors for k, v in self.source.adapted_layers(posterior).items()}
-            with probe(), in_force.restored():
+            with probe(adapted=False), in_force.restored():
                 for posterior in self.source.known_posteriors():
                     in_force.put(posterior, None)
                 known = row_order(module, args, kwargs, layers, groups, known)

@@ -5,8 +5,8 @@ to which draw or example. Most layers have the batch along their first dimension
 layers fed by relative positions or learned queries, experts that are sent tokens one by one. Their shapes may look the
 same, so shapes are not asked.
 
-Instead the forward pass that is about to run is run beforehand, at the mean and without gradients, once as it is and
-then with some rows replaced by noise. The input of a layer is in order if it changes where those rows should be, and
+Instead the forward pass that is about to run is run beforehand, without adapters and gradients, once as it is and then
+with some rows replaced by noise. The input of a layer is in order if it changes where those rows should be, and
 nowhere else.
 """
 
