@@ -93,6 +93,21 @@ def lost_steps(folder: Path) -> int:
     return measured - (found.total_step if found else 0)
 
 
+def test_killed_before_its_recipe_is_written(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Nothing but a half-written file is there: still the folder of this run, and the file goes."""
+    made = recipe(max_steps=2)
+    process = start(made, DieAtCall(0))
+    process.join()
+    run = tmp_path / "run"
+    assert process.exitcode == -signal.SIGKILL
+    assert not (run / "recipe.yaml").exists()
+    left = [path for path in run.iterdir() if path.name != ".lock"]
+    assert len(left) == 1
+    (run / ".staged-predictions.parquet.0123456789ab").touch()  # another process's, which evaluates
+    assert quietly(made).steps == 2
+    assert [path.name for path in run.glob(".staged-*")] == [".staged-predictions.parquet.0123456789ab"]
+
+
 @pytest.mark.parametrize(
     "kills", [pytest.param(25, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.nightly)]
 )

@@ -13,7 +13,6 @@ from monteclora.runs.manifest import Checkpoint, newest_complete
 from monteclora.runs.recipe import Recipe, differences, recipe_sha256
 from monteclora.runs.resumption import accepted_sha256, check_changes, resumed
 from monteclora.runs.run_folder import RunFolder
-from monteclora.system.atomic import discard_remains
 from monteclora.system.devices import is_main_process
 from monteclora.tasks import SplitSource
 
@@ -42,8 +41,7 @@ def begin(recipe: Recipe, *, override: bool = False) -> Iterator[Run]:
         yield run
         return
     with run.folder.locked():
-        discard_remains(run.folder.path)
-        discard_remains(run.folder.checkpoints)
+        run.folder.discard_remains()
         _claim(run)
         yield run
 

@@ -21,7 +21,7 @@ from monteclora.errors import CheckpointError
 from monteclora.runs.metrics_log import MetricsLog
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.recipe_paths import places_of
-from monteclora.system.atomic import write_file
+from monteclora.system.atomic import discard_remains, is_remains, write_file
 
 __all__ = ["RunFolder", "RunInUseError"]
 
@@ -154,7 +154,8 @@ class RunFolder:
     @property
     def holds_other_files(self) -> bool:
         """Whether there is anything in the folder, and no run: no recipe, or one that training did not put there."""
-        entries = {entry.name for entry in self.path.glob("*")}
+        # killed while it wrote the recipe, a run leaves nothing but remains
+        entries = {entry.name for entry in self.path.glob("*") if not is_remains(entry.name)}
         is_run = self.recipe_file.name in entries and bool(entries & _MARKS)
         return bool(entries - {".lock"}) and not is_run
 
@@ -183,6 +184,12 @@ class RunFolder:
             raise CheckpointError(
                 f"cannot make the folder {self.path}: {error.strerror}", "Choose another output."
             ) from None
+
+    def discard_remains(self) -> None:
+        """Remove what a killed process left half-written; for the one that has the run :meth:`locked`."""
+        files = (self.recipe_file, self.path / "environment.json", self.metrics.path, self.divergence_file)
+        discard_remains(self.path, {file.name for file in files})  # evaluations may be being written
+        discard_remains(self.checkpoints)
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Put down what is trained."""

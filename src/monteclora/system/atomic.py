@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from monteclora.errors import CheckpointError
 
-__all__ = ["discard_remains", "new_folder", "remove_folder", "replacing", "staged", "write_file"]
+__all__ = ["discard_remains", "is_remains", "new_folder", "remove_folder", "replacing", "staged", "write_file"]
 
 _STAGE = ".staged-"
 _REPLACED = ".replaced-"
@@ -35,7 +35,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder or disk refuses it, for instance because it is full.
     """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    temporary = target.with_name(f"{_STAGE}{target.name}.{secrets.token_hex(6)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -157,15 +157,28 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(remains, ignore_errors=True)
 
 
-def discard_remains(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``, and restore what it was about to replace."""
+def is_remains(name: str) -> bool:
+    """Whether a name is that of a file or folder being written, or left half-written by a killed process."""
+    return name.startswith((_STAGE, _REPLACED))
+
+
+def discard_remains(folder: Path, files: Container[str] = ()) -> None:
+    """Remove what a killed process left half-written in ``folder``, and restore what it was about to replace.
+
+    Args:
+        folder: in which no other process makes folders now.
+        files: names of those that no other process writes now; others may be half-written because they are being so.
+    """
     for aside in folder.glob(f"{_REPLACED}*"):
         for older in aside.iterdir():
             if not (folder / older.name).exists():
                 os.rename(older, folder / older.name)
         shutil.rmtree(aside, ignore_errors=True)
     for path in folder.glob(f"{_STAGE}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.removeprefix(_STAGE).rpartition(".")[0] in files:
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
