@@ -2,10 +2,12 @@
 
 import copy
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from monteclora.errors import CheckpointError, ConfigError
@@ -96,6 +98,16 @@ def test_the_cost_is_counted(model, kind):
     assert costs[sampler.name]["forward_passes"] == 3 * sampler.num_samples  # five rows in batches of two
     assert 0 < costs[sampler.name]["seconds"] <= meter.seconds
     assert costs.get("mean", {}).get("forward_passes") == (3 if kind.name == "mean" else 0)
+
+
+def test_what_happens_under_draws_that_overlap_is_counted_once(model, kind):
+    with metered(model) as meter, ExitStack() as stack:
+        metering = Metered(kind.build(3, 0), meter)
+        for number in range(metering.num_samples):
+            stack.enter_context(metering.draw(model, number))
+        found(model, MEAN)
+    assert meter.drawn_calls == meter.calls == 3
+    assert meter.drawn_seconds <= meter.seconds
 
 
 def test_two_threads_do_not_see_each_others_draws(model, kind):
@@ -201,6 +213,17 @@ def test_a_model_without_an_approximation_and_one_of_other_weights_are_refused()
         found(model, Laplace(2))
     with pytest.raises(CheckpointError, match="of other weights than the model's"):
         attach(wrapped(bert, r=2), gaussian_around(model))
+
+
+def test_draws_of_laplace_are_refused_where_they_would_be_lost():
+    model = wrapped(bert)
+    add_hook_to_module(model, ModelHook())  # in the place of its forward, whatever the class has
+    with pytest.raises(ConfigError, match="its forward was replaced"):
+        attach(model, gaussian_around(model))
+    assert not hasattr(model, "laplace_posterior")
+    remove_hook_from_module(model)
+    attach(model, gaussian_around(model))
+    attach(model, gaussian_around(model))  # once more, in the place of the first
 
 
 def test_a_draw_is_the_model_linearised_at_its_weights():

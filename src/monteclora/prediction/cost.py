@@ -30,6 +30,26 @@ class Meter:
     drawn_seconds: float = 0.0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    _open: int = 0
+    _since: float = 0.0
+
+    def count(self) -> None:
+        """Count a call of the model."""
+        self.calls += 1
+        self.drawn_calls += self._open > 0
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """What happens in the block happens under a draw; where such blocks overlap it counts once."""
+        if not self._open:
+            self._since = time.perf_counter()
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self.drawn_seconds += time.perf_counter() - self._since
 
     def costs(self, sampler: str | None) -> dict[str, dict[str, float]]:
         """``forward_passes`` and ``seconds`` of the mean and, where there is one, of the sampler.
@@ -52,10 +72,7 @@ def metered(model: nn.Module) -> Iterator[Meter]:
     """Count the calls of ``model`` inside the block."""
     meter = Meter()
 
-    def count(*_: object) -> None:
-        meter.calls += 1
-
-    handle = model.register_forward_pre_hook(count)
+    handle = model.register_forward_pre_hook(lambda *_: meter.count())
     try:
         yield meter
     finally:
@@ -91,13 +108,8 @@ class Metered:
 
     @contextmanager
     def _counted(self, draws: AbstractContextManager[None]) -> Iterator[None]:
-        started, calls = time.perf_counter(), self.meter.calls
-        try:
-            with draws:
-                yield
-        finally:
-            self.meter.drawn_seconds += time.perf_counter() - started
-            self.meter.drawn_calls += self.meter.calls - calls
+        with self.meter.drawing(), draws:
+            yield
 
 
 @dataclass(frozen=True)

@@ -168,12 +168,21 @@ def attach(model: nn.Module, posterior: LaplacePosterior) -> None:
 
     Raises:
         CheckpointError: the posterior is of other weights.
+        ConfigError: something has given the model a forward of its own, which draws would be lost in.
     """
+    own = getattr(model.__dict__.get("forward"), "__func__", None)
+    attached = getattr(own, "__wrapped__", None) is type(model).forward
+    if "forward" in model.__dict__ and own is not type(model).forward and not attached:
+        raise ConfigError(
+            f"the sampler {LAPLACE} cannot draw in this {type(model).__name__}: its forward was replaced, "
+            "as accelerate does to move parts of a model between devices",
+            "Load the model whole, on one device, or use another sampler.",
+        )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if any(shapes.get(name) != shape for name, shape in posterior.shapes.items()):
         raise CheckpointError("the Laplace approximation is of other weights than the model's", "Fit it again.")
     model.laplace_posterior = posterior  # type: ignore[assignment]
-    if "forward" in model.__dict__:
+    if attached:
         return
 
     # of the instance and not a hook: under a draw the plain pass is not needed. A bound method follows a copied model.
