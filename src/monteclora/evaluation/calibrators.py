@@ -52,6 +52,11 @@ def fitted_calibrators(
     if name in (None, NO_CALIBRATOR):
         return {}, ()
     assert name is not None
+    if not KINDS[loaded.kind].can_be_calibrated:
+        raise ConfigError(
+            f"the calibrator {name} needs probabilities of classes, options or labels, and {loaded.folder} has scores",
+            "Leave it out.",
+        )
     if loaded.is_base or loaded.unfinished:
         what = "the pretrained model" if loaded.is_base else "an unfinished run"
         raise ConfigError(f"the calibrator {name} was asked of {what}", "Calibrate a finished run.")

@@ -150,6 +150,8 @@ class TaskKind(Protocol):
     """Whether there are logits over the vocabulary for every token."""
     has_classes: bool
     """Whether a row has one of some labels, so that an answer is right or wrong and has a confidence."""
+    can_be_calibrated: bool
+    """Whether rows can have probabilities of classes, options or labels, which a calibrator corrects."""
     rows_at_once: int
     """How many rows' predictions are kept in memory before they are written."""
 
@@ -228,6 +230,7 @@ class TextKind:
     has_pretrained_head = False
     predicts_tokens = False
     has_classes = False
+    can_be_calibrated = True
     rows_at_once = 1024
 
     def outputs(self, label_names: Sequence[str] | None) -> tuple[str, ...] | None:

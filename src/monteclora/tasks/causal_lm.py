@@ -48,6 +48,7 @@ class CausalLM:
     has_pretrained_head = True
     predicts_tokens = True
     has_classes = False
+    can_be_calibrated = True  # where rows have options
     rows_at_once = 64  # each has a probability for every token of the vocabulary
 
     def measures(self, data: TaskData, weights: ClassWeights | None = None) -> Measures:

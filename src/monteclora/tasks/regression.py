@@ -38,6 +38,7 @@ class Regression(TextKind):
     """
 
     name: Kind = "regression"
+    can_be_calibrated = False
 
     def measures(self, data: TaskData, weights: ClassWeights | None = None) -> Measures:
         """The Gaussian negative log-likelihood, and the metrics of scores."""
