@@ -112,6 +112,21 @@ class Method:
         """
         raise NotImplementedError
 
+    def start_from(self, model: PreTrainedModel, adapter: Path, options: Any, seed: int) -> nn.Module:
+        """Put a plain LoRA adapter from elsewhere on a base model, in place, with a posterior that is to be trained.
+
+        Args:
+            model: the base model.
+            adapter: the folder.
+            options: the ``method`` section of the recipe; LoRA's options are the adapter's own.
+            seed: of the noise.
+
+        Raises:
+            CheckpointError: a file of the adapter is missing or damaged, or does not fit the model.
+            ConfigError: the method has no posterior, or the adapter is a variant that cannot be drawn.
+        """
+        raise ConfigError(f"the method {self.name} has no posterior to train on an adapter", "Choose monteclora.")
+
     def begin_phase(self, model: nn.Module, plan: Plan) -> None:
         """Prepare a phase. Methods without a posterior have the phase ``cooperative`` alone.
 

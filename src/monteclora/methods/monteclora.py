@@ -77,6 +77,12 @@ class MonteCLoRA(AdapterMethod):
         seed_everything(seed)
         return get_peft_model(model, config)
 
+    def start_from(self, model: PreTrainedModel, adapter: Path, options: MonteCLoRAOptions, seed: int) -> nn.Module:
+        """As in the base class; a relative scale is one to the A that is loaded."""
+        from monteclora.adapters.grafting import from_plain
+
+        return from_plain(model, adapter, options.settings(), noise_seed=seed, is_trainable=True)
+
     def begin_phase(self, model: nn.Module, plan: Plan) -> None:
         """The phases of docs/method.md section 6."""
         from monteclora.adapters.active import active_posteriors, train_posterior_only

@@ -296,8 +296,9 @@ def _load(run: RunFolder, base: bool, allow_unfinished: bool) -> LoadedRun:
 
 
 def _was_given_a_posterior(recipe: Recipe, adapter: Path) -> bool:
-    """Whether an adapter has a posterior that its method did not make."""
-    return not get_method(recipe.method.name).has_posterior and (adapter / POSTERIOR_FILE).is_file()
+    """Whether an adapter has a posterior that its method did not make, or that was trained on one from elsewhere."""
+    started = recipe.training.post_hoc.adapter is not None
+    return (started or not get_method(recipe.method.name).has_posterior) and (adapter / POSTERIOR_FILE).is_file()
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,7 +183,11 @@ def prepare_model(
         ConfigError: the model cannot be loaded or adapted, or would be trained in half precision.
     """
     method = get_method(recipe.method.name)
-    model = method.wrap(base_model(recipe, kind, label_names, tokenizer), recipe.method, kind, recipe.seed)
+    base, start = base_model(recipe, kind, label_names, tokenizer), recipe.training.post_hoc.adapter
+    if start is None:
+        model = method.wrap(base, recipe.method, kind, recipe.seed)
+    else:
+        model = method.start_from(base, Path(start), recipe.method, recipe.seed)
     keep_differentiable(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):

@@ -72,11 +72,14 @@ class PostHocSpec:
         epochs: passes over the training rows.
         max_steps: at most this many optimiser steps, whatever ``epochs`` says.
         learning_rate_factor: this phase's peak learning rate, as a multiple of ``training.learning_rate``.
+        adapter: the folder of a plain LoRA adapter, of peft, unsloth, axolotl or a run, that takes the place of the
+            first phase: its weights stay as they are. LoRA's options are then the adapter's own.
     """
 
     epochs: float = 1.0
     max_steps: int | None = None
     learning_rate_factor: float = 5.0
+    adapter: str | None = None
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values, see :mod:`monteclora.config`."""
@@ -238,6 +241,11 @@ class Recipe:
             found.append(("seed", f"is {self.seed}, expected at least 0 and below 2**32{last}"))
         if self.training.mode == "post_hoc" and not get_method(self.method.name).has_posterior:
             found.append(("training.mode", f"is post_hoc, and the method {self.method.name} has no posterior"))
+        if self.training.post_hoc.adapter is not None:
+            if self.training.mode != "post_hoc":
+                found.append(("training.post_hoc.adapter", f"is given, and training.mode is {self.training.mode}"))
+            if self.training.learning_rate == "auto":
+                found.append(("training.learning_rate", "is auto, which is for the adapter that is there already"))
         return found
 
 

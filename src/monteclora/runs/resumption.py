@@ -12,6 +12,7 @@ from monteclora.runs.environment import changes
 from monteclora.runs.manifest import Checkpoint
 from monteclora.runs.recipe import Recipe, changed_values
 from monteclora.runs.run_folder import RunFolder
+from monteclora.runs.start import check_unchanged
 
 __all__ = ["accepted_sha256", "check_changes", "overrides_of", "resumed"]
 
@@ -62,6 +63,7 @@ def resumed(
             or what they were is not to be read.
     """
     before = run.environment
+    check_unchanged(before, facts, run.path)
     data = _changed_data(run, facts["data"], override)
     changed = changes(before, facts)
     if changed:

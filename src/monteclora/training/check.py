@@ -18,6 +18,7 @@ from monteclora.data.models import ModelSource, empty_model, refuse_encoder, res
 from monteclora.methods import get_method
 from monteclora.runs.prepare import PreparedData, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe, load_recipe
+from monteclora.runs.start import with_start
 from monteclora.system.devices import PeakMemory, training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks.kinds import KINDS
@@ -150,7 +151,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
         ConfigError: the recipe is wrong.
         DataError: the data are.
     """
-    recipe = load_recipe(recipe, overrides)
+    recipe = with_start(load_recipe(recipe, overrides))
     with quiet_libraries():
         found = look(recipe)
         model = _empty_model(recipe, found)

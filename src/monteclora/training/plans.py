@@ -67,8 +67,10 @@ def phases_of(recipe: Recipe, rows: int, learning_rate: float) -> list[Phase]:
     if spec.mode == "cooperative":
         return [Phase("cooperative", first, learning_rate)]
     second = _steps(spec, rows, spec.post_hoc.epochs, spec.post_hoc.max_steps)
-    rate = learning_rate * spec.post_hoc.learning_rate_factor
-    return [Phase("adapter", first, learning_rate), Phase("posterior", second, rate)]
+    posterior = Phase("posterior", second, learning_rate * spec.post_hoc.learning_rate_factor)
+    if spec.post_hoc.adapter is not None:
+        return [posterior]
+    return [Phase("adapter", first, learning_rate), posterior]
 
 
 def warmup_steps(spec: TrainingSpec, steps: int) -> int:

@@ -22,6 +22,7 @@ from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.result import RunResult
 from monteclora.runs.resumption import overrides_of
 from monteclora.runs.run_folder import RunFolder
+from monteclora.runs.start import check_start, start_facts, with_start
 from monteclora.system.atomic import new_folder
 from monteclora.system.devices import PeakMemory, is_main_process, training_device
 from monteclora.system.quiet import quiet_libraries
@@ -69,7 +70,7 @@ def train(
         DivergenceError: the loss or a gradient is not finite; the last checkpoint is finite.
         TrainingInterrupted: a KeyboardInterrupt, after saving.
     """
-    recipe = load_recipe(recipe, overrides)
+    recipe = with_start(load_recipe(recipe, overrides))
     sharding.check_launch(recipe.model.quantization, recipe.training.precision)
     console = Console(stderr=True, quiet=not progress or not is_main_process())
     with begin(recipe, override=override) as run:
@@ -90,7 +91,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     """Train an unfinished run to its end; gives the last line of its metrics."""
     recipe, folder = run.recipe, run.folder
     data = prepare_data(recipe)
-    for note in data.notes:
+    for note in (*data.notes, *check_start(recipe, data.task.kind, data.task.label_names)):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     fresh = _FreshModel(partial(prepare_model, recipe, data.task.kind, data.task.label_names, data.tokenizer))
     parameters = fresh.model.named_parameters()
@@ -99,7 +100,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     memory = PeakMemory(training_device())
     if is_main_process():
         folder.divergence_file.unlink(missing_ok=True)
-        run.note(describe_environment(recipe, data.task, memory.device), checkpoint)
+        facts = describe_environment(recipe, data.task, memory.device)
+        run.note({**facts, **({"start": start} if (start := start_facts(recipe)) else {})}, checkpoint)
         for note in overrides_of(folder.environment):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         folder.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
@@ -115,6 +117,10 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
             with new_folder(folder.adapter) as stage:
                 get_method(recipe.method.name).save(model, stage)
     if is_main_process():
+        if (
+            recipe.training.post_hoc.adapter is not None
+        ):  # its weights are saved with the posterior, and were not trained
+            trained = {name: trained[name] for name, each in model.named_parameters() if each.requires_grad}
         folder.metrics.append(_conclusion(folder, rate, sum(trained.values()), memory))
     PartialState().wait_for_everyone()
     return folder.metrics.read()[-1]
