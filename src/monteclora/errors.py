@@ -13,11 +13,17 @@ __all__ = [
     "NotAtHandError",
     "ServerError",
     "UnsafeCodeError",
+    "visible",
 ]
 
 
 # what a terminal would obey (escape sequences, writing from right to left) or an encoder refuse
 _NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text out of files with what a terminal would obey, or an encoder refuse, as escapes; ``keep`` stays as it is."""
+    return _NOT_SHOWN.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
 class MonteCLoRAError(Exception):
@@ -40,7 +46,7 @@ class MonteCLoRAError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
-        return _NOT_SHOWN.sub(lambda match: ascii(match[0])[1:-1], " ".join(text.split()))
+        return visible(" ".join(text.split()))
 
 
 class ConfigError(MonteCLoRAError, ValueError):

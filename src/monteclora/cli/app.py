@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -67,6 +68,9 @@ app.command(listing.app)
 app.command(doctor.doctor)
 
 
+app.register_install_completion_command(help="Complete commands and options in this shell; a new shell has it.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -76,11 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage or input, 3 diverged, 130 interrupted.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _at_home(sys.argv[1:] if arguments is None else arguments)
+    _write_anything()
     debug = "--debug" in words
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import that 4-bit layers could be faster
     try:
         words = [word for word in words if word != "--debug"]
+        if words[:1] in (["train"], ["check"]) and not {"--help", "-h"}.isdisjoint(words):
+            return _help_with_keys(words)
         status = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return status if isinstance(status, int) else DONE
@@ -94,6 +101,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         return _tell(error, keep_traceback=not debug)
+
+
+def _at_home(words: Sequence[str]) -> list[str]:
+    """Paths in ``~``, also those that shells leave as they are, as in ``--out=~/x``; texts stay."""
+    found = []
+    for before, word in zip(("", *words), words, strict=False):
+        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        is_path = value.startswith("~/") and "--text" not in (before, option)
+        found.append(f"{option}{equals}{os.path.expanduser(value)}" if is_path else word)
+    return found
+
+
+def _write_anything() -> None:
+    """Have streams escape what their encoding does not have, in place of failing when the work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _help_with_keys(words: Sequence[str]) -> int:
+    from monteclora.cli.recipes import key_lines
+
+    app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    print("\nKeys of a recipe, to be given as --KEY VALUE (monteclora recipes keys explains them):\n")
+    print("\n".join(key_lines()))
+    return DONE
 
 
 def _tell(error: BaseException, keep_traceback: bool) -> int:

@@ -51,11 +51,12 @@ def _facts(report: CheckReport) -> list[tuple[str, str]]:
     rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items()) or "unknown"
     parts = (
         f"weights {size(memory.weights)}, optimiser {size(memory.optimizer)}, activations {size(memory.activations)}"
+        + (f", the process itself {size(memory.process)}" if memory.process else "")
     )
     share = sizes.trained / sizes.parameters
     return [
         ("recipe", report.recipe.name),
-        ("output", str(report.recipe.folder)),
+        ("output", f"{report.recipe.folder} ({report.folder})"),
         ("task", f"{report.recipe.data.task or 'own files'} ({report.kind}): {rows} rows"),
         ("tokens", _tokens(report)),
         (

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from monteclora.errors import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +31,9 @@ def _console() -> Console:
 
 def print_json(data: Any) -> None:
     """A document; what JSON does not know, such as a path, as text."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    # what the stream cannot write is escaped as JSON has it
+    plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    print(json.dumps(data, indent=2, ensure_ascii=plain, default=str))
 
 
 def print_line(text: str) -> None:
@@ -48,7 +52,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(visible(cell, "\n\t") for cell in row))
     _console().print(table)
 
 
@@ -60,10 +64,10 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in facts:
-        grid.add_row(name, text)
+        grid.add_row(name, visible(text, "\n\t"))
     _console().print(grid)
 
 
 def note(text: str) -> None:
     """Something to know about the results, on standard error."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {visible(text)}", file=sys.stderr)

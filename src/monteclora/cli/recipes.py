@@ -11,7 +11,7 @@ from monteclora.errors import ConfigError
 from monteclora.runs.bundled import bundled_recipes, bundled_studies, summary
 from monteclora.system.atomic import write_file
 
-__all__ = ["app"]
+__all__ = ["app", "key_lines"]
 
 app = App(name="recipes", help="List, show or copy the bundled recipes.")
 
@@ -32,17 +32,24 @@ def list_recipes(*, as_json: Json = False) -> None:
 
 
 @app.command
-def show(name: str, /) -> None:
+def show(name: str, /, *, as_json: Json = False) -> None:
     """Print a recipe.
 
     Args:
         name: of a bundled recipe.
     """
-    print_line(_find(name).read_text(encoding="utf-8").rstrip())
+    path = _find(name)
+    if as_json:
+        from monteclora.config import load_yaml
+        from monteclora.config.document import to_python
+
+        print_json(to_python(load_yaml(path).root))
+        return
+    print_line(path.read_text(encoding="utf-8").rstrip())
 
 
 @app.command
-def copy(name: str, to: Path | None = None, /) -> None:
+def copy(name: str, to: Path | None = None, /, *, as_json: Json = False) -> None:
     """Copy a recipe, to change it.
 
     Args:
@@ -56,6 +63,9 @@ def copy(name: str, to: Path | None = None, /) -> None:
     if target.exists():
         raise ConfigError(f"{target} exists", "Give another name, or remove it.")
     write_file(target, source.read_bytes())
+    if as_json:
+        print_json({"recipe": target})
+        return
     print_line(str(target))
 
 
@@ -84,9 +94,18 @@ def keys(*, markdown: bool = False, as_json: Json = False) -> None:
         print_table(["key", "type", "default", "meaning"], rows, left=4)
 
 
+def key_lines() -> list[str]:
+    """A line for each key of a recipe: its name, type and default."""
+    from monteclora.runs.recipe_reference import default_text, recipe_keys, type_text
+
+    found = recipe_keys()
+    width = max(len(key.name) for key in found)
+    return [f"  --{key.name:<{width}}  {type_text(key)}; {default_text(key)}" for key in found]
+
+
 @app.command
-def schema() -> None:
-    """Print a JSON schema of recipes, for editors."""
+def schema(*, as_json: Json = True) -> None:
+    """Print a JSON schema of recipes, for editors; it is JSON with --json and without."""
     from monteclora.runs.recipe_reference import json_schema, recipe_keys
 
     print_json(json_schema(recipe_keys()))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from monteclora.data.chat import Segment, Writer, Written
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.truncation import Kept, Tokens, Truncation, prompt_excess, truncate
-from monteclora.errors import ConfigError, DataError
+from monteclora.errors import ConfigError, DataError, visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -274,10 +274,10 @@ class RowView:
     label: str | None = None
 
     def __str__(self) -> str:
-        """The text on one line, what is learned in double brackets; after it the label."""
-        escaped = ((text.replace("\n", "\\n"), is_learned) for text, is_learned in self.segments)
+        """The text on one line, control characters escaped, what is learned in double brackets; after it the label."""
+        escaped = ((visible(text), is_learned) for text, is_learned in self.segments)
         line = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in escaped)
-        return line if self.label is None else f"{line} -> {self.label}"
+        return line if self.label is None else f"{line} -> {visible(self.label)}"
 
 
 def describe_rows(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from monteclora.errors import CheckpointError
+from monteclora.errors import CheckpointError, MonteCLoRAError
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import Checkpoint, newest_complete
 from monteclora.runs.recipe import Recipe, differences, recipe_sha256
@@ -16,7 +16,7 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import is_main_process
 from monteclora.tasks import SplitSource
 
-__all__ = ["Run", "begin"]
+__all__ = ["Run", "begin", "describe_folder"]
 
 
 @contextmanager
@@ -116,6 +116,30 @@ class Run:
         self.folder.write_environment(facts)
         if self.folder.recipe != self.recipe:
             self.folder.write_recipe(self.recipe)
+
+
+def describe_folder(recipe: Recipe) -> str:
+    """Whether the recipe's folder is there, and whose it is, in words; nothing is changed."""
+    run = RunFolder(recipe.folder)
+    if run.is_adapter:
+        return "an adapter that was trained elsewhere: training refuses it"
+    if not run.path.exists():
+        return "new"
+    if not run.recipe_file.is_file():
+        return "holds other files and is no run: training refuses it" if run.holds_other_files else "an empty folder"
+    try:
+        changed = differences(run.recipe, recipe)
+        if changed:
+            others = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            begun = "training refuses it" if run.begun else "nothing was trained yet, and training takes it over"
+            return f"a run of another recipe, which differs in {others}: {begun}"
+        if run.finished is not None:
+            return "a finished run of this recipe: there is nothing left to train"
+        checkpoint = newest_complete(run.checkpoints)
+    except MonteCLoRAError as error:
+        return f"a run that cannot be read: {error}"
+    at = "its start" if checkpoint is None else f"step {checkpoint.total_step}"
+    return f"an unfinished run of this recipe: training resumes it at {at}"
 
 
 def _claim(run: Run) -> None:

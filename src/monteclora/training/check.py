@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from monteclora.data.encoding import RowView, describe_rows
 from monteclora.data.kinds import Kind
 from monteclora.data.models import ModelSource, empty_model, refuse_encoder, resolve_model
 from monteclora.methods import get_method
+from monteclora.runs.begin import describe_folder
 from monteclora.runs.prepare import PreparedData, prepare_model, tokenizer_of
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.runs.start import with_start
@@ -65,6 +66,7 @@ class CheckReport:
         operations: floating-point operations of the whole run, estimated; None where the rows are not known.
         matmul_speed: what this machine does of them in a second at its best, in large matrix products.
         measured: a step on this machine; None where the weights are not available or too large to load for this.
+        folder: whether the run's folder is there, and whose it is, in words.
     """
 
     recipe: Recipe
@@ -81,6 +83,7 @@ class CheckReport:
     operations: float | None
     matmul_speed: float
     measured: MeasuredStep | None
+    folder: str = ""
 
     @property
     def predicts_tokens(self) -> bool:
@@ -154,6 +157,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
     recipe = with_start(load_recipe(recipe, overrides))
     with quiet_libraries():
         found = look(recipe)
+        process = _process_memory()
         model = _empty_model(recipe, found)
         sizes, trained, lengths = Sizes.of(model), _trained_names(model), found.lengths
         method = get_method(recipe.method.name)
@@ -171,6 +175,7 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
             predicts_tokens=KINDS[found.kind].predicts_tokens,
             extra=method.extra_memory(model, recipe.method),
         )
+        memory = replace(memory, process=process)
         measured = None
         if _can_be_measured(recipe, found, memory):
             del model
@@ -188,10 +193,17 @@ def check(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[t
             trained=trained,
             phases=phases,
             memory=memory,
+            folder=describe_folder(recipe),
             operations=None if mean is None else _operations(recipe, sizes, phases, mean + virtual),
             matmul_speed=_matmul_speed(recipe),
             measured=measured,
         )
+
+
+def _process_memory() -> int:
+    """Bytes that this process has in use, before there is a model; 0 where training is on a device with its own."""
+    device = training_device()
+    return PeakMemory(device).bytes if device.type == "cpu" else 0
 
 
 def _phases(recipe: Recipe, found: AtHand) -> tuple[Phase, ...]:

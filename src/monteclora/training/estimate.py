@@ -73,16 +73,18 @@ class Memory:
         weights: of the model and its adapter.
         optimizer: gradients, Adam's moments, and what the method keeps besides.
         activations: kept for the backward pass; 0 where the model's shape is unknown.
+        process: what Python, its libraries and the rows take beside these; 0 where the model is on a device of its own.
     """
 
     weights: int
     optimizer: int
     activations: int
+    process: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.weights + self.optimizer + self.activations
+        return self.weights + self.optimizer + self.activations + self.process
 
 
 def required_memory(
