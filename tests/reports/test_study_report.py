@@ -201,8 +201,8 @@ def test_the_page_has_the_view_around_each_arms_best_value(tmp_path: Path) -> No
     text = evidence.replace(MINUS, "-")
     assert text.startswith("b against a with x 1, on 6 shared cells: the spread of accuracy differs by -0.240 (")
     assert windows == [
-        "a (x 1): 3 values of learning_rate around 1.0, from 0.1 to 10.0, chosen by validation accuracy.",
-        "b (x 1): 3 values of learning_rate around 0.01, from 0.001 to 0.1, chosen by validation accuracy.",
+        "a (x 1): 3 values of learning rate around 1.0, from 0.1 to 10.0, chosen by validation accuracy.",
+        "b (x 1): 3 values of learning rate around 0.01, from 0.001 to 0.1, chosen by validation accuracy.",
     ]
     (table,) = section.tables
     assert [row.cells[:3] for row in table.rows] == [["x 1", "a", "accuracy"], ["x 1", "b", "accuracy"]]
@@ -213,7 +213,7 @@ def test_the_page_has_the_view_around_each_arms_best_value(tmp_path: Path) -> No
     done = {trial.id: outcomes[trial.id] for trial in one.trials}
     page = study_page(StudyResult(tmp_path, one, done, summarise(one, done)))
     (section,) = [section for section in page.sections if section.title == "Each arm around its own best value"]
-    assert section.paragraphs[1:] == ["not centred (x 1): an arm has a single learning_rate."]
+    assert section.paragraphs[1:] == ["not centred (x 1): an arm has a single learning rate."]
     assert not section.tables
     page = study_page(result_of(TABLE, tmp_path))  # a study without this view
     assert not [section for section in page.sections if section.title == "Each arm around its own best value"]

@@ -104,8 +104,8 @@ def test_the_lowest_of_equally_good_values_is_the_best_one() -> None:
 @pytest.mark.parametrize(
     ("keep", "values", "said"),
     [
-        (("a", 1.0), 3, "an arm has a single learning_rate"),
-        (("a", 1.0, 10.0), 3, "every arm has just 2 values of learning_rate"),
+        (("a", 1.0), 3, "an arm has a single learning rate"),
+        (("a", 1.0, 10.0), 3, "every arm has just 2 values of learning rate"),
     ],
 )
 def test_what_cannot_be_centred_is_said(keep: tuple[Any, ...], values: int, said: str) -> None:
@@ -129,7 +129,7 @@ def test_the_tables_have_both_views(tmp_path: Path) -> None:
     assert {row["view"]: sum(r["view"] == row["view"] for r in rows) for row in rows} == {"as given": 2, "centred": 2}
     assert {row["view"] for row in pq.read_table(tmp_path / "paired.parquet").to_pylist()} == {"as given", "centred"}
     text = (tmp_path / "summary.md").read_text()
-    assert "- a (x 1): 3 values of learning_rate around 1.0, from 0.1 to 10.0, chosen by validation accuracy\n" in text
+    assert "- a (x 1): 3 values of learning rate around 1.0, from 0.1 to 10.0, chosen by validation accuracy\n" in text
     assert (tmp_path / "summary_centred.tex").read_text().count(r"\\") == 3
     plan, outcomes = made(split="validation")
     write_tables(tmp_path, plan, outcomes, summarise(plan, outcomes), centre(plan, outcomes))

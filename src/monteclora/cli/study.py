@@ -83,11 +83,12 @@ def _plain(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
 
 
 def _print_summaries(title: str, summaries: Sequence[Summary]) -> None:
+    from monteclora.studies.wording import condition_in_words
+
     columns = ["method", "condition", "metric", "best", "median", "spread", "regret", "diverged", "collapsed", "failed"]
     rows = []
     for s in summaries:
         numbers = [f"{s.statistics[name].value:.4f}" for name in ("best", "median", "spread", "regret")]
-        condition = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in s.condition.items())
         counts = [f"{n} of {s.trials}" for n in (s.diverged, s.collapsed, s.failed)]
-        rows.append([s.arm, condition or "all", s.metric, *numbers, *counts])
+        rows.append([s.arm, condition_in_words(s.condition), s.metric, *numbers, *counts])
     print_table(columns, rows, title, left=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,9 @@ from monteclora.metrics.registry import METRICS
 from monteclora.reports.comparison import Comparison, Estimate
 from monteclora.reports.formats import count, duration, size
 from monteclora.reports.page import Column, Page, Row, Section, Table, write_page
+from monteclora.system.text_tables import latex_table, markdown_table, marked_cells
 
 __all__ = ["TextTable", "latex", "markdown", "plain", "rows_for_people", "text_tables", "write_comparison"]
-
-_LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def _number(value: float) -> str:
 
 def rows_for_people(table: TextTable) -> list[list[str]]:
     """The rows, with what is better than all others by more than the choice of rows explains called best."""
-    return _marked(table, lambda cell: f"{cell} (best)", str)
+    return marked_cells(table.rows, table.marked, lambda cell: f"{cell} (best)")
 
 
 def plain(comparison: Comparison) -> str:
@@ -97,39 +93,20 @@ def plain(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """Tables and notes; what is better than all others by more than the choice of rows explains is bold."""
-    parts = []
-    for table in text_tables(comparison):
-        lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)]]
-        lines += _marked(table, lambda cell: f"**{cell}**", lambda cell: cell.replace("|", "\\|"))
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"{table.title}\n\n{body}\n")
+    parts = [
+        f"{table.title}\n\n{markdown_table(table.header, table.rows, marked=table.marked)}"
+        for table in text_tables(comparison)
+    ]
     return "\n".join(parts) + "\n" + "".join(f"- {note}\n" for note in comparison.notes)
 
 
 def latex(comparison: Comparison) -> str:
     """Tables for the package booktabs, with titles and notes as comments; bold as in :func:`markdown`."""
-    parts = []
-    for table in text_tables(comparison):
-        rows = _marked(table, lambda cell: f"\\textbf{{{cell}}}", lambda cell: cell.translate(_LATEX))
-        lines = [
-            f"% {table.title}",
-            f"\\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-            r"\toprule",
-            " & ".join(cell.translate(_LATEX) for cell in table.header) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts) + "".join(f"% {note}\n" for note in comparison.notes)
-
-
-def _marked(table: TextTable, mark: Callable[[str], str], escape: Callable[[str], str]) -> list[list[str]]:
-    return [
-        [mark(escape(cell)) if (r, c) in table.marked else escape(cell) for c, cell in enumerate(row)]
-        for r, row in enumerate(table.rows)
+    parts = [
+        f"% {table.title}\n{latex_table(table.header, table.rows, marked=table.marked)}"
+        for table in text_tables(comparison)
     ]
+    return "\n".join(parts) + "".join(f"% {note}\n" for note in comparison.notes)
 
 
 def write_comparison(path: Path, comparison: Comparison, command: str) -> Path:

@@ -20,11 +20,12 @@ from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
 from monteclora.reports.study_verdict import verdict
 from monteclora.runs.run_folder import RunFolder
-from monteclora.studies.centring import describe_window, shown
+from monteclora.studies.centring import describe_window
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.plan import Trial
 from monteclora.studies.study import StudyResult, read_study
 from monteclora.studies.summary import Estimate, Summary, by_condition, primary_metric, trial_values
+from monteclora.studies.wording import condition_in_words, key_in_words, values_in_words
 
 __all__ = ["STUDY_PAGE", "study_page", "watch_study_report", "write_study_report"]
 
@@ -109,7 +110,7 @@ def _how(result: StudyResult, metric: Metric) -> Section:
     for trial in result.plan.trials:
         for key, value in {**trial.conditions, **trial.settings, "seed": trial.seed}.items():
             values.setdefault(key, []).append(value)
-    varied = "; ".join(f"{_plain(key)} {', '.join(map(_short, _levels(found)))}" for key, found in values.items())
+    varied = "; ".join(f"{key_in_words(key)} {', '.join(map(_short, _levels(found)))}" for key, found in values.items())
     better = "higher" if metric.greater_is_better else "lower"
     return Section(
         "How to read this",
@@ -158,7 +159,7 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
             )
         )
     figures += _against(group, outcomes, arms, metric)
-    condition = ", ".join(f"{_plain(key)} {value}" for key, value in group[0].conditions.items())
+    condition = values_in_words(group[0].conditions)
     table = _table([summary for summary in result.summaries if summary.condition == group[0].conditions])
     return Section(f"With {condition}" if condition else "Results", paragraphs, figures, [table] if table.rows else [])
 
@@ -188,7 +189,7 @@ def _heat_maps(
                 diverged[row, column] = any(outcomes[t.id].status == "diverged" for t in cell)
         columns, rows = ([_short(value) for value in levels[key]] for key in axes)
         if np.isfinite(means).any():
-            maps.append(HeatMap(arm, _plain(x), _plain(y), columns, rows, means, diverged))
+            maps.append(HeatMap(arm, key_in_words(x), key_in_words(y), columns, rows, means, diverged))
     if not maps:
         return []
     everything = np.concatenate([m.values[np.isfinite(m.values)] for m in maps])
@@ -204,10 +205,6 @@ def _levels(values: Sequence[Any]) -> list[Any]:
     """Each value once, numbers in their order."""
     found = [value for number, value in enumerate(values) if value not in values[:number]]
     return sorted(found) if all(isinstance(value, int | float) for value in found) else found
-
-
-def _plain(key: str) -> str:
-    return key.rpartition(".")[2].replace("_", " ")
 
 
 def _short(value: Any) -> str:
@@ -258,7 +255,7 @@ def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
     """The statistics of each arm, with or without a column that names the condition."""
     rows = []
     for summary in summaries:
-        condition = [shown(summary.condition)] if conditions else []
+        condition = [condition_in_words(summary.condition)] if conditions else []
         texts = [_interval(summary.statistics[name]) for name in _STATISTICS]
         counts: list[Cell] = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
         rows.append(Row([*condition, summary.arm, METRICS[summary.metric].label, *texts, *counts]))
@@ -331,7 +328,7 @@ def _trials(result: StudyResult, metric: Metric) -> Section:
         rows.append(Row([trial.arm, *settings, trial.seed, outcome.status, *numbers, outcome.seconds, identity]))
     columns = [
         Column("Arm"),
-        *(Column(_plain(key)) for key in keys),
+        *(Column(key_in_words(key)) for key in keys),
         Column("Seed"),
         Column("Status"),
         *(Column(METRICS[name].label, decimals(3)) for name in names),

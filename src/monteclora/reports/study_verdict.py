@@ -10,6 +10,7 @@ from monteclora.reports.formats import decimals, signed
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan
 from monteclora.studies.summary import Comparison, Estimate, Summary, compare, primary_metric
+from monteclora.studies.wording import values_in_words
 
 __all__ = ["verdict"]
 
@@ -85,8 +86,7 @@ def _evidence(other: str, reference: str, comparison: Comparison, spread: Estima
 
 
 def _where(condition: Mapping[str, Any]) -> str:
-    named = ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in condition.items())
-    return f" with {named}" if named else ""
+    return f" with {values_in_words(condition)}" if condition else ""
 
 
 def _times(estimate: Estimate, sign: int) -> Estimate:

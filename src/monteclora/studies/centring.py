@@ -18,8 +18,9 @@ from monteclora.metrics.registry import METRICS, Metric
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan, Trial
 from monteclora.studies.summary import primary_metric
+from monteclora.studies.wording import condition_in_words, key_in_words
 
-__all__ = ["Centred", "Window", "centre", "describe_window", "shown"]
+__all__ = ["Centred", "Window", "centre", "describe_window"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def centre(plan: Plan, outcomes: Mapping[str, Outcome]) -> Centred:
     for group in groups.values():
         found = _windows(plan, group, outcomes)
         if isinstance(found, str):
-            notes[f"not centred ({shown(group[0].conditions)}): {found}"] = None
+            notes[f"not centred ({condition_in_words(group[0].conditions)}): {found}"] = None
             continue
         windows += found
         by_arm = {window.arm: window for window in found}
@@ -97,7 +98,7 @@ def _windows(plan: Plan, group: Sequence[Trial], outcomes: Mapping[str, Outcome]
     assert wanted is not None
     by_arm = {arm: _grid(group, arm, wanted.key) for arm in dict.fromkeys(trial.arm for trial in group)}
     count = min(wanted.values, *map(len, by_arm.values()))
-    name = wanted.key.rpartition(".")[2]
+    name = key_in_words(wanted.key)
     if count < 2:
         return f"an arm has a single {name}"
     if all(len(grid) == count for grid in by_arm.values()):
@@ -154,15 +155,10 @@ def _placed(trial: Trial, window: Window, group: Sequence[Trial]) -> Trial | Non
     return replace(trial, settings={**trial.settings, window.key: place})
 
 
-def shown(condition: Mapping[str, Any]) -> str:
-    """A condition for people."""
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in condition.items()) or "all"
-
-
 def describe_window(window: Window) -> str:
     """Which values of an arm count, for people."""
-    place = f"{window.arm} ({shown(window.condition)})"
-    low, high, name = window.values[0], window.values[-1], window.key.rpartition(".")[2]
+    place = f"{window.arm} ({condition_in_words(window.condition)})"
+    low, high, name = window.values[0], window.values[-1], key_in_words(window.key)
     beyond = {"lowest": "below", "highest": "above"}
     text = f"{place}: {len(window.values)} values of {name} around {window.best}, from {low} to {high}, "
     text += f"chosen by validation {METRICS[window.metric].label}"

@@ -19,6 +19,7 @@ from monteclora.prediction.registry import NO_CALIBRATOR, get_sampler
 from monteclora.runs.recipe import EvaluationSpec, Recipe, load_recipe, recipe_sha256
 from monteclora.studies.content import Contents
 from monteclora.studies.recipe import StudyRecipe
+from monteclora.studies.wording import values_in_words
 
 __all__ = ["Plan", "Trial", "make_plan"]
 
@@ -64,8 +65,7 @@ class Trial:
     @property
     def label(self) -> str:
         """For people."""
-        values = {**self.conditions, **self.settings, "seed": self.seed}
-        return ", ".join([self.arm, *(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())])
+        return f"{self.arm}, {values_in_words({**self.conditions, **self.settings, 'seed': self.seed})}"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monteclora.metrics.registry import METRICS
-from monteclora.studies.centring import Centred, describe_window, shown
+from monteclora.studies.centring import Centred, describe_window
 from monteclora.studies.folder import Outcome
 from monteclora.studies.plan import Plan
 from monteclora.studies.results import write_results
 from monteclora.studies.summary import Comparison, Estimate, Summary, compare, summarise
+from monteclora.studies.wording import condition_in_words
 from monteclora.system.atomic import replacing, write_file
+from monteclora.system.text_tables import latex_table, markdown_table
 
 __all__ = ["write_tables"]
 
@@ -47,14 +49,15 @@ def write_tables(
     _parquet(folder / "paired.parquet", [{"view": view, **_pair(c)} for view, found in pairs.items() for c in found])
     header = ["Condition", "Arm", "Metric", *_HEADERS.values(), "Diverged", "Collapsed", "Failed", "Trials"]
     notes = [*_notes(plan, summaries), *centred.notes]
-    text = _markdown(header, [_texts(summary) for summary in summaries]) + _bullets(notes)
-    write_file(folder / "summary.tex", _latex(header, [_texts(summary) for summary in summaries]).encode())
+    rows = [_texts(summary) for summary in summaries]
+    text = markdown_table(header, rows, names=3) + _bullets(notes)
+    write_file(folder / "summary.tex", latex_table(header, rows, names=3).encode())
     second = folder / "summary_centred.tex"
     if of_centred:
         rows = [_texts(summary) for summary in of_centred]
-        text += f"\nCentred: each arm around its own best value\n\n{_markdown(header, rows)}"
+        text += f"\nCentred: each arm around its own best value\n\n{markdown_table(header, rows, names=3)}"
         text += _bullets([*map(describe_window, centred.windows), *_notes(centred.plan, of_centred)])
-        write_file(second, _latex(header, rows).encode())
+        write_file(second, latex_table(header, rows, names=3).encode())
     else:
         second.unlink(missing_ok=True)
     write_file(folder / "summary.md", text.encode())
@@ -110,7 +113,7 @@ def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
     """What a reader of the summary must know: seeds that do not count, and what trials did differently."""
     found: dict[str, None] = {}
     for summary in summaries:
-        place = f"{summary.arm} ({shown(summary.condition)})"
+        place = f"{summary.arm} ({condition_in_words(summary.condition)})"
         seeds = {t.seed for t in plan.trials if t.arm == summary.arm and t.conditions == summary.condition}
         if unused := sorted(seeds - set(summary.seeds)):
             metric = METRICS[summary.metric].label
@@ -124,32 +127,11 @@ def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
 def _texts(summary: Summary) -> list[str]:
     numbers = [_text(summary.statistics[name]) for name in _HEADERS]
     counts = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
-    return [shown(summary.condition), summary.arm, METRICS[summary.metric].label, *numbers, *map(str, counts)]
+    names = [condition_in_words(summary.condition), summary.arm, METRICS[summary.metric].label]
+    return [*names, *numbers, *map(str, counts)]
 
 
 def _text(estimate: Estimate) -> str:
     if estimate.low is None:
         return f"{estimate.value:.4f}"
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    special = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "\\": "\\textbackslash{}"})
-    body = [" & ".join(cell.translate(special) for cell in line) + r" \\" for line in rows]
-    head = " & ".join(header) + r" \\"
-    columns = "lll" + "r" * (len(header) - 3)
-    parts = [
-        f"\\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(parts) + "\n"
