@@ -177,7 +177,10 @@ def _parse(text: str, source: str, problems: list[str]) -> Node | None:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         message = f"{source}{line}: {error.problem or error.context}"
-        raise ConfigError(message, "Correct the YAML: indentation, quotes, brackets.") from None
+        hint = "Correct the YAML: indentation, quotes, brackets."
+        if "escape" in message:
+            hint = "Write each backslash twice in double quotes, as in a path of Windows, or use single quotes."
+        raise ConfigError(message, hint) from None
     except yaml.YAMLError as error:
         message = f"{source}: {' '.join(str(error).split())}"
         raise ConfigError(message, "Remove the special characters.") from None

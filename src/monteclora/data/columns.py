@@ -10,7 +10,7 @@ from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.errors import DataError
 
-__all__ = ["Columns", "columns_as_trained", "find_columns", "listed"]
+__all__ = ["Columns", "columns_as_trained", "find_columns", "listed", "named"]
 
 _TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -228,6 +228,11 @@ def _unrecognised(table: Table, options: str) -> DataError:
 
 def listed(table: Table, most: int = 50) -> str:
     """The names of a table's columns for a message, the first ``most`` of them."""
-    listed = ", ".join(brief(column, quotes=False) for column in table.columns[:most])
+    shown = named(table.columns[:most])
     more = len(table.columns) - most
-    return f"{listed} and {more:,} more" if more > 0 else listed
+    return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+def named(columns: Sequence[str]) -> str:
+    """Names of columns for a message."""
+    return ", ".join(brief(column, quotes=False) or "a column without a name" for column in columns)

@@ -74,6 +74,9 @@ def _size(path: Path) -> int:
             if near
             else "Check the path; it leads from the recipe's folder, or from here."
         )
+        if not str(path).isprintable():  # of "C:\new\table.csv" in double quotes YAML makes a line break and a tab
+            hint = "Write each backslash of the path twice in double quotes, or use single quotes."
+            raise DataError(f"there is no file {str(path)!r}", hint) from None
         raise DataError(f"there is no file {path}", hint) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)

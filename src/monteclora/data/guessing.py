@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from monteclora.config import brief
 from monteclora.data.table import Table
 from monteclora.errors import DataError
 
@@ -30,6 +31,9 @@ def guess_columns(table: Table) -> Guess | None:
     """The column with the longest texts, most of them different, and the only one with a few values that repeat.
 
     Gives None where either is not there, or where two columns may be the labels.
+
+    Raises:
+        DataError: the names of the columns are a row, it seems.
     """
     rows = [row for _, row in islice(table.each(), _ROWS) if not isinstance(row, DataError)]
     columns = {name: [row[name] for row in rows if row.get(name) not in (None, "")] for name in table.columns}
@@ -42,6 +46,12 @@ def guess_columns(table: Table) -> Guess | None:
     ]
     if not texts or len(labels) != 1:
         return None
+    if not table.keyed and labels[0] in map(str, columns[labels[0]]):
+        raise DataError(
+            f"{table.name} has no header, it seems: its first line names a column {brief(labels[0])}, and other lines "
+            "have that as a value",
+            "Write a first line that names the columns, such as text,label.",
+        )
     return Guess(max(texts, key=words.__getitem__), labels[0])
 
 

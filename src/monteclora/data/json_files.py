@@ -127,12 +127,13 @@ def open_json(path: Path) -> Table:
     A file of that ending that holds JSON lines is read as such. The document is held in memory.
     """
     encoding = encoding_of(path, guess=False)
-    first = next((line.lstrip() for _, line in text_lines(path, encoding) if line.strip()), "")
+    lines = (line.lstrip() for _, line in text_lines(path, encoding) if line.strip())
+    first, second = next(lines, ""), next(lines, "")
     if not first:
         raise DataError(f"{path} is empty", "Give a file with rows.")
     if first.startswith("{") and _is_object(first):
         row = json.loads(first)
-        if row and not _only_list(row):
+        if row and not _only_list(row) and (second or not _is_turned(row)):
             return open_jsonl(path)
     text = "".join(line for _, line in text_lines(path, encoding))
     try:
@@ -140,6 +141,11 @@ def open_json(path: Path) -> Table:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}", "Write a list of rows, or one row a line as .jsonl.") from None
     listed = found if isinstance(found, list) else _only_list(found)
+    if not listed and _is_turned(found):
+        raise DataError(
+            f"{path} holds columns, or rows by a key, where a list of rows is expected",
+            'Write one; of pandas it is to_json(..., orient="records").',
+        )
     if not listed:
         raise DataError(f"{path} holds no list of rows", f'{_HINT} A document is [...] or {{"data": [...]}}.')
     return _list_table(path, listed)
@@ -164,6 +170,16 @@ def _only_list(document: Any) -> list[Any] | None:
     if "data" in lists:
         return lists["data"]
     return next(iter(lists.values())) if len(lists) == 1 and len(document) == 1 else None
+
+
+def _is_turned(document: Any) -> bool:
+    """Whether an object holds several columns of equal length, or several rows by their keys, as pandas writes them."""
+    values = list(document.values()) if isinstance(document, dict) else []
+    if len(values) < 2:
+        return False
+    if all(isinstance(value, dict) for value in values):
+        return all(value.keys() == values[0].keys() for value in values)
+    return all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
 
 
 _MESSAGE_KEYS = {"role", "from"}  # a list of these is a conversation, and the object a row

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from monteclora.config import brief
 from monteclora.data.coded import Coded, distinct
+from monteclora.data.written_lists import written_list
 from monteclora.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def label_key(value: Any) -> str:
             raise ValueError(f"has the label {brief(value)}, which holds a control character")
         case str() if value.strip().lower() in _MISSING:
             raise ValueError(f"has no label ({value.strip()})")
+        case str() if (listed := written_list(value)) is not None:
+            return label_key(listed)
         case str() if value.strip():
             return _normal(value)
         case None | str():

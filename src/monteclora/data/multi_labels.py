@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from monteclora.config import brief
 from monteclora.data.coded import distinct
 from monteclora.data.labels import LabelSet, describe_labels, label_key
+from monteclora.data.written_lists import written_list
 from monteclora.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,8 +37,15 @@ def read_labels(value: Any) -> LabelsKey:
     Raises:
         ValueError: the cell is missing, or a label in it is none; the message says which.
     """
-    if isinstance(value, list | tuple):
-        return tuple(dict.fromkeys(map(label_key, value)))
+    listed = written_list(value) if isinstance(value, str) else value
+    if isinstance(listed, list | tuple):
+        names = tuple(map(label_key, listed))
+        if len(set(names)) < len(names) and _FLAGS.keys() >= set(names):  # a list of names repeats none
+            raise ValueError(
+                f"has the labels {brief(value)}, a 0 or 1 for each label: expected names, or a column for each label "
+                "(data.label_columns)"
+            )
+        return tuple(dict.fromkeys(names))
     if value is None:
         raise ValueError("has no list of labels (write an empty one where none fits)")
     return label_key(value) if not isinstance(value, str) or value.strip() else ""

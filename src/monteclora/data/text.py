@@ -57,7 +57,7 @@ def text_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
         lines = _utf8_lines(path, file) if encoding == "utf-8" else _decoded_lines(path, file, encoding)
         for number, line in lines:
             if "\0" in line:
-                raise DataError(f"{path}, line {number} holds a NUL byte", "Is this a text file?")
+                raise DataError(f"{path}, line {number} holds a NUL byte", "Is this a text file? Save it as UTF-8.")
             yield number, line
 
 

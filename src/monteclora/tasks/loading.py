@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monteclora.config import brief
 from monteclora.data.coded import distinct
-from monteclora.data.columns import Columns, columns_as_trained, find_columns, listed
+from monteclora.data.columns import Columns, columns_as_trained, find_columns, listed, named
 from monteclora.data.files import Table
 from monteclora.data.kinds import TEXT_KINDS, Kind
 from monteclora.data.label_noise import with_label_noise
@@ -216,7 +215,7 @@ def _unused(plan: _Plan) -> list[str]:
         return []
     used = plan.columns.used | ({"options", "answer", "label"} if plan.columns.kind == "causal_lm" else set())
     names = dict.fromkeys(name for table in plan.tables.values() for name in table.columns if name not in used)
-    shown = ", ".join(brief(name, quotes=False) for name in list(names)[:20]) + (", ..." if len(names) > 20 else "")
+    shown = named(list(names)[:20]) + (", ..." if len(names) > 20 else "")
     return [f"columns that are not used: {shown}"] if names else []
 
 
