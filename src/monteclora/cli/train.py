@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from monteclora.cli.output import Flag, Json, note, print_facts, print_json
 from monteclora.cli.overrides import Overrides, parse_overrides
 
 if TYPE_CHECKING:
+    from monteclora.evaluation.verdict import Verdict
     from monteclora.runs.result import RunResult
 
 __all__ = ["train"]
@@ -43,28 +44,8 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
     # a model that was sharded may not fit on the one device that is left to this process
     judged = verdict(judged_run, baseline=not sharding.is_requested())
     title = f"verdict on {judged_run.name}" if result.members else "verdict"
-    metrics = dict(result.metrics)
     if as_json:
-        print_json(
-            {
-                "folder": result.folder,
-                "adapter": None if result.members else result.adapter,
-                "steps": result.steps,
-                "kept_step": result.kept_step,
-                "metrics": metrics,
-                "seconds": result.seconds,
-                "peak_memory_bytes": result.peak_memory_bytes,
-                "tokens": result.tokens,
-                "trained_parameters": result.trained_parameters,
-                "skipped_steps": result.skipped_steps,
-                "findings": list(judged.findings),
-                "warnings": list(judged.warnings),
-                "learning_rate": result.learning_rate,
-                "range_test_steps": result.range_test_steps,
-                "members": list(result.members),
-                "back_offs": result.back_offs,
-            }
-        )
+        print_json(_facts(result, judged))
         return
     kept = "" if result.kept_step == result.steps else f", kept step {result.kept_step}"
     kept += f", {result.skipped_steps} skipped: not finite" if result.skipped_steps else ""
@@ -73,7 +54,7 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
         [
             ("trained", f"{result.steps} steps{kept} in {cost}, {result.trained_parameters:,} parameters"),
             *_learning_rate(result),
-            *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))] if metrics else []),
+            *([("validation", "  ".join(f"{n} {v:.3f}" for n, v in result.metrics.items()))] if result.metrics else []),
             *[("" if number else title, text) for number, text in enumerate(judged.findings)],
             ("members", f"{len(result.members)} runs in {result.members[0].parent}")
             if result.members
@@ -83,6 +64,28 @@ def train(recipe: str, /, *overrides: Overrides, override: Flag = False, as_json
     )
     for text in judged.warnings:
         note(text)
+
+
+def _facts(result: RunResult, judged: Verdict) -> dict[str, Any]:
+    """For machines."""
+    return {
+        "folder": result.folder,
+        "adapter": None if result.members else result.adapter,
+        "steps": result.steps,
+        "kept_step": result.kept_step,
+        "metrics": dict(result.metrics),
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "tokens": result.tokens,
+        "trained_parameters": result.trained_parameters,
+        "skipped_steps": result.skipped_steps,
+        "findings": list(judged.findings),
+        "warnings": list(judged.warnings),
+        "learning_rate": result.learning_rate,
+        "range_test_steps": result.range_test_steps,
+        "members": list(result.members),
+        "back_offs": result.back_offs,
+    }
 
 
 def _learning_rate(result: RunResult) -> list[tuple[str, str]]:

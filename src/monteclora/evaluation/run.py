@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,10 +23,11 @@ from monteclora.evaluation.error_detection import error_detection
 from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
 from monteclora.evaluation.shift import Shift, outside_rows
-from monteclora.prediction.cost import Metered, metered
+from monteclora.prediction.calibrator import Calibrator
+from monteclora.prediction.cost import Meter, Metered, metered
 from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
-from monteclora.prediction.sampler import MEAN
+from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.ensemble import Runs, load_runs
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.recipe import recipe_sha256
@@ -255,15 +255,7 @@ def evaluate_loaded(
     if calibrators and asked.own == FIT_SPLIT:
         caution = f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones"
         fitted = (*fitted, caution)
-    started = time.perf_counter()
-    with (
-        quiet_libraries(),
-        metered(loaded.model) as meter,
-        progress_bar(f"{loaded.recipe.name}: {asked.name}", len(asked.rows), progress) as advance,
-    ):
-        predictor = loaded.predictor(drawn and Metered.of(drawn, meter), batch_size, advance, calibrators)
-        scored = KINDS[loaded.kind].score(predictor, asked.rows)
-    seconds = time.perf_counter() - started
+    scored, meter = _scored(loaded, asked, drawn, calibrators, batch_size, progress=progress)
     with quiet_libraries():
         # another predictor: bar and meter are those of the split's rows
         again = loaded.predictor(drawn, batch_size, None, calibrators)
@@ -281,11 +273,11 @@ def evaluate_loaded(
         cost=meter.costs(drawn.name if drawn else None),
         scored=scored,
         rows=asked.rows,
-        seconds=seconds,
+        seconds=meter.seconds,
         unfinished=loaded.unfinished,
         notes=(*asked.notes, *prepared, *fitted, *scored.notes, *shift.notes),
         shift=shift,
-        calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=predictor.bins),
+        calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=again.bins),
         members=loaded.members,
         layers=getattr(drawn, "layers", None),
         error_detection=error_detection(scored),
@@ -311,6 +303,26 @@ class _Asked:
     source: SplitSource
     own: str | None
     notes: list[str]
+
+
+def _scored(
+    loaded: LoadedRun,
+    asked: _Asked,
+    drawn: Sampler | None,
+    calibrators: Mapping[str, Calibrator],
+    batch_size: int | None,
+    *,
+    progress: bool,
+) -> tuple[Scored, Meter]:
+    """The rows predicted and measured, and what that cost."""
+    with (
+        quiet_libraries(),
+        metered(loaded.model) as meter,
+        progress_bar(f"{loaded.recipe.name}: {asked.name}", len(asked.rows), progress) as advance,
+    ):
+        predictor = loaded.predictor(drawn and Metered.of(drawn, meter), batch_size, advance, calibrators)
+        scored = KINDS[loaded.kind].score(predictor, asked.rows)
+    return scored, meter
 
 
 def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | None) -> _Asked:
