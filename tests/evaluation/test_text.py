@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file, save_file
 
 import monteclora
@@ -18,7 +19,7 @@ from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.reference import abstention_of, novelty_of, see
 from monteclora.evaluation.run import evaluate
-from monteclora.metrics.ood import nearest_distance
+from monteclora.metrics.ood import nearest_distance, neighbour_distance
 from monteclora.metrics.selective import abstention_threshold
 from monteclora.prediction.novelty import Novelty
 from monteclora.runs.loading import load_run
@@ -54,11 +55,12 @@ def test_novelty_is_its_definition(run):
     found = novelty_of(model)
 
     def parts(seen):
-        return nearest_distance(seen.features, training.features.astype(np.float16), k=1), seen.energy
+        return neighbour_distance(seen.features, training.features.astype(np.float16), k=3), seen.energy
 
     expected = [
         sum(
-            (of_new - of_held.mean()) / of_held.std() for of_new, of_held in zip(parts(x), parts(held_out), strict=True)
+            share * (of_new - of_held.mean()) / of_held.std()
+            for share, of_new, of_held in zip((2, 1), parts(x), parts(held_out), strict=True)
         )
         for x in (new, held_out)
     ]
@@ -251,7 +253,28 @@ def test_features_are_the_pretrained_models_and_energies_the_tuned_ones(run):
     assert seen.energy[0] == pytest.approx(-float(logits.logsumexp(-1)), abs=1e-5)
     with loaded.model.disable_adapter():
         states = loaded.model(**batch, output_hidden_states=True).hidden_states[-1]
-    np.testing.assert_allclose(seen.features[0], states[0].mean(0).numpy(), atol=1e-5)
+    views = np.split(seen.features[0], 2)
+    for view, expected in zip(views, (states[0].mean(0).numpy(), states[0, 0].numpy()), strict=True):
+        np.testing.assert_allclose(view, expected / np.linalg.norm(expected), atol=1e-5)
+
+
+def test_what_an_earlier_version_stored_keeps_its_score(run):
+    """The nearest row by the first view, as much as the energy."""
+    model = monteclora.load(run).run
+    data = load_task(model.recipe.data, None)
+    made, new = novelty_of(model), see(model, data.split("test"))
+    width = made.features.shape[1] // 2
+    tensors = {
+        "features": made.features[:, :width].copy(),
+        "centre": made.centre,
+        "spread": made.spread,
+        "limit": np.array([0.5]),
+    }
+    metadata = {"format": "1", "weights_sha256": made.weights}
+    (run / "novelty.safetensors").write_bytes(save_arrays(tensors, metadata=metadata))
+    distance = nearest_distance(new.features[:, :width], tensors["features"])
+    expected = (distance - made.centre[0]) / made.spread[0] + (new.energy - made.centre[1]) / made.spread[1] - 0.5
+    np.testing.assert_allclose(novelty_of(monteclora.load(run).run).of(new), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("how", ["its data", "a task with a name"])

@@ -5,13 +5,15 @@ A score is float (B,), larger where an example looks less like the training data
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from monteclora.errors import ConfigError, DataError
 from monteclora.metrics.checks import FloatArray, floats
 
-__all__ = ["auroc", "fpr95", "nearest_distance"]
+__all__ = ["auroc", "fpr95", "nearest_distance", "neighbour_distance"]
 
 _AT_ONCE = 4_000_000  # distances in memory
 
@@ -56,6 +58,22 @@ def nearest_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> F
         DataError: an array is malformed.
         ConfigError: ``k`` is below 1 or above N.
     """
+    return _over_neighbours(features, reference, k, lambda cosines: _distance(cosines.min(1)))
+
+
+def neighbour_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> FloatArray:
+    """The mean distance to the k nearest reference rows, as :func:`nearest_distance` measures it.
+
+    Of fewer reference rows than k, all count. Arguments, result and errors are as there.
+    """
+    most = max(1, len(np.atleast_1d(np.asarray(reference))))
+    return _over_neighbours(features, reference, min(k, most), lambda cosines: _distance(cosines).mean(1))
+
+
+def _over_neighbours(
+    features: ArrayLike, reference: ArrayLike, k: int, reduce: Callable[[FloatArray], FloatArray]
+) -> FloatArray:
+    """What ``reduce`` makes, shape (B,), of the cosines of rows with their k nearest reference rows, shape (B, k)."""
     rows, known = _features("features", features), _features("reference", reference)
     if rows.shape[1] != known.shape[1]:
         raise DataError(
@@ -68,8 +86,13 @@ def nearest_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> F
     step = max(1, _AT_ONCE // len(known))
     for first in range(0, len(rows), step):
         cosines = rows[first : first + step] @ known.T
-        kth = np.partition(cosines, len(known) - k, axis=1)[:, len(known) - k]
-        found[first : first + step] = np.sqrt(np.maximum(2.0 - 2.0 * kth, 0.0))
+        found[first : first + step] = reduce(np.partition(cosines, len(known) - k, axis=1)[:, len(known) - k :])
+    return found
+
+
+def _distance(cosines: FloatArray) -> FloatArray:
+    """Of rows of length 1."""
+    found: FloatArray = np.sqrt(np.maximum(2.0 - 2.0 * cosines, 0.0))
     return found
 
 
