@@ -31,6 +31,7 @@ def evaluate(
     batch_size: int | None = None,
     allow_unfinished: Flag = False,
     ood: Path | None = None,
+    shift: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Measure a run's predictions, at the posterior's mean and under draws from it.
@@ -55,6 +56,7 @@ def evaluate(
         batch_size: sequences per forward pass; by default the recipe's training.eval_batch_size.
         allow_unfinished: take the last checkpoint of a run that did not finish.
         ood: a file of texts unlike the training data: how well a classifier distinguishes them from the split's rows.
+        shift: also measure the same rows with typos, words dropped, texts cut and in upper case, at three strengths.
     """
     from monteclora.evaluation.run import evaluate as measure
 
@@ -75,6 +77,7 @@ def evaluate(
         batch_size=batch_size,
         allow_unfinished=allow_unfinished,
         ood=ood,
+        shift=shift,
     )
     if as_json:
         print_json({"folder": result.folder, "split": result.split, "model": result.model, **result.facts()})
@@ -99,9 +102,31 @@ def _print(result: EvaluationResult) -> None:
     rows = [[name, *(f"{metrics[m.name]:.3f}" for m in shown)] for name, metrics in by_name.items()]
     print_table(["", *(metric.label for metric in shown)], rows, title)
     _print_shift(result)
+    _print_corrupted(result)
     print_line(f"written: {result.folder / EVALUATION_FILE}, {result.folder / PREDICTIONS_FILE}")
     for text in result.notes:
         note(text)
+
+
+def _print_corrupted(result: EvaluationResult) -> None:
+    from monteclora.evaluation.corrupted import TITLES
+    from monteclora.metrics.registry import METRICS
+
+    if not result.corrupted:
+        return
+    clean = {"title": "clean", "strength": "", "metrics": result.posterior or result.point}
+    records = [clean] + [
+        {
+            "title": TITLES[each["corruption"]],
+            "strength": each["strength"],
+            "metrics": each["posterior"] or each["point"],
+        }
+        for each in result.corrupted
+    ]
+    shown = [metric for name, metric in METRICS.items() if name in result.point]
+    rows = [[r["title"], str(r["strength"]), *(f"{r['metrics'][m.name]:.3f}" for m in shown)] for r in records]
+    of = f"{result.sampler}, {result.num_samples} draws" if result.posterior else "mean"
+    print_table(["rows", "strength", *(metric.label for metric in shown)], rows, f"the same rows corrupted ({of})")
 
 
 def _print_shift(result: EvaluationResult) -> None:

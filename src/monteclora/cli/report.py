@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from monteclora.cli.output import Json, note, print_json, print_line, print_table
+from monteclora.cli.output import Flag, Json, note, print_json, print_line, print_table
 from monteclora.errors import ConfigError
 
 __all__ = ["report"]
@@ -26,6 +26,8 @@ def report(
     kind: Annotated[_Format | None, Parameter(name="--format")] = None,
     out: Path | None = None,
     watch: bool = False,
+    ood: Path | None = None,
+    shift: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Write a page about a finished run, or about a study as far as it is; or compare several runs.
@@ -41,6 +43,8 @@ def report(
         split: of runs: train, validation or test; by default test where it has labels, else validation.
         kind: of a comparison: text, markdown or latex, to standard output or a file; or html, a page.
         out: the file of a comparison; by default standard output, of a page comparison.html in this folder.
+        ood: of one run: a file of texts unlike the training data, as for monteclora evaluate.
+        shift: of one run: also measure corrupted rows, as for monteclora evaluate.
         watch: of a running study: write the page anew whenever a trial is done, until none is left.
     """
     from monteclora.reports.run_report import write_run_report
@@ -50,6 +54,8 @@ def report(
     study = StudyFolder(run).recipe_file.is_file()
     if watch and (not study or others or kind is not None):
         raise ConfigError(f"--watch is of a study, and {run} is none", "Leave it out, or give a study folder alone.")
+    if (ood is not None or shift) and (study or others or kind is not None):
+        raise ConfigError("--ood and --shift are of one run", "Evaluate each run with them first.")
     if others or kind is not None:
         if study:
             raise ConfigError(f"{run} is a study, and runs are compared", "Give runs, or a study by itself.")
@@ -65,7 +71,7 @@ def report(
                 note(f"{page}: {left} trials are left" if left else f"{page}: all trials are done")
         page = write_study_report(run)
     else:
-        page = write_run_report(run, split)
+        page = write_run_report(run, split, ood=ood, shift=shift)
     if as_json:
         print_json({"report": page})
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from monteclora.data.splitting import subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibration_errors import calibration_errors
 from monteclora.evaluation.calibrators import fitted_calibrators
+from monteclora.evaluation.corrupted import check_corruptible, under_corruption
 from monteclora.evaluation.error_detection import error_detection
 from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
@@ -77,6 +78,8 @@ class EvaluationResult:
             :func:`monteclora.evaluation.calibration_errors.calibration_errors`. None for completions.
         error_detection: the AUROC of wrong against right answers by score; see
             :func:`monteclora.evaluation.error_detection.error_detection`.
+        corrupted: metrics of the same rows corrupted; see :func:`monteclora.evaluation.corrupted.under_corruption`.
+            Empty where they were not asked for.
     """
 
     folder: Path
@@ -99,6 +102,7 @@ class EvaluationResult:
     layers: int | None = None
     calibration: Mapping[str, float] | None = None
     error_detection: Mapping[str, float] | None = None
+    corrupted: Sequence[Mapping[str, Any]] = ()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -146,6 +150,7 @@ class EvaluationResult:
             **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
             **({} if self.error_detection is None else {"error_detection": dict(self.error_detection)}),
             **self.shift.facts(),
+            **({"corrupted": [dict(each) for each in self.corrupted]} if self.corrupted else {}),
             "unfinished": self.unfinished,
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
@@ -172,6 +177,7 @@ def evaluate(
     batch_size: int | None = None,
     allow_unfinished: bool = False,
     ood: str | Path | None = None,
+    shift: bool = False,
     progress: bool = True,
 ) -> EvaluationResult:
     """Predict a split of a run's data, measure the predictions, and keep both in the run folder.
@@ -202,6 +208,8 @@ def evaluate(
         allow_unfinished: take the last checkpoint of a run that did not finish, and say so in the result.
         ood: a file of rows unlike the training data, for a classifier: how well scores distinguish them from the
             split's rows.
+        shift: also measure the same rows corrupted (typos, words dropped, texts cut, upper case, three strengths each),
+            of a run whose rows are texts with labels or scores.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -224,6 +232,7 @@ def evaluate(
         rows=rows,
         batch_size=batch_size,
         ood=ood,
+        shift=shift,
         progress=progress,
     )
 
@@ -241,6 +250,7 @@ def evaluate_loaded(
     rows: int | None = None,
     batch_size: int | None = None,
     ood: str | Path | None = None,
+    shift: bool = False,
     progress: bool = True,
 ) -> EvaluationResult:
     """As :func:`evaluate`, with a run that is loaded already."""
@@ -249,17 +259,16 @@ def evaluate_loaded(
     drawn = loaded.sampler(sampler, num_samples, seed, layers)
     check_calibrator(calibrator or NO_CALIBRATOR)
     outside = outside_rows(loaded, ood)
+    if shift:
+        check_corruptible(loaded)
     asked = _asked(loaded, split, task, rows)
-    with quiet_libraries():
-        calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
-    if calibrators and asked.own == FIT_SPLIT:
-        caution = f"the calibrator {calibrator} was fitted to these rows: its numbers are better than on new ones"
-        fitted = (*fitted, caution)
+    calibrators, fitted = _correctors(loaded, calibrator, drawn, seed, batch_size, asked.own)
     scored, meter = _scored(loaded, asked, drawn, calibrators, batch_size, progress=progress)
     with quiet_libraries():
         # another predictor: bar and meter are those of the split's rows
         again = loaded.predictor(drawn, batch_size, None, calibrators)
-        shift = Shift.of(loaded, again, scored, asked.rows, asked.own, ood, outside)
+        ranked = Shift.of(loaded, again, scored, asked.rows, asked.own, ood, outside)
+        corrupted = under_corruption(loaded, again, asked.rows) if shift else ()
     result = EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,
@@ -275,15 +284,28 @@ def evaluate_loaded(
         rows=asked.rows,
         seconds=meter.seconds,
         unfinished=loaded.unfinished,
-        notes=(*asked.notes, *prepared, *fitted, *scored.notes, *shift.notes),
-        shift=shift,
+        notes=(*asked.notes, *prepared, *fitted, *scored.notes, *ranked.notes),
+        shift=ranked,
         calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=again.bins),
         members=loaded.members,
         layers=getattr(drawn, "layers", None),
         error_detection=error_detection(scored),
+        corrupted=corrupted,
     )
     _keep(loaded, result)
     return result
+
+
+def _correctors(
+    loaded: LoadedRun, name: str | None, drawn: Sampler | None, seed: int, batch_size: int | None, own: str | None
+) -> tuple[Mapping[str, Calibrator], tuple[str, ...]]:
+    """What corrects the probabilities, and what must be known of it; ``own`` is the evaluated split."""
+    with quiet_libraries():
+        calibrators, fitted = fitted_calibrators(loaded, name, drawn, seed, batch_size)
+    if calibrators and own == FIT_SPLIT:
+        caution = f"the calibrator {name} was fitted to these rows: its numbers are better than on new ones"
+        fitted = (*fitted, caution)
+    return calibrators, fitted
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,11 @@ from monteclora.reports.page import Section, write_page
 from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
 from monteclora.reports.runs import run_page
 from monteclora.reports.texts import text_sections
+from monteclora.reports.trust import scale_section, trust_sections
+from monteclora.runs.calibration import read_calibration
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import Recipe
+from monteclora.runs.records import read_evaluations
 from monteclora.runs.result import learning_rate_found
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.quiet import quiet_libraries
@@ -34,12 +37,20 @@ _TEXTS, _LONGEST = 3, 48
 _VERSIONS = ("torch", "transformers", "peft")
 
 
-def write_run_report(folder: Path, split: str | None = None, *, progress: bool = True) -> Path:
+def write_run_report(
+    folder: Path,
+    split: str | None = None,
+    *,
+    ood: str | Path | None = None,
+    shift: bool = False,
+    progress: bool = True,
+) -> Path:
     """Evaluate a finished run on a split, and write ``report.html`` into its folder.
 
     Args:
         folder: made by ``monteclora train``.
         split: by default test where it has labels, else validation.
+        ood, shift: as for :func:`monteclora.evaluate`; what the last evaluation of the split had is measured again.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -49,7 +60,8 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
     """
     loaded = load_run(folder)
     run = RunFolder(folder)
-    result = evaluate_loaded(loaded, split, progress=progress)
+    ood, shift = _asked_before(folder, split, ood, shift)
+    result = evaluate_loaded(loaded, split, ood=ood, shift=shift, progress=progress)
     finished: Mapping[str, Any] = run.finished or {}
     predictions = result.scored.predictions
     evaluation = _evaluation(predictions)
@@ -80,7 +92,19 @@ def write_run_report(folder: Path, split: str | None = None, *, progress: bool =
             f"monteclora report {quote(str(folder))} --split {quote(result.split)}",
         ],
     )
-    return write_page(folder / PAGE, replace(page, sections=[*page.sections, *written]))
+    scale = scale_section(read_calibration(folder).get("posterior_scale"))
+    trusted = [*([scale] if scale else []), *trust_sections(result)]
+    return write_page(folder / PAGE, replace(page, sections=[*page.sections, *trusted, *written]))
+
+
+def _asked_before(
+    folder: Path, split: str | None, ood: str | Path | None, shift: bool
+) -> tuple[str | Path | None, bool]:
+    """What is measured beside the metrics: what is asked for now, and what the evaluation that is replaced measured."""
+    stored = read_evaluations(folder)
+    before = stored.get(split or ("test" if "test" in stored else "validation"), {}).get("adapter", {})
+    file = before.get("ood", {}).get("file")
+    return ood or (file if file and Path(file).is_file() else None), shift or "corrupted" in before
 
 
 def _written(loaded: LoadedRun, result: EvaluationResult) -> tuple[list[Section], Sequence[str]]:

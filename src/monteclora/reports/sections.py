@@ -175,6 +175,8 @@ def _calibration(runs: Sequence[RunReport]) -> Section | None:
         "it is overconfident. "
         "ECE is the mean distance from the line, weighted by examples."
     )
+    if len(curves) == 1:
+        caption = f"{_most_confident(runs[0])} {caption}"
     if sum(curve is not None for curve in curves.values()) <= _OVERLAID:
         panels = [reliability_diagram(curves)]
     else:
@@ -184,6 +186,16 @@ def _calibration(runs: Sequence[RunReport]) -> Section | None:
             if curve is not None
         ]
     return Section("Calibration", figures=[Figure(panels, caption)])
+
+
+def _most_confident(run: RunReport) -> str:
+    """The best filled bin of confidence, in a sentence that takes no knowledge of calibration."""
+    assert run.evaluation is not None
+    assert run.evaluation.reliability is not None
+    curve = run.evaluation.reliability
+    fullest = int(curve.counts.argmax())
+    confidence, right = 100 * curve.confidence[fullest], 100 * curve.accuracy[fullest]
+    return f"Of 100 answers that it gave with about {confidence:.0f} % confidence, {right:.0f} were right."
 
 
 def _training(runs: Sequence[RunReport]) -> Section | None:
