@@ -5,13 +5,16 @@
 ``evaluation-*``: a forward pass in evaluation mode, of the mean weights beside peft's LoRA, and of the merged model
 beside the base. ``posterior-*``: the predictive distribution of 16 posterior draws from ``monteclora.predict``, which
 batches them, beside one forward pass a draw. ``layers-*``: with noise in the last k of L blocks, beside one pass at the
-mean; ``ideal`` is (1 - k / L) + S k / L, what it would cost if the blocks were everything.
+mean; ``ideal`` is (1 - k / L) + S k / L, what it would cost if the blocks were everything, ``operations`` the ratio of
+the operations of matrix products, which no other load changes. They alone, in under four minutes on a quiet machine:
+
+    python benchmarks/prediction.py --only 'layers-*' --rounds 5
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,7 @@ from common import Setting, batch_of, build, clone, load_base, refusal, usual_se
 from results import available_memory, run_cases, timed_arguments
 from timing import alternate, compare
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import monteclora
@@ -88,7 +92,7 @@ def measure_posterior(base: PreTrainedModel, setting: Setting, draws: int = DRAW
 def measure_layers(
     base: PreTrainedModel, setting: Setting, layers: int, draws: int = DRAWS, **options: Any
 ) -> dict[str, Any]:
-    """``draws`` posterior draws of the last ``layers`` blocks, beside those of all, beside one pass at the mean."""
+    """``draws`` posterior draws of the last ``layers`` blocks, beside one pass at the mean: time and operations."""
     model = build("shared", base, setting).eval()
     inputs = {name: tensor for name, tensor in batch_of(base, setting).items() if name != "labels"}
 
@@ -96,18 +100,22 @@ def measure_layers(
         with evaluating(model):
             return class_logits(model, inputs).softmax(-1)
 
-    last, every = f"{draws} draws of the last {layers} blocks", f"{draws} draws of all blocks"
-    steps = {
-        "mean, one pass": mean,
-        last: partial(monteclora.predict, model, inputs, draws, layers=layers),
-        every: partial(monteclora.predict, model, inputs, draws),
-    }
+    once, last = "mean, one pass", f"{draws} draws of the last {layers} blocks"
+    steps = {once: mean, last: partial(monteclora.predict, model, inputs, draws, layers=layers)}
+    steps[last]()  # the first call finds out that the blocks below may run once, which takes passes of its own
+    counts = {label: _operations(step) for label, step in steps.items()}
     times = alternate(steps, base.device, **options)
-    rows = compare(times, dict.fromkeys(steps, "mean, one pass"))
+    rows = compare(times, dict.fromkeys(steps, once))
     share = layers / base.config.num_hidden_layers
-    for label, of_blocks in ((last, share), (every, 1.0)):
-        rows[label]["ideal"] = 1 - of_blocks + draws * of_blocks
+    rows[last] |= {"ideal": 1 - share + draws * share, "operations": counts[last] / counts[once]}
     return {"rows": rows, "seconds": times}
+
+
+def _operations(step: Callable[[], object]) -> int:
+    """Of matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def main() -> None:

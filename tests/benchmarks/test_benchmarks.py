@@ -135,6 +135,15 @@ def test_prediction(base):
     assert len(draws["rows"]) == 3
 
 
+def test_draws_of_the_last_block_take_the_operations_that_the_formula_says():
+    base = bert(num_hidden_layers=4).requires_grad_(False)
+    found = prediction.measure_layers(base, Setting("minilm", "2x9", r=2), layers=1, draws=8, rounds=1)["rows"]
+    last = found["8 draws of the last 1 blocks"]
+    assert last["ideal"] == 0.75 + 8 / 4
+    # the pooler and the head see every draw
+    assert last["ideal"] < last["operations"] < 1.15 * last["ideal"]
+
+
 def test_gradient_variance_falls_with_the_batch_where_noise_is_per_example():
     model = bert().requires_grad_(False)
     batch = batch_for(bert, rows=4)
