@@ -4,16 +4,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import monteclora
 from monteclora.adapters.active import posterior_sampling
 from monteclora.adapters.rescaling import rescale_posterior
 from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
 from monteclora.evaluation import generation as module
 from monteclora.evaluation import judging
 from monteclora.evaluation.generation import generate
+from monteclora.metrics.ood import auroc
 from monteclora.metrics.pass_at_k import pass_at_k
 from monteclora.prediction.generation import Decoding, Drawn, complete
 from monteclora.runs.loading import load_run
@@ -55,6 +58,27 @@ def test_answers_are_those_of_the_model_one_by_one(run):
         assert words.endswith(row["text"])
     assert (result.problems, result.num_samples, result.samples) == (6, 0, 1)
     assert set(result.scores) == {"strict", "flexible"}
+
+
+def test_wrong_answers_are_told_by_scores_of_their_tokens(run, monkeypatch):
+    """As by the scores of the same texts given to predict; every other answer is made the right one."""
+    right = [True, False, True, False, True, False]
+    verdicts = {(i, 0, 0): Verdict({"strict": is_right, "flexible": True}, "") for i, is_right in enumerate(right)}
+    monkeypatch.setattr(module, "judge", lambda *_: verdicts)
+    result = quietly(run, error_detection=True)
+    assert set(result.error_detection) == {"strict"}  # all are right by the other criterion
+    answered = pq.read_table(result.answers).to_pylist()
+    assert all(row["text"].strip() for row in answered)
+    given = monteclora.load(run).predict(
+        [row["prompt"] for row in answered], completions=[row["text"] for row in answered], num_samples=3
+    )
+    for name, found in result.error_detection["strict"].items():
+        sign = -1 if name == "mean_log_probability" else 1
+        values = sign * np.array([sequence[name] for sequence in given.sequence])
+        assert found == pytest.approx(auroc(values[np.array(right)], values[~np.array(right)]), abs=1e-9), name
+    assert len(result.error_detection["strict"]) == 7
+    stored = json.loads((run / "generation.json").read_text())["results"][-1]
+    assert stored["error_detection"] == result.error_detection
 
 
 def test_it_goes_on_where_it_stopped(run, monkeypatch):

@@ -28,6 +28,7 @@ def generate(
     batch_size: int | None = None,
     base: Flag = False,
     allow_code_execution: Flag = False,
+    error_detection: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Have a run write answers to a task's questions, and judge them: gsm8k by exact match, humaneval by running them.
@@ -48,6 +49,8 @@ def generate(
         batch_size: questions per forward pass; by default the recipe's training.eval_batch_size.
         base: have the pretrained model answer, without the adapter.
         allow_code_execution: let judging run programs that the model wrote, in a sandbox (Linux only).
+        error_detection: also measure how well scores of the first answers, read again token by token under draws where
+            the method has any, tell wrong ones from right ones.
     """
     from monteclora.evaluation.generation import generate as answer
 
@@ -65,6 +68,7 @@ def generate(
         batch_size=batch_size,
         base=base,
         allow_code_execution=allow_code_execution,
+        error_detection=error_detection,
     )
     if as_json:
         print_json(result.facts())
@@ -73,6 +77,8 @@ def generate(
 
 
 def _print_scores(result: GenerationResult, model: str) -> None:
+    from monteclora.evaluation.answer_scores import ANSWER_SCORES
+
     how = f"{result.num_samples} posterior draws" if result.num_samples else model
     title = f"{result.folder} on {result.task}, {result.split} ({result.problems:,} questions, {how})"
     shown = [
@@ -80,6 +86,9 @@ def _print_scores(result: GenerationResult, model: str) -> None:
         for name, score in result.scores.items()
     ]
     print_table(["", "right", "95 % interval"], shown, title)
+    for criterion, told in (result.error_detection or {}).items():
+        by = ", ".join(f"{ANSWER_SCORES[score]} {value:.3f}" for score, value in told.items())
+        print_line(f"AUROC of wrong against right answers ({criterion}) by {by}")
     print_line(f"written: {result.answers}")
     for text in result.notes:
         note(text)

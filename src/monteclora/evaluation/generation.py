@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.encoding import Encoder
 from monteclora.errors import ConfigError, UnsafeCodeError
+from monteclora.evaluation.answer_scores import errors_told
 from monteclora.evaluation.answers import Answers, Slot
 from monteclora.evaluation.judging import Score, counted_notes, judge, scores, write_verdicts
 from monteclora.prediction.forward import batches
@@ -56,6 +57,8 @@ class GenerationResult:
         answers: the file with every answer and its verdict.
         seconds: it took.
         notes: what a reader of the numbers must know, in words.
+        error_detection: the AUROC of wrong against right first answers by criterion and score, see
+            :func:`monteclora.evaluation.answer_scores.errors_told`; None where it was not asked for.
     """
 
     folder: Path
@@ -68,6 +71,7 @@ class GenerationResult:
     answers: Path
     seconds: float
     notes: tuple[str, ...]
+    error_detection: Mapping[str, Mapping[str, float]] | None = None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={score.mean:.4g}" for name, score in self.scores.items())
@@ -94,6 +98,7 @@ def generate(
     batch_size: int | None = None,
     base: bool = False,
     allow_code_execution: bool = False,
+    error_detection: bool = False,
     progress: bool = True,
 ) -> GenerationResult:
     """Have a run answer the questions of a task, and judge the answers.
@@ -115,6 +120,8 @@ def generate(
         base: have the pretrained model answer, without the adapter.
         allow_code_execution: let judging run programs that the model wrote; see :mod:`monteclora.system.sandbox` for
             what protects this machine and what does not.
+        error_detection: also measure how well scores of the first answers tell wrong ones from right ones; they are
+            read again token by token, under draws where the method has any (the recipe's number of them).
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -152,6 +159,11 @@ def generate(
     verdicts = judge(asked.name, asked.generation, problems, answers.texts, slots, progress)
     table = answers.path.with_suffix(".parquet")
     write_verdicts(table, problems, answers.texts, verdicts)
+    told, left_out = None, ()
+    if error_detection:
+        reader = loaded.predictor(loaded.sampler(seed=seed), batch_size)
+        reader = replace(reader, max_length=_context(loaded.model, loaded.tokenizer))
+        told, left_out = errors_told(reader, problems, answers.texts, verdicts)
     result = GenerationResult(
         folder=loaded.folder,
         task=asked.name,
@@ -162,7 +174,8 @@ def generate(
         scores=scores(len(problems), verdicts),
         answers=table,
         seconds=time.perf_counter() - started,
-        notes=(*notes, *counted_notes(verdicts)),
+        notes=(*notes, *counted_notes(verdicts), *left_out),
+        error_detection=told,
     )
     _keep(result, {**about, "samples": samples})
     return result

@@ -264,9 +264,9 @@ def evaluate_loaded(
     asked = _asked(loaded, split, task, rows)
     calibrators, fitted = _correctors(loaded, calibrator, drawn, seed, batch_size, asked.own)
     scored, meter = _scored(loaded, asked, drawn, calibrators, batch_size, progress=progress)
+    # another predictor: bar and meter are those of the split's rows
+    again = loaded.predictor(drawn, batch_size, None, calibrators)
     with quiet_libraries():
-        # another predictor: bar and meter are those of the split's rows
-        again = loaded.predictor(drawn, batch_size, None, calibrators)
         ranked = Shift.of(loaded, again, scored, asked.rows, asked.own, ood, outside)
         corrupted = under_corruption(loaded, again, asked.rows) if shift else ()
     result = EvaluationResult(
