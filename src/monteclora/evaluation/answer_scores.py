@@ -52,7 +52,8 @@ def errors_told(
         words.
     """
     slots = [(number, 0, 0) for number in range(len(problems)) if texts[number, 0, 0].strip()]
-    notes = [f"{len(problems) - len(slots)} empty answers have no scores"] if len(slots) < len(problems) else []
+    empty = len(problems) - len(slots)
+    notes = [f"{empty} of {len(problems)} answers are empty and have no scores"] if empty else []
     found: dict[str, Mapping[str, float]] = {}
     if slots:
         rows = Dataset.from_dict(
