@@ -119,7 +119,9 @@ def test_a_file_and_texts_have_the_predictions_of_the_evaluation(
         assert texts.probabilities[0] == pytest.approx(found["probabilities"].to_pylist()[0], rel=1e-5)
 
 
-def test_another_file_is_read_as_the_training_data_were(runs: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_another_file_is_read_as_the_training_data_were(
+    runs: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = runs["multi_label", "lora"]  # trained on lists
     (tmp_path / "lists.csv").write_text("text;labels\nw1 w2;low\nw3 w4;\n")
     found = evaluate(folder, task=str(tmp_path / "lists.csv"), progress=False)
@@ -130,6 +132,8 @@ def test_another_file_is_read_as_the_training_data_were(runs: dict[tuple[str, st
         evaluate(folder, task=str(tmp_path / "texts.csv"), progress=False)
     predicted = predict_file(folder, tmp_path / "texts.csv", tmp_path / "p.parquet", progress=False)
     assert predicted.notes[0] == f"{tmp_path / 'texts.csv'}: fields are separated by semicolons"
+    assert main(["evaluate", str(folder), str(tmp_path / "nowhere.csv")]) == 2
+    assert f"there is no file {tmp_path / 'nowhere.csv'}" in capsys.readouterr().err, "no run is meant"
 
 
 @pytest.mark.parametrize("kind", KINDS)

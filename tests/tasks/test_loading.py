@@ -241,3 +241,26 @@ def test_runs_that_did_not_write_down_how_labels_are_parted(tmp_path):
     columns = replace(Columns("multi_label", ("text",), "tags"), separator=None)
     spec = DataSpec(test_file=jsonl(tmp_path / "a.jsonl", [TAGS]), label_names=["a", "b"])
     assert load(spec, ["test"], columns).split("test")["label"][:] == [[1, 1]]
+
+
+def test_what_is_not_read_of_another_file_is_said_and_no_recipe_is_mentioned(tmp_path):
+    data = load(DataSpec(task=jsonl(tmp_path / "a.jsonl", [ASKED]), validation_fraction=0))
+    path = jsonl(tmp_path / "b.jsonl", [{**ASKED, "input": "i", "id": 1}])
+    note = "columns that are not used: input, id"
+    assert load(DataSpec(test_file=path), ["test"], data.columns).file_notes == {"test": (note,)}
+    assert load_inputs(path, DataSpec(task=path), "causal_lm", data.columns)[1] == (note,)
+    bad = jsonl(tmp_path / "c.jsonl", [{"instruction": "", "output": "a"}])
+    for attempt in (
+        lambda: load(DataSpec(test_file=bad), ["test"], data.columns),
+        lambda: load_inputs(bad, DataSpec(task=bad), "causal_lm", data.columns),
+    ):
+        with pytest.raises(DataError, match="line 1 has no text in the column 'instruction'") as caught:
+            attempt()
+        assert "on_bad_row" not in str(caught.value)
+
+
+def test_a_file_of_hidden_labels_has_nothing_to_measure(tmp_path):
+    data = load(DataSpec(task=jsonl(tmp_path / "a.jsonl", messages(12)), validation_fraction=0))
+    spec = DataSpec(test_file=jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": -1}]), label_names=WORDS)
+    with pytest.raises(DataError, match=r"all labels of b\.jsonl are -1, the mark of hidden labels"):
+        load(spec, ["test"], data.columns)

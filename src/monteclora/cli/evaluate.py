@@ -59,8 +59,9 @@ def evaluate(
         shift: also measure the same rows with typos, words dropped, texts cut and in upper case, at three strengths.
     """
     from monteclora.evaluation.run import evaluate as measure
+    from monteclora.tasks.local import looks_like_file
 
-    files = [name for name in others if Path(name).is_file()]
+    files = [name for name in others if Path(name).is_file() or (looks_like_file(name) and not Path(name).is_dir())]
     if len(files) + (task is not None) > 1:
         raise ConfigError(f"{', '.join(files)}: more than one set of rows is given", "Give one file or one --task.")
     result = measure(

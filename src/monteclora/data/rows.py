@@ -46,12 +46,14 @@ class Reading:
         roles: names of roles in conversations, by which of ours they are.
         learned_turns: of conversations: ``all`` turns of the assistant, or the ``last``.
         with_answer: whether conversations must end with an answer; those that do not are left out.
+        by_recipe: whether a recipe says so, in which another ``on_bad_row`` could be written.
     """
 
     on_bad_row: Literal["stop", "skip"] = "stop"
     roles: Mapping[str, str] = field(default_factory=dict)
     learned_turns: Literal["all", "last"] = "all"
     with_answer: bool = True
+    by_recipe: bool = True
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ class _Reader:
             many = f"{self._bad.count:,} of {read:,} rows are wrong: {table.listed(self._bad.numbers, self._bad.count)}"
             if self._reading.on_bad_row == "stop" or not self._numbers:
                 message = self._first.message + (f" ({many})" if self._bad.count > 1 else "")
-                raise DataError(message, f"{self._first.hint} data.on_bad_row skip leaves such rows out.")
+                skip = " data.on_bad_row skip leaves such rows out." if self._reading.by_recipe else ""
+                raise DataError(message, f"{self._first.hint}{skip}")
             notes.append(f"{table.name}: {many}, and are left out. The first: {self._first.message}")
         if self._unanswered.count:
             listed = table.listed(self._unanswered.numbers, self._unanswered.count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -109,15 +109,20 @@ def load(spec: DataSpec, splits: Sequence[str] | None = None, trained: Columns |
     plan = _plan(spec, splits, trained)
     if spec.class_weights is not None and plan.columns.kind not in ("classification", "multi_label"):
         raise ConfigError("data.class_weights is given, and the rows have no labels", "Leave it out.")
-    reading = Reading(spec.on_bad_row, spec.roles, spec.learned_turns)
+    reading = Reading(spec.on_bad_row, spec.roles, spec.learned_turns, by_recipe=trained is None)
     checked = {split: read_rows(table, plan.columns, reading) for split, table in plan.tables.items()}
     file_notes = {split: (*table.notes, *checked[split].notes) for split, table in plan.tables.items()}
     notes = [note for table in plan.tables.values() for note in table.notes]
     notes += [note for rows in checked.values() for note in rows.notes]
-    notes += _unused(plan)
+    unused = _unused(plan.tables.values(), plan.columns) if plan.own else []
+    notes += unused
+    if trained is not None:  # of a run's own data, training has said so
+        file_notes = {split: (*found, *unused) for split, found in file_notes.items()}
     hidden = _hidden(checked)
     notes += [f"{split}: left out, its labels are hidden" for split in hidden]
     checked = {split: rows for split, rows in checked.items() if split not in hidden}
+    if not checked:
+        raise DataError(f"all labels of {plan.name} are -1, the mark of hidden labels", "Give rows with labels.")
     keys = {split: rows.label_keys for split, rows in checked.items()}
     targets, found = find_targets(plan.columns, plan.label_names, keys, plan.name)
     notes += found
@@ -193,8 +198,12 @@ def load_inputs(
         text, prompt = spec.text_columns, spec.prompt_column
         columns = find_columns(table, text, prompt_column=prompt, kind=kind, with_target=False)
         check_pair(table.name, columns, spec)
-    rows = read_rows(table, columns, Reading(roles=spec.roles, with_answer=False))
-    return rows.to_dataset(None), (*table.notes, *rows.notes)
+    rows = read_rows(table, columns, Reading(roles=spec.roles, with_answer=False, by_recipe=False))
+    unread = []
+    if trained is not None and kind == "causal_lm":  # a prompt may have parts that training did not have
+        learned = {column.lower() for column in (trained.target, trained.group, *trained.flags) if column}
+        unread = _unused([table], columns, {column for column in table.columns if column.lower() in learned})
+    return rows.to_dataset(None), (*table.notes, *rows.notes, *unread)
 
 
 def check_pair(name: str, columns: Columns, spec: DataSpec) -> None:
@@ -209,12 +218,10 @@ def check_pair(name: str, columns: Columns, spec: DataSpec) -> None:
         )
 
 
-def _unused(plan: _Plan) -> list[str]:
-    """Columns of own data that are not read; those of options belong to a completion."""
-    if not plan.own:
-        return []
-    used = plan.columns.used | ({"options", "answer", "label"} if plan.columns.kind == "causal_lm" else set())
-    names = dict.fromkeys(name for table in plan.tables.values() for name in table.columns if name not in used)
+def _unused(tables: Iterable[Table], columns: Columns, known: Set[str] = frozenset()) -> list[str]:
+    """Columns of own data that are not read, beside those that are known; those of options belong to a completion."""
+    used = columns.used | known | ({"options", "answer", "label"} if columns.kind == "causal_lm" else set())
+    names = dict.fromkeys(name for table in tables for name in table.columns if name not in used)
     shown = named(list(names)[:20]) + (", ..." if len(names) > 20 else "")
     return [f"columns that are not used: {shown}"] if names else []
 
