@@ -89,7 +89,9 @@ def write_run_report(
         environment=environment_facts(run),
         reproduce=[
             f"monteclora train {quote(str(run.recipe_file))}",
-            f"monteclora report {quote(str(folder))} --split {quote(result.split)}",
+            f"monteclora report {quote(str(folder))} --split {quote(result.split)}"
+            + (f" --ood {quote(str(ood))}" if ood else "")
+            + (" --shift" if shift else ""),
         ],
     )
     scale = scale_section(read_calibration(folder).get("posterior_scale"))

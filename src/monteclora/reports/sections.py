@@ -202,7 +202,10 @@ def _training(runs: Sequence[RunReport]) -> Section | None:
     curves = {run.title: run.training for run in runs}
     if not any(curves.values()):
         return None
-    caption = "Of a long loss curve, the thin line is what was logged and the thick one its moving mean."
+    caption = (
+        "The loss is how wrong the model is on the rows it learns from: it should fall. Of a long loss curve, the thin "
+        "line is what was logged and the thick one its moving mean."
+    )
     if any(curve and curve.kl is not None for curve in curves.values()):
         caption += (
             " KL is how far the posterior has moved from the prior. ‖π‖² is 1 when one component of the "
@@ -224,7 +227,8 @@ def _uncertainty(runs: Sequence[RunReport]) -> Section | None:
         what = "entropy" if run.unit == "nats" else "variance"
         caption = (
             f"{run.title}. Total: {what} of the mean prediction. Epistemic: the part of it that is doubt "
-            "about the weights. Bars are shares of each group; a line marks its median."
+            "about the weights. Bars are shares of each group; a line marks its median. The further right a row "
+            "is, the less sure the model was of it."
         )
         figures.append(Figure(panels, caption))
     return Section("Uncertainty", figures=figures) if figures else None
