@@ -159,7 +159,7 @@ def generate(
     verdicts = judge(asked.name, asked.generation, problems, answers.texts, slots, progress)
     table = answers.path.with_suffix(".parquet")
     write_verdicts(table, problems, answers.texts, verdicts)
-    told, left_out = None, ()
+    told, left_out = None, tuple[str, ...]()
     if error_detection:
         reader = loaded.predictor(loaded.sampler(seed=seed), batch_size)
         reader = replace(reader, max_length=_context(loaded.model, loaded.tokenizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -55,7 +56,7 @@ def corruption_lines(lines: Mapping[str, Sequence[float]], name: str) -> Svg:
     axes = figure.add_subplot(title=name, xlabel="strength of the corruption")
     handles = []
     for index, (title, values) in enumerate(lines.items()):
-        style = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+        style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
         axes.plot(range(len(values)), values, linewidth=1.4, markersize=5, gid=f"corruption-{index}", **style)
         handles.append(Line2D([], [], linewidth=1.4, markersize=5, label=label(title), **style))
     most = max(map(len, lines.values()))
