@@ -48,6 +48,16 @@ def test_answers_are_those_of_predict_file(run, tmp_path):
     assert found.to_arrow().to_pydict() == found.to_dict()
 
 
+def test_novelty_can_be_left_out_of_a_file(run, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    rows = {}
+    for novelty in (True, False):
+        path = predict_file(run, file, tmp_path / "out.jsonl", num_samples=0, novelty=novelty, progress=False).path
+        rows[novelty] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[False] == [{name: value for name, value in row.items() if name != "novelty"} for row in rows[True]]
+    assert "abstain" in rows[False][0]
+
+
 def test_novelty_is_its_definition(run):
     model = monteclora.load(run).run
     data = load_task(model.recipe.data, None)

@@ -91,6 +91,7 @@ def predict_file(
     level: float | None = None,
     tokens: bool = False,
     answers: int = 0,
+    novelty: bool = True,
     progress: bool = True,
 ) -> PredictedFile:
     """Predict every row of a file.
@@ -122,6 +123,7 @@ def predict_file(
             :class:`monteclora.evaluation.text.TextPredictions` has them.
         answers: of a causal LM: this many draws write a completion each, into ``answers``, ``answer`` and
             ``agreement``.
+        novelty: of a classifier: whether to write how novel each row is, which takes two forward passes more.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -145,7 +147,9 @@ def predict_file(
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
         judge, left_out = (
-            Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators)) if kind.has_classes else (None, ())
+            Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators), with_novelty=novelty)
+            if kind.has_classes
+            else (None, ())
         )
     notes = [*read, *prepared, *fitted, *left_out]
     with (

@@ -50,13 +50,13 @@ class Judge:
 
     Attributes:
         loaded: the run, a classifier.
-        novelty: see :func:`novelty_of`.
+        novelty: see :func:`novelty_of`; None where it was not asked for.
         abstention: see :func:`abstention_of`; None where the confidences are calibrated, since the calibrator is fitted
             to the validation rows that the threshold would be chosen on.
     """
 
     loaded: LoadedRun
-    novelty: Novelty
+    novelty: Novelty | None
     abstention: Abstention | None
 
     @classmethod
@@ -68,6 +68,7 @@ class Judge:
         risk: float = RISK,
         level: float = LEVEL,
         calibrated: bool = False,
+        with_novelty: bool = True,
     ) -> tuple[Judge | None, tuple[str, ...]]:
         """What judges the answers of a run, as far as it has it, and in words what must be known of it.
 
@@ -76,6 +77,7 @@ class Judge:
         Args:
             loaded, sampler, seed, risk, level: see :func:`abstention_of`.
             calibrated: whether a calibrator corrects the confidences.
+            with_novelty: whether to tell how novel rows are, which takes two more forward passes of each.
 
         Raises:
             CheckpointError: a stored file is damaged.
@@ -83,7 +85,7 @@ class Judge:
         """
         rows = cache(partial(own_rows, loaded.folder, loaded.recipe.data, "train", FIT_SPLIT))
         try:
-            novelty = novelty_of(loaded, rows)
+            novelty = novelty_of(loaded, rows) if with_novelty else None
         except DataError as error:
             return None, (f"novelty and abstain are left out: {error}",)
         if calibrated:
@@ -97,7 +99,9 @@ class Judge:
 
     def columns(self, rows: Dataset, confidence: ArrayLike) -> dict[str, list[Any]]:
         """``novelty``, and ``abstain`` where there is a threshold, of rows answered with this confidence, (B,)."""
-        found: dict[str, list[Any]] = {"novelty": self.novelty.of(see(self.loaded, rows)).tolist()}
+        found: dict[str, list[Any]] = {}
+        if self.novelty is not None:
+            found["novelty"] = self.novelty.of(see(self.loaded, rows)).tolist()
         if self.abstention is not None:
             found["abstain"] = self.abstention.abstains(confidence).tolist()
         return found

@@ -33,6 +33,7 @@ PATH_KEYS = (
     "data.validation_file",
     "data.test_file",
     "data.chat_template",
+    "training.post_hoc.adapter",
 )
 """Keys of a recipe whose values can be paths of what it reads; where runs are written is up to the command."""
 
