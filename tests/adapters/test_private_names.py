@@ -74,7 +74,6 @@ FILES = {
     "posterior/torch_private.py",
     "adapters/peft_private.py",
     "adapters/transformers_private.py",
-    "methods/ivon_optimizer.py",
 }
 
 

@@ -14,20 +14,17 @@ from monteclora.system.randomness import preserved_generators
 __all__ = ["IvonOptimizer"]
 
 
-# two names of ivon are private, and have no public counterpart: _device, where it draws its noise, and
-# _reset_samples, which forgets the gradients of a step that is not made. tests/methods/test_ivon.py checks both
 class IvonOptimizer(ivon.IVON):
     """Draws its noise from a generator of its own, and has all of its state in its state dict.
 
     Args:
-        groups: of parameters.
+        groups: of parameters, where they are trained: the state stays there.
         seed: of the noise.
         **options: of ``ivon.IVON``.
     """
 
     def __init__(self, groups: list[dict[str, Any]], seed: int, **options: Any) -> None:
         self._seed = seed
-        self._device: torch.device  # ivon's own, of its noise
         super().__init__(groups, **options)
 
     @contextmanager
@@ -36,8 +33,7 @@ class IvonOptimizer(ivon.IVON):
 
         Whatever ends the block, the weights are at their mean again. One without a gradient has one of zero.
         """
-        self._follow()
-        self._reset_samples()  # of a step that fp16 skipped
+        self._forget()  # of a step that fp16 skipped
         weights = [p for group in self.param_groups for p in group["params"]]
         means = [p.data for p in weights]
         drawn = self.sampled_params(train=True)
@@ -55,18 +51,14 @@ class IvonOptimizer(ivon.IVON):
                 p.grad = torch.zeros_like(p)
         drawn.__exit__(None, None, None)
 
-    def _follow(self) -> None:
-        """Keep the state where the weights are, which move after the optimiser is made."""
-        device = self.param_groups[0]["params"][0].device
-        if self._device != device:
-            self._device = device
-            for group in self.param_groups:
-                group["momentum"], group["hess"] = group["momentum"].to(device), group["hess"].to(device)
+    def _forget(self) -> None:
+        """Forget the gradients at draws, as a step does; tests/methods/test_ivon.py compares."""
+        self.state.update(count=0, avg_grad=None, avg_nxg=None, avg_gsq=None)
 
     def step(self, closure: Any = None) -> Any:
         """Skip a step whose gradients were removed."""
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
-            self._reset_samples()
+            self._forget()
             return None
         return super().step(closure)
 
