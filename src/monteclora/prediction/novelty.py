@@ -181,7 +181,7 @@ class Novelty:
         """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are."""
         kept = training.features.astype(np.float16)
         without = cls(kept, np.zeros(2), np.ones(2), 0.0, weights)
-        parts = without._parts(held_out)
+        parts = without.parts_of(held_out)
         centre, spread = parts.mean(1), np.maximum(parts.std(1), 1e-12)
         unlimited = replace(without, centre=centre, spread=spread)
         return replace(unlimited, limit=float(np.quantile(unlimited.of(held_out), _QUANTILE, method="inverted_cdf")))
@@ -192,11 +192,11 @@ class Novelty:
         The standardised mean distance to the nearest training rows, times its share, and the standardised energy, minus
         the limit.
         """
-        distance, energy = (self._parts(seen) - self.centre[:, None]) / self.spread[:, None]
+        distance, energy = (self.parts_of(seen) - self.centre[:, None]) / self.spread[:, None]
         found: FloatArray = self.share * distance + energy - self.limit
         return found
 
-    def _parts(self, seen: Seen) -> FloatArray:
+    def parts_of(self, seen: Seen) -> FloatArray:
         """Distance and energy, float64 (2, B)."""
         views = seen.features[:, : self.features.shape[1]]
         return np.stack([neighbour_distance(views, self.features, self.neighbours), seen.energy])
