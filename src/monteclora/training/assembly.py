@@ -67,11 +67,9 @@ def assemble(
     if sharding.is_requested():
         kept_whole = sharding.shard(model, method, accelerator.device)
     # accelerate's clipping knows sharded gradients, and looks for them in every step; its optimiser looks for a library
-    prepared, clip = model, accelerator.clip_grad_norm_
+    prepared, clip = model.train(), accelerator.clip_grad_norm_
     if not sharding.is_requested():
         prepared, clip = accelerator.prepare(model), torch.nn.utils.clip_grad_norm_
-    prepared.train()
-    # of weights that are where they are trained: an optimiser may make its state at once
     optimizer = method.optimizer(sharding.separated(method.parameter_groups(model, plan)), plan)
     validation = None
     if phase.validates and data.validation is not None:
