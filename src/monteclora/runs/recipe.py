@@ -17,7 +17,6 @@ from monteclora.config import Document, Node, brief, build, load_yaml, nearest
 from monteclora.config.document import from_python, override, to_python
 from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
-from monteclora.metrics.registry import METRICS
 from monteclora.runs.bundled import bundled_recipes, former_names
 from monteclora.runs.method_section import method_name, with_current_names, without_foreign_fields
 from monteclora.runs.recipe_paths import PATH_KEYS, absolute, with_places
@@ -162,15 +161,22 @@ class TrainingSpec:
         micro = self.micro_batch_size
         if micro is not None and micro >= 1 and self.batch_size % micro:
             found.append(("micro_batch_size", f"is {micro}, expected a divisor of batch_size {self.batch_size}"))
-        if self.best_metric is not None and self.best_metric not in METRICS:
-            near = nearest(self.best_metric, METRICS)
-            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(METRICS)}"
-            found.append(("best_metric", f"is {brief(self.best_metric)}, {hint}"))
-        elif self.best_metric is not None and METRICS[self.best_metric].greater_is_better is None:
-            found.append(("best_metric", f"is {self.best_metric}, of which neither more nor less is better"))
+        if self.best_metric is not None:
+            found += [("best_metric", wrong) for wrong in _wrong_metric(self.best_metric)]
         if self.early_stopping_patience is not None and self.best_metric is None:
             found.append(("early_stopping_patience", "needs training.best_metric to say what must get better"))
         return found
+
+
+def _wrong_metric(name: str) -> Iterator[str]:
+    """What is wrong with a metric that is to choose the best checkpoint."""
+    from monteclora.metrics.registry import METRICS  # loads numpy, for which a list of keys need not wait
+
+    if name not in METRICS:
+        near = nearest(name, METRICS)
+        yield f"is {brief(name)}, " + (f"did you mean {near}?" if near else f"expected one of {', '.join(METRICS)}")
+    elif METRICS[name].greater_is_better is None:
+        yield f"is {name}, of which neither more nor less is better"
 
 
 @dataclass(frozen=True)

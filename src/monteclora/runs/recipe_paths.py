@@ -96,9 +96,9 @@ def started_in(folder: Path) -> dict[str, str]:
 
 def places_of(folder: Path, environment: Mapping[str, Any]) -> list[Path]:
     """Where the paths of a run's recipe lead from: here, where it was started as seen from the run, where that was."""
-    recorded = environment.get("started_in")
+    recorded = environment.get("started_in") if isinstance(environment, dict) else None
     if not isinstance(recorded, dict):
-        return [Path()]  # earlier versions did not write it down
+        return [Path()]  # earlier versions did not write it down; damage is told where the file is needed
     from_run, where = str(recorded.get("from_run", ".")), str(recorded.get("absolute", "."))
     return [Path(), folder / from_run, Path(where)]
 
