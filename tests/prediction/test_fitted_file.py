@@ -13,11 +13,14 @@ from monteclora.prediction.laplace import LaplacePosterior
 from monteclora.prediction.novelty import Novelty
 
 
-@pytest.mark.parametrize("load", [LaplacePosterior.load, Novelty.load])
-def test_a_later_format_is_told_before_its_content_is_looked_at(tmp_path: Path, load: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("load", "newest"), [(LaplacePosterior.load, 1), (Novelty.load, 2)])
+def test_a_later_format_is_told_before_its_content_is_looked_at(
+    tmp_path: Path, load: Callable[..., Any], newest: int
+) -> None:
     path = tmp_path / "fitted.safetensors"
-    save_file({"other": torch.ones(1)}, path, metadata={"format": "2"})
-    with pytest.raises(CheckpointError, match=r"has format 2, this version reads format 1. Upgrade monteclora"):
+    save_file({"other": torch.ones(1)}, path, metadata={"format": str(newest + 1)})
+    wanted = rf"has format {newest + 1}, this version reads format {newest}. Upgrade monteclora"
+    with pytest.raises(CheckpointError, match=wanted):
         load(path)
     save_file({"other": torch.ones(1)}, path, metadata={"format": "one"})
     with pytest.raises(CheckpointError, match="cannot be read"):
