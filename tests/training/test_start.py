@@ -31,7 +31,9 @@ def adapter(assets: Path, folder: Path, kind: str = "classification", **options:
     given = {"r": 3, "lora_alpha": 5, "rank_pattern": {"layers.0.self_attn.q_proj": 2} if kind == "causal_lm" else {}}
     config = peft.LoraConfig(task_type=task, **{**given, **options})
     labels = {"id2label": {0: "a", 1: "b"}} if task == "SEQ_CLS" else {}
-    model = peft.get_peft_model(auto.from_pretrained(assets / name, **labels), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # peft draws A, and transformers a head
+        model = peft.get_peft_model(auto.from_pretrained(assets / name, **labels), config)
     generator = torch.Generator().manual_seed(7)
     for weight in model.parameters():
         if weight.requires_grad:
@@ -59,7 +61,7 @@ def test_the_weights_stay_to_the_bit_and_the_posterior_is_learned(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     posterior = load_file(whole.adapter / "posterior.safetensors")
     assert posterior["rho"].abs().max() > 1e-3
-    assert (posterior["eta"] - posterior["eta"].mean()).abs().max() > 1e-6
+    assert (posterior["eta"] - posterior["eta"].mean()).abs().max() > 1e-8  # all equal before training
     assert whole.trained_parameters == posterior["rho"].numel() + posterior["eta"].numel()
     phases = [event["phase"] for event in RunFolder(whole.folder).metrics.read() if event["event"] == "phase"]
     assert phases == ["posterior"]
