@@ -61,7 +61,7 @@ def test_the_weights_stay_to_the_bit_and_the_posterior_is_learned(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     posterior = load_file(whole.adapter / "posterior.safetensors")
     assert posterior["rho"].abs().max() > 1e-3
-    assert (posterior["eta"] - posterior["eta"].mean()).abs().max() > 1e-8  # all equal before training
+    assert (posterior["eta"] - posterior["eta"].mean()).abs().max() > 1e-6  # all equal before training
     assert whole.trained_parameters == posterior["rho"].numel() + posterior["eta"].numel()
     phases = [event["phase"] for event in RunFolder(whole.folder).metrics.read() if event["event"] == "phase"]
     assert phases == ["posterior"]

@@ -69,7 +69,8 @@ def report(
         if watch:
             for page, left in watch_study_report(run):
                 note(f"{page}: {left} trials are left" if left else f"{page}: all trials are done")
-        page = write_study_report(run)
+        else:
+            page = write_study_report(run)
     else:
         page = write_run_report(run, split, ood=ood, shift=shift)
     if as_json:

@@ -117,9 +117,8 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
             with new_folder(folder.adapter) as stage:
                 get_method(recipe.method.name).save(model, stage)
     if is_main_process():
-        if (
-            recipe.training.post_hoc.adapter is not None
-        ):  # its weights are saved with the posterior, and were not trained
+        if recipe.training.post_hoc.adapter is not None:
+            # its weights are saved with the posterior, and were not trained
             trained = {name: trained[name] for name, each in model.named_parameters() if each.requires_grad}
         folder.metrics.append(_conclusion(folder, rate, sum(trained.values()), memory))
     PartialState().wait_for_everyone()
