@@ -2,13 +2,15 @@
 
     python benchmarks/report.py
 
-The part between the markers ``what was tried`` is written by hand and kept.
+The tables come from the results folder, which is not committed: run the benchmarks first. The part between the markers
+``what was tried`` is written by hand and kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,7 +191,10 @@ def page(folder: Path, tried: str) -> str:
         tried: the hand-written part.
     """
     found = {name: read_results(folder, name) for name, *_ in _BENCHMARKS}
+    if missing := [name for name, records in found.items() if not records]:
+        sys.exit(f"{folder} has no results of {', '.join(missing)}, and their tables would be lost: run them first")
     commands = [[title, f"`python benchmarks/{name}.py`", duration] for name, title, duration, _, _ in _BENCHMARKS]
+    commands.append(["A run's loop beside a bare one", "`python benchmarks/loop.py`", "3 min"])
     commands.append(["Compiled blocks", "`python benchmarks/step_time.py --compile`", "10 min"])
     commands.append(["Scale on paper", "`python benchmarks/paper_scale.py --write docs/scale.md`", "1 min"])
     start, end = markers("what was tried")
@@ -197,14 +202,14 @@ def page(folder: Path, tried: str) -> str:
         "# Benchmarks",
         "monteclora beside peft's LoRA, peft's MonteCLoRA and the frozen base (forward and backward without an "
         "adapter: the floor). All that is compared runs in turns, in one process where not said otherwise. This page "
-        "is written by `python benchmarks/report.py` from the results folder.",
+        "is written by `python benchmarks/report.py` from the results folder, which is not committed.",
         "## Run them",
         table(["benchmark", "command", "two cores"], commands),
-        "Every command takes `--only PATTERN`, `--list`, `--device`, `--threads` and `--out`, and the timed ones "
-        "`--seconds` and `--rounds`. Finished cases are kept in `--out` and not measured again. Where there is a GPU "
+        "Every command but `loop.py` (`--only NAME`, `--rounds`) and `paper_scale.py` takes `--only PATTERN`, `--list`, "
+        "`--device`, `--threads` and `--out`, and the timed ones `--seconds` and `--rounds`. Finished cases are kept in `--out` and not measured again. Where there is a GPU "
         "the same commands run on it, timed by device events.",
         "## Machine",
-        _machines(found) or "No results yet.",
+        _machines(found),
     ]
     for name, title, _, explanation, tables in _BENCHMARKS:
         if not found[name]:
