@@ -191,8 +191,6 @@ def page(folder: Path, tried: str) -> str:
         tried: the hand-written part.
     """
     found = {name: read_results(folder, name) for name, *_ in _BENCHMARKS}
-    if missing := [name for name, records in found.items() if not records]:
-        sys.exit(f"{folder} has no results of {', '.join(missing)}, and their tables would be lost: run them first")
     commands = [[title, f"`python benchmarks/{name}.py`", duration] for name, title, duration, _, _ in _BENCHMARKS]
     commands.append(["A run's loop beside a bare one", "`python benchmarks/loop.py`", "3 min"])
     commands.append(["Compiled blocks", "`python benchmarks/step_time.py --compile`", "10 min"])
@@ -205,9 +203,10 @@ def page(folder: Path, tried: str) -> str:
         "is written by `python benchmarks/report.py` from the results folder, which is not committed.",
         "## Run them",
         table(["benchmark", "command", "two cores"], commands),
-        "Every command but `loop.py` (`--only NAME`, `--rounds`) and `paper_scale.py` takes `--only PATTERN`, `--list`, "
-        "`--device`, `--threads` and `--out`, and the timed ones `--seconds` and `--rounds`. Finished cases are kept in `--out` and not measured again. Where there is a GPU "
-        "the same commands run on it, timed by device events.",
+        "Every command but `loop.py` (`--only NAME`, `--rounds`) and `paper_scale.py` takes `--only PATTERN`, "
+        "`--list`, `--device`, `--threads` and `--out`, and the timed ones `--seconds` and `--rounds`. Finished cases "
+        "are kept in `--out` and not measured again. Where there is a GPU the same commands run on it, timed by device "
+        "events.",
         "## Machine",
         _machines(found),
     ]
@@ -224,6 +223,9 @@ def page(folder: Path, tried: str) -> str:
 def write(folder: Path, readme: Path) -> None:
     """Write the page and, where step times are known, the picture beside it."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    lost = [title for name, title, *_ in _BENCHMARKS if f"\n## {title}\n" in text and not read_results(folder, name)]
+    if lost:
+        sys.exit(f"{folder} has no results for {', '.join(lost)}, whose tables {readme} would lose: run them first")
     tried = between(text, "what was tried") or ""
     write_file(readme, page(folder, tried).encode())
     if records := read_results(folder, "step_time"):

@@ -225,6 +225,11 @@ def test_the_report_keeps_what_was_written_by_hand(tmp_path):
     assert results.between(readme.read_text(encoding="utf-8"), "what was tried") == "much"
     assert readme.read_text(encoding="utf-8").count(end) == 1
     assert (tmp_path / report.PICTURE).read_bytes() == first
+    before = readme.read_bytes()
+    (tmp_path / "results" / "memory" / "one.json").unlink()
+    with pytest.raises(SystemExit, match="no results for Peak memory"):
+        report.write(tmp_path / "results", readme)
+    assert readme.read_bytes() == before
 
 
 def test_the_bootstrap_interval_of_a_mean_has_its_known_width():
