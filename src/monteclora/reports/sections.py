@@ -108,7 +108,8 @@ def _cost(run: RunReport, reference: RunReport) -> list[str]:
         parts.append(f"{run.seconds / reference.seconds:.2f} times the training time")
     if run.peak_bytes and reference.peak_bytes:
         parts.append(f"{run.peak_bytes / reference.peak_bytes:.2f} times the peak memory")
-    return [f"{run.name} took {' and '.join(parts)} of {reference.name}."] if parts else []
+    once = "each trained once, so other work on the machine counts"
+    return [f"{run.name} took {' and '.join(parts)} of {reference.name} ({once})."] if parts else []
 
 
 def measured(runs: Sequence[RunReport]) -> list[Section]:
