@@ -61,7 +61,7 @@ def frozen_baseline(loaded: LoadedRun, data: TaskData) -> Mapping[str, float] | 
         return None
     train, validation = data.split("train"), data.split(FIT_SPLIT)
     labels, truth = np.array(train["label"]), np.array(validation["label"])
-    features = [_features(loaded, rows) for rows in (train, validation)]
+    features = [_features(loaded, loaded.model, rows) for rows in (train, validation)]
     known, new = (found / np.linalg.norm(found, axis=1, keepdims=True) for found in features)
     model = LogisticRegressionCV(
         Cs=_STRENGTHS, cv=_FOLDS, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0.0,), use_legacy_attributes=False
@@ -69,8 +69,8 @@ def frozen_baseline(loaded: LoadedRun, data: TaskData) -> Mapping[str, float] | 
     return measure("classes", model.fit(known, labels).predict_proba(new), truth)
 
 
-def _features(loaded: LoadedRun, rows: Dataset) -> NDArray[np.float64]:
+def _features(loaded: LoadedRun, model: PeftModel, rows: Dataset) -> NDArray[np.float64]:
     """Of B rows, float64 (B, D)."""
     encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset.to_list()
     with loaded.precision():
-        return pretrained_features(loaded.model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)
+        return pretrained_features(model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)

@@ -81,17 +81,13 @@ def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, 
 
 
 def pretrained_features(
-    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64
+    model: PeftModel, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64
 ) -> FloatArray:
     """The mean over the tokens of each row, float64 (B, D), in one forward pass a batch; see :func:`look_at`."""
     features = []
     with evaluating(model):
         for indices, batch in _placed_batches(model, rows, collate, batch_size):
-            if isinstance(model, PeftModel):
-                states = _pretrained_states(model, batch)
-            else:
-                states = model(**batch, output_hidden_states=True).hidden_states[-1]
-            features.append((indices, _pooled(states, batch)))
+            features.append((indices, _pooled(_pretrained_states(model, batch), batch)))
     return _in_order(features)
 
 
