@@ -128,7 +128,10 @@ def test_another_file_is_read_as_the_training_data_were(
     assert found.scored.table["label"].to_pylist() == [["low"], []]
     assert f"{tmp_path / 'lists.csv'}: fields are separated by semicolons" in found.notes
     (tmp_path / "texts.csv").write_text("text;labels\nw1 w2;low|middle\n")
-    with pytest.raises(DataError, match=r"texts\.csv, line 2: the label 'low\|middle' is not among"):
+    found = evaluate(folder, task=str(tmp_path / "texts.csv"), progress=False)
+    assert found.scored.table["label"].to_pylist() == [["low", "middle"]]  # lists do not say what parts a text
+    (tmp_path / "texts.csv").write_text("text;labels\nw1 w2;low|other\n")
+    with pytest.raises(DataError, match=r"texts\.csv, line 2: the label 'other' is not among"):
         evaluate(folder, task=str(tmp_path / "texts.csv"), progress=False)
     predicted = predict_file(folder, tmp_path / "texts.csv", tmp_path / "p.parquet", progress=False)
     assert predicted.notes[0] == f"{tmp_path / 'texts.csv'}: fields are separated by semicolons"

@@ -206,7 +206,7 @@ ASKED = {"instruction": "q", "output": "a"}
         (None, [{**ONE, "label": 3}, {**ONE, "label": 5}], [{**ONE, "label": 0}], "the label '0' is not among"),
         # what parted labels in training parts them in another file, and nothing else does
         ("multi_label", [TAGS, TAGS], [{**TAGS, "tags": "a|b"}], "the label 'a|b' is not among"),
-        ("multi_label", [{**TAGS, "tags": ["a", "b"]}], [{**TAGS, "tags": "a,b"}], "the label 'a,b' is not among"),
+        ("multi_label", [{**TAGS, "tags": t} for t in "ab"], [{**TAGS, "tags": "a,b"}], "the label 'a,b' is not among"),
         (None, [ASKED], [{"prompt": "q", "completion": "a"}], "no column 'instruction', which the run was trained on"),
         (None, [ASKED], [{"instruction": "q", "response": "a"}], "no column 'output', which the run was trained on"),
         (None, [{"text": "Once."}], [{"body": "Once."}], "no column 'text', which the run was trained on"),
@@ -241,6 +241,20 @@ def test_runs_that_did_not_write_down_how_labels_are_parted(tmp_path):
     columns = replace(Columns("multi_label", ("text",), "tags"), separator=None)
     spec = DataSpec(test_file=jsonl(tmp_path / "a.jsonl", [TAGS]), label_names=["a", "b"])
     assert load(spec, ["test"], columns).split("test")["label"][:] == [[1, 1]]
+
+
+@pytest.mark.parametrize("written", ["a|b, c", "b, c;a"])
+def test_lists_do_not_say_how_other_files_part_labels_in_a_text(tmp_path, written):
+    """Nor does a comma divide where it is part of a label."""
+    rows = [{**TAGS, "tags": ["a", "b, c"]}, {**TAGS, "tags": []}, {**TAGS, "tags": ["d"]}]
+    train = jsonl(tmp_path / "a.jsonl", rows)
+    other = jsonl(tmp_path / "b.jsonl", [{**TAGS, "tags": written}, {**TAGS, "tags": "b, c"}])
+    data = load(DataSpec(task=train, kind="multi_label", validation_fraction=0))
+    assert data.columns.separator is None
+    spec = DataSpec(test_file=other, label_names=["a", "b, c", "d"])
+    assert load(spec, ["test"], data.columns).split("test")["label"][:] == [[1, 1, 0], [0, 1, 0]]
+    both = DataSpec(train_file=train, validation_file=other, kind="multi_label")
+    assert load(both).split("validation")["label"][:] == [[1, 1, 0], [0, 1, 0]]
 
 
 def test_what_is_not_read_of_another_file_is_said_and_no_recipe_is_mentioned(tmp_path):

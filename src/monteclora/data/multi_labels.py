@@ -64,10 +64,22 @@ def read_flags(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...
     return tuple(found)
 
 
-def separator_of(keys: Iterable[LabelsKey]) -> str | None:
-    """What divides labels that are written as one text: the first of :data:`SEPARATORS` that occurs; None for none."""
-    texts = [key for key in keys if isinstance(key, str)]
-    return next((each for each in SEPARATORS if any(each in text for text in texts)), None)
+def separator_of(keys: Iterable[LabelsKey], names: Sequence[str] = ()) -> str | None:
+    """What divides labels that are written as one text: the first of :data:`SEPARATORS` that occurs in one.
+
+    None where all are lists, which do not tell, and "" where each text is one label. What is part of a label, of those
+    with known ``names`` or in a list, divides nothing.
+    """
+    texts, known = [], set(names)
+    for key in keys:
+        if not isinstance(key, str):
+            known.update(key)
+        elif key:
+            texts.append(key)
+    if not texts:
+        return None
+    usable = [each for each in SEPARATORS if not any(each in name for name in known)]
+    return next((each for each in usable if any(each in text for text in texts)), "")
 
 
 class MultiLabelSet:
@@ -75,13 +87,14 @@ class MultiLabelSet:
 
     Args:
         names: label names.
-        separator: divides labels that are written as one text; None or "" where each such text is a label.
+        separator: divides labels that are written as one text; "" where each such text is a label, and None where
+            that is not known, which is then taken for the same.
         ids_count: see :class:`LabelSet`.
     """
 
     def __init__(self, names: Sequence[str], separator: str | None = None, ids_count: bool = True) -> None:
         self.names = tuple(names)
-        self._one, self.separator = LabelSet(names, ids_count), separator or ""
+        self._one, self.separator = LabelSet(names, ids_count), separator
 
     @classmethod
     def from_keys(cls, keys: Iterable[LabelsKey], separator: str | None) -> MultiLabelSet:

@@ -43,10 +43,12 @@ def find_targets(
         raise DataError(f"{data} has no training rows to take the label names from", "Set data.label_names.")
     if columns.kind == "multi_label":
         # training and evaluation load different splits, and must divide the labels alike
-        source = [keys["train"]] if "train" in keys else keys.values()
         found, notes = columns.separator, []
-        if found is None and (found := separator_of(key for split in source for key in distinct(split))):
-            notes = [f"labels are separated by {found!r}"]
+        if found is None:
+            found = separator_of(distinct(keys.get("train", ())), names)
+            if found is None:  # lists, or no rows; what other rows do not show stays unknown
+                found = separator_of((key for split in keys.values() for key in distinct(split)), names) or None
+            notes = [f"labels are separated by {found!r}"] if found else []
         if names:
             return MultiLabelSet(names, found, columns.ids_count), notes
         return MultiLabelSet.from_keys(keys["train"], found), notes
