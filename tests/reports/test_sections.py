@@ -15,8 +15,8 @@ def test_the_summary_states_the_difference_with_its_interval(runs):
     change = (runs[1].evaluation.nll - runs[0].evaluation.nll).mean()
     assert f"a change of \N{MINUS SIGN}{-change:.3f} (95 % interval \N{MINUS SIGN}" in comparison
     assert cost == (
-        "MonteCLoRA took 1.25 times the training time and 1.10 times the peak memory of LoRA (each trained once, so other "
-        "work on the machine counts)."
+        "MonteCLoRA took 1.25 times the training time and 1.10 times the peak memory of LoRA (each trained once, so "
+        "other work on the machine counts)."
     )
 
 
