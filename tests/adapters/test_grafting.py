@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import monteclora
+from monteclora.adapters import storage
 from monteclora.adapters.grafting import graft, isotropic
-from monteclora.adapters.rescaling import posterior_scale, rescale_posterior, restore_posterior
+from monteclora.adapters.rescaling import posterior_scale, rescale_posterior, restore_plain, restore_posterior
 from monteclora.errors import ConfigError
 from tests.models import bert, gpt2
 
@@ -127,3 +128,37 @@ def test_unequal_rows_of_a_posterior_that_was_not_trained_are_no_divergence(tmp_
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*times as wide.*")
         graft(bert(), folder, "isotropic").save()
+
+
+@pytest.mark.parametrize("rows", ["equal", "isotropic"])
+def test_a_kill_between_weights_and_posterior_loses_no_weights(tmp_path, monkeypatch, rows):
+    folder = plain(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    weights = file.read_bytes()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "save_posterior", killed)
+        with pytest.raises(KeyboardInterrupt):
+            graft(bert(), folder, "isotropic").save()
+    assert file.read_bytes() != weights
+    graft(bert(), folder, rows).save()
+    assert restore_posterior(folder)
+    assert file.read_bytes() == weights
+    assert not (folder / "adapter_model.safetensors.plain").exists()
+
+
+@pytest.mark.parametrize("changed", ["lora_A", "lora_B", "classifier"])
+def test_kept_weights_of_another_update_are_not_put_back(tmp_path, changed):
+    folder = plain(tmp_path)
+    graft(bert(), folder, "isotropic").save()
+    (folder / "posterior.safetensors").unlink()
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if changed in name)
+    weights[name][0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    assert not restore_plain(folder)
+    assert load_file(file)[name].equal(weights[name])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from monteclora.adapters import checks, storage
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.model import MonteCLoRAModel, build
-from monteclora.adapters.rescaling import PLAIN_WEIGHTS
+from monteclora.adapters.rescaling import PLAIN_WEIGHTS, restore_plain
 from monteclora.adapters.snapshot import unchanged_on_error
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.posterior import AdapterPosterior
@@ -89,7 +89,8 @@ class Graft:
     def save(self, labels: Mapping[int, str] | None = None) -> None:
         """Write the posterior beside the weights; those that are replaced are kept, for the way back.
 
-        Killed in between, the folder holds a plain LoRA of the same update.
+        Killed in between, the folder holds a plain LoRA of the same update, and :func:`graft` or `calibrate --undo`
+        puts back the weights that were kept.
         """
         path = self.folder / storage.WEIGHTS_FILE
         if self.weights is None:
@@ -102,7 +103,7 @@ class Graft:
 
 
 def graft(model: nn.Module, folder: Path, rows: Rows, seed: int = 0) -> Graft:
-    """Give a plain LoRA adapter a posterior, in memory.
+    """Give a plain LoRA adapter a posterior, in memory; one that a kill left with rotated weights gets its own back.
 
     Its scale is that of A: the noise of each layer has the root mean square of its A, times ``||pi||``.
 
@@ -116,6 +117,7 @@ def graft(model: nn.Module, folder: Path, rows: Rows, seed: int = 0) -> Graft:
     Raises:
         CheckpointError, ConfigError, UnsafeCodeError: as :func:`from_plain`.
     """
+    restore_plain(folder)
     wrapped = from_plain(model, folder, _SETTINGS, noise_seed=seed)
     posterior = _posterior(wrapped)
     posterior.measured = True

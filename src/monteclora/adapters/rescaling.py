@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from monteclora.adapters import storage
 from monteclora.errors import ConfigError
 
-__all__ = ["PLAIN_WEIGHTS", "posterior_scale", "rescale_posterior", "restore_posterior"]
+__all__ = ["PLAIN_WEIGHTS", "posterior_scale", "rescale_posterior", "restore_plain", "restore_posterior"]
 
 PLAIN_WEIGHTS = "adapter_model.safetensors.plain"
 """An adapter's weights before a posterior was given to it that needs other ones; no loader takes it for weights."""
+
+_ROUNDING = 1e-5  # relative, of an update whose factors were computed in float64 and stored in float32
 
 
 def posterior_scale(folder: Path) -> Mapping[str, Any]:
@@ -80,6 +85,53 @@ def _remove(folder: Path) -> None:
     _file(folder).unlink()
     if (folder / PLAIN_WEIGHTS).exists():
         (folder / PLAIN_WEIGHTS).replace(folder / storage.WEIGHTS_FILE)
+
+
+def restore_plain(folder: Path) -> bool:
+    """Put back the weights of an adapter whose posterior was not written, or not wholly removed, before a kill.
+
+    Those that were kept belong to the ones in their place where every layer has the same update B A. Others, of an
+    adapter that was trained again in between, are left where they are.
+
+    Returns:
+        Whether they were put back.
+    """
+    weights, kept = folder / storage.WEIGHTS_FILE, folder / PLAIN_WEIGHTS
+    if (folder / storage.POSTERIOR_FILE).is_file() or not kept.is_file():
+        return False
+    try:
+        belong = _same_update(load_file(weights), load_file(kept))
+    except (OSError, SafetensorError):
+        return False  # the damaged one of the two is told by whatever reads it
+    if belong:
+        kept.replace(weights)
+    return belong
+
+
+def _same_update(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether B A is the same in every layer, to rounding, and all else to the bit."""
+    if one.keys() != other.keys():
+        return False
+    unequal = {name for name in one if not torch.equal(one[name], other[name])}
+    for name in sorted(unequal):
+        first = name.replace(".lora_B.", ".lora_A.")
+        second = first.replace(".lora_A.", ".lora_B.")
+        if (
+            first == second
+            or second not in one
+            or any(weights[n].dim() != 2 for weights in (one, other) for n in (first, second))
+        ):
+            return False
+        pairs = [(weights[first].double(), weights[second].double()) for weights in (one, other)]
+        (a, b), (of_a, of_b) = pairs
+        if a.shape[1] != of_a.shape[1] or b.shape[0] != of_b.shape[0]:
+            return False
+        # |BA - B'A'|^2 as the trace of a product of Gram matrices, so that no matrix of the layer's size is made
+        rows, columns = torch.cat([a, of_a]), torch.cat([b, -of_b], 1)
+        apart = ((columns.T @ columns) * (rows @ rows.T)).sum().clamp(min=0).sqrt()
+        if not apart <= _ROUNDING * of_b.norm() * of_a.norm():
+            return False
+    return True
 
 
 def _trained(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[float]:

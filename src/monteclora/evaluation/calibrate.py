@@ -20,7 +20,7 @@ from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.card import add_calibration, mark_own, remove_calibration
 from monteclora.adapters.grafting import Rows
 from monteclora.adapters.model import MonteCLoRAModel
-from monteclora.adapters.rescaling import rescale_posterior, restore_posterior
+from monteclora.adapters.rescaling import rescale_posterior, restore_plain, restore_posterior
 from monteclora.adapters.sampler import Posterior
 from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.data.splitting import content_sha256
@@ -261,7 +261,9 @@ def undo_calibration(run: str | Path | RunResult) -> bool:
     """
     folder = RunFolder.existing(run.folder if isinstance(run, RunResult) else run)
     has_own = get_method(folder.recipe.method.name).has_posterior
-    undone = (has_own or (folder.adapter / POSTERIOR_FILE).is_file()) and restore_posterior(folder.adapter)
+    undone = restore_plain(folder.adapter)
+    if has_own or (folder.adapter / POSTERIOR_FILE).is_file():
+        undone = restore_posterior(folder.adapter)
     remove_calibration(folder.adapter)
     sections = read_calibration(folder.path)
     if sections.pop(_SECTION, None) is not None:
