@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from monteclora import evaluate
+from monteclora.adapters.rescaling import rescale_posterior
 from monteclora.cli import main
 from monteclora.errors import CheckpointError, DataError
 from monteclora.metrics.registry import METRICS
 from monteclora.reports.comparison import RESAMPLES, compare_runs
 from monteclora.reports.comparison_tables import latex, markdown, plain
 from monteclora.reports.scored_rows import ScoredRows
-from monteclora.runs.records import PREDICTIONS_FILE, read_evaluations
+from monteclora.runs.records import EVALUATION_FILE, PREDICTIONS_FILE, read_evaluations
 
 
 @pytest.fixture
@@ -153,6 +155,60 @@ def test_an_evaluation_that_is_stored_stays_as_it_is(copied, split):
     assert stored["test"]["adapter"]["num_samples"] == 64
     assert (first / PREDICTIONS_FILE).read_bytes() == predictions
     assert set(read_evaluations(later)["test"]) == {"adapter"}
+
+
+def rescaled(folder, factor):
+    rescale_posterior(folder / "adapter", factor, {})
+    return folder
+
+
+def test_an_evaluation_of_another_scale_is_made_anew_and_not_kept(copied):
+    changed, other = copied("texts"), copied("lora")
+    before = evaluate(changed, "test", num_samples=3, seed=7, progress=False)
+    evaluate(changed, "test", calibrator="temperature", progress=False)
+    stored = read_evaluations(changed)
+    compare = partial(compare_runs, [changed, other], "test", progress=False)
+    same = compare()
+    assert [each.label for each in same.compared] == ["monteclora", "monteclora + temperature", "lora"]
+    rescaled(changed, 30.0)
+    found = compare()
+    assert read_evaluations(changed) == stored
+    expected = evaluate(
+        shutil.copytree(changed, changed.parent / "again"), "test", num_samples=3, seed=7, progress=False
+    )
+    assert found.compared[0].values["nll"].value == pytest.approx(expected.posterior["nll"], abs=1e-9)
+    assert expected.posterior["nll"] != pytest.approx(before.posterior["nll"], abs=1e-6)
+    assert [each.label for each in found.compared] == ["monteclora", "lora"]
+    notes = "\n".join(found.notes)
+    assert f"{changed}: its weights or the posterior's scale changed since it was evaluated" in notes
+    assert f"{changed} (adapter+temperature) is left out" in notes
+    assert "changed since" not in "\n".join(same.notes)
+
+
+def test_an_evaluation_of_some_rows_is_made_anew_where_others_have_all(copied):
+    part, whole = copied("texts"), copied("lora")
+    evaluate(part, "test", rows=7, progress=False)
+    (alone,) = compare_runs([part], "test", progress=False).compared
+    assert alone.runs == (part,)
+    assert compare_runs([part], "test", progress=False).rows == 7
+    found = compare_runs([part, whole], "test", progress=False)
+    assert found.rows == 15
+    assert any("it was evaluated on 7 of 15 test rows; it was evaluated anew" in note for note in found.notes)
+    assert read_evaluations(part)["test"]["adapter"]["rows"] == 7
+    evaluate(whole, "test", rows=7, progress=False)  # the same rows for both, as they were asked for
+    assert compare_runs([part, whole], "test", progress=False).rows == 7
+
+
+def test_an_evaluation_that_names_no_weights_is_taken_with_a_note(copied):
+    run = copied("lora")
+    evaluate(run, "test", progress=False)
+    path = run / EVALUATION_FILE
+    document = json.loads(path.read_text())
+    for name in ("weights_sha256", "split_rows"):
+        del document["splits"]["test"]["adapter"][name]
+    path.write_text(json.dumps(document))
+    found = compare_runs([run], "test", progress=False)
+    assert any("did not note the weights" in note for note in found.notes)
 
 
 def test_the_split_is_that_of_the_first_runs_own_evaluation(copied):

@@ -80,6 +80,8 @@ class EvaluationResult:
             :func:`monteclora.evaluation.error_detection.error_detection`.
         corrupted: metrics of the same rows corrupted; see :func:`monteclora.evaluation.corrupted.under_corruption`.
             Empty where they were not asked for.
+        weights_sha256: the checksum of the weights, the posterior's scale among them; None of the base model.
+        split_rows: how many rows the split has, of which ``source`` says how many were predicted.
     """
 
     folder: Path
@@ -103,6 +105,8 @@ class EvaluationResult:
     calibration: Mapping[str, float] | None = None
     error_detection: Mapping[str, float] | None = None
     corrupted: Sequence[Mapping[str, Any]] = ()
+    weights_sha256: str | None = None
+    split_rows: int | None = None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
@@ -137,6 +141,8 @@ class EvaluationResult:
             "rows": self.source.rows,
             "origin": self.source.origin,
             "sha256": self.source.sha256,
+            "split_rows": self.split_rows,
+            "weights_sha256": self.weights_sha256,
             "sampler": self.sampler,
             "members": [str(folder) for folder in self.members],
             "calibrator": self.calibrator,
@@ -251,9 +257,10 @@ def evaluate_loaded(
     batch_size: int | None = None,
     ood: str | Path | None = None,
     shift: bool = False,
+    keep: bool = True,
     progress: bool = True,
 ) -> EvaluationResult:
-    """As :func:`evaluate`, with a run that is loaded already."""
+    """As :func:`evaluate`, with a run that is loaded already; without ``keep`` its folder stays as it is."""
     check_at_least_one(rows=rows)
     prepared = prepare_sampler(loaded, sampler, num_samples, progress=progress)
     drawn = loaded.sampler(sampler, num_samples, seed, layers)
@@ -291,8 +298,11 @@ def evaluate_loaded(
         layers=getattr(drawn, "layers", None),
         error_detection=error_detection(scored),
         corrupted=corrupted,
+        weights_sha256=None if loaded.is_base else loaded.weights_sha256(),
+        split_rows=asked.split_rows,
     )
-    _keep(loaded, result)
+    if keep:
+        _keep(loaded, result)
     return result
 
 
@@ -317,6 +327,7 @@ class _Asked:
         rows: those chosen.
         source: of them.
         own: the split of the run's own data that they are, None if they are none of it.
+        split_rows: how many there are to choose from.
         notes: what a reader of the numbers must know of them.
     """
 
@@ -324,6 +335,7 @@ class _Asked:
     rows: Dataset
     source: SplitSource
     own: str | None
+    split_rows: int
     notes: list[str]
 
 
@@ -355,9 +367,10 @@ def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | 
     leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
     notes = [*data.file_notes.get(split, ()), *_to_be_known(loaded, own, source)]
     notes += leaks if task is None else [f"{task}:{note}" for note in leaks]
-    if len(rows) < source.rows:
+    split_rows = source.rows
+    if len(rows) < split_rows:
         source = SplitSource(source.origin, len(rows), rows)
-    return _Asked(split if task is None else f"{Path(task).name}:{split}", rows, source, own, notes)
+    return _Asked(split if task is None else f"{Path(task).name}:{split}", rows, source, own, split_rows, notes)
 
 
 def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:

@@ -16,13 +16,10 @@ from typing import Any
 import numpy as np
 
 from monteclora.errors import DataError
-from monteclora.evaluation.run import evaluate
 from monteclora.metrics.registry import METRICS, metrics_for
-from monteclora.reports.scored_rows import ScoredRows, scored_rows
+from monteclora.reports.compared_evaluations import Entry, compared_entries
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.recipe import recipe_sha256
-from monteclora.runs.records import read_evaluations, read_predictions
-from monteclora.runs.run_folder import RunFolder
 
 __all__ = ["Compared", "Comparison", "Estimate", "compare_runs"]
 
@@ -98,17 +95,6 @@ class Comparison:
         return found
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One evaluation of one run."""
-
-    run: RunFolder
-    variant: str
-    checksum: str
-    data: ScoredRows
-    notes: tuple[str, ...]
-
-
 def compare_runs(
     folders: Sequence[str | Path], split: str | None = None, *, seed: int = 0, progress: bool = True
 ) -> Comparison:
@@ -116,7 +102,9 @@ def compare_runs(
 
     Every evaluation of the split that a run folder holds is a row: ``monteclora evaluate RUN --sampler laplace`` adds
     one. A run without an evaluation of its own on that split, as its method predicts, is evaluated first; one that is
-    stored stays as it is, with as many draws as it was made with.
+    stored stays as it is, with as many draws as it was made with. Where the run's weights or its posterior's scale
+    changed since, or runs were evaluated on differently many rows, it is made again for the comparison and not kept,
+    and a note says so; a changed run's evaluations by other samplers and calibrators are left out.
 
     Args:
         folders: of the runs; the first one's own evaluation is what the others are compared with.
@@ -130,17 +118,7 @@ def compare_runs(
         ConfigError: an argument does not fit the runs.
         DataError: the split is missing, has too few rows, or runs were evaluated on different rows.
     """
-    entries: list[_Entry] = []
-    for folder in dict.fromkeys(map(Path, folders)):
-        run = RunFolder.existing(folder)
-        stored = read_evaluations(folder)
-        if split is None:
-            own = [name for name in ("test", "validation") if "adapter" in stored.get(name, {})]
-            split = own[0] if own else evaluate(folder, progress=progress).split
-        elif "adapter" not in stored.get(split, {}):
-            evaluate(folder, split, progress=progress)
-        entries += _entries(run, split)
-    assert split is not None
+    entries, split, known = compared_entries(folders, split, progress=progress)
     _check_same_rows(entries, split)
     groups = _groups(entries)
     names = [metric.name for metric in metrics_for(entries[0].data.scoring)]
@@ -171,22 +149,11 @@ def compare_runs(
         rows=entries[0].data.rows,
         metrics=tuple(names),
         compared=tuple(compared),
-        notes=_notes(entries, groups),
+        notes=(*known, *_notes(entries, groups)),
     )
 
 
-def _entries(run: RunFolder, split: str) -> list[_Entry]:
-    """What is stored of a run on a split; the pretrained model alone is no method."""
-    kind, found = data_facts(run).kind, []
-    for variant, facts in read_evaluations(run.path)[split].items():
-        if variant.startswith("base"):
-            continue
-        data = scored_rows(kind, read_predictions(run.path, split, variant), run.path)
-        found.append(_Entry(run, variant, facts["sha256"], data, tuple(facts.get("notes", ()))))
-    return sorted(found, key=lambda entry: (entry.variant != "adapter", entry.variant))
-
-
-def _check_same_rows(entries: Sequence[_Entry], split: str) -> None:
+def _check_same_rows(entries: Sequence[Entry], split: str) -> None:
     first = entries[0]
     for entry in entries:
         if entry.checksum != first.checksum or entry.data.scoring != first.data.scoring:
@@ -198,16 +165,16 @@ def _check_same_rows(entries: Sequence[_Entry], split: str) -> None:
         raise DataError(f"the {split} split has {first.data.rows} row, too few for an interval", "Use another split.")
 
 
-def _groups(entries: Sequence[_Entry]) -> dict[tuple[str, str], list[_Entry]]:
+def _groups(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
     """Evaluations of runs that differ in their seed alone, by recipe and variant; in the order given."""
-    groups: dict[tuple[str, str], list[_Entry]] = {}
+    groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         recipe = dataclasses.replace(entry.run.recipe, seed=0)
         groups.setdefault((recipe_sha256(recipe), entry.variant), []).append(entry)
     return groups
 
 
-def _labels(groups: Mapping[tuple[str, str], Sequence[_Entry]]) -> dict[tuple[str, str], str]:
+def _labels(groups: Mapping[tuple[str, str], Sequence[Entry]]) -> dict[tuple[str, str], str]:
     """``lora + laplace``; with the first run's folder where two groups would be called alike."""
     found = {}
     for key, group in groups.items():
@@ -221,7 +188,7 @@ def _labels(groups: Mapping[tuple[str, str], Sequence[_Entry]]) -> dict[tuple[st
 _Draws = Mapping[tuple[str, str], Mapping[str, np.ndarray]]
 
 
-def _resampled(groups: Mapping[tuple[str, str], Sequence[_Entry]], names: Sequence[str], seed: int) -> _Draws:
+def _resampled(groups: Mapping[tuple[str, str], Sequence[Entry]], names: Sequence[str], seed: int) -> _Draws:
     """Each group's metrics, mean over its runs, on the same resampled rows for all."""
     generator = np.random.default_rng(seed)
     rows = next(iter(groups.values()))[0].data.rows
@@ -243,7 +210,7 @@ def _estimate(value: float, draws: np.ndarray) -> Estimate:
 
 def _difference(
     draws: _Draws,
-    groups: Mapping[tuple[str, str], Sequence[_Entry]],
+    groups: Mapping[tuple[str, str], Sequence[Entry]],
     one: tuple[str, str],
     other: tuple[str, str],
     name: str,
@@ -252,9 +219,7 @@ def _difference(
     return _estimate(values[0] - values[1], draws[one][name] - draws[other][name])
 
 
-def _is_best(
-    draws: _Draws, groups: Mapping[tuple[str, str], Sequence[_Entry]], key: tuple[str, str], name: str
-) -> bool:
+def _is_best(draws: _Draws, groups: Mapping[tuple[str, str], Sequence[Entry]], key: tuple[str, str], name: str) -> bool:
     """Whether a group is better than each other one, and not inside the interval of their difference."""
     greater = METRICS[name].greater_is_better
     if greater is None or len(groups) < 2:
@@ -263,7 +228,7 @@ def _is_best(
     return all(each.low > 0 if greater else each.high < 0 for each in found)
 
 
-def _notes(entries: Sequence[_Entry], groups: Mapping[tuple[str, str], Sequence[_Entry]]) -> tuple[str, ...]:
+def _notes(entries: Sequence[Entry], groups: Mapping[tuple[str, str], Sequence[Entry]]) -> tuple[str, ...]:
     counts = {len(group) for group in groups.values()}
     repeated = max(counts) > 1
     notes = ["intervals resample the evaluated rows; what other seeds would give is not in them"]

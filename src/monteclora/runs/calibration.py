@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from monteclora.adapters.storage import POSTERIOR_FILE
 from monteclora.runs.documents import read_document, write_document
 
-__all__ = ["CALIBRATION_FILE", "read_calibration", "weights_sha256", "write_calibration"]
+__all__ = ["CALIBRATION_FILE", "joint_sha256", "read_calibration", "weights_sha256", "write_calibration"]
 
 CALIBRATION_FILE = "calibration.json"
 _FORMAT = 1
@@ -54,3 +54,9 @@ def weights_sha256(adapter: Path, *, posterior: bool = True) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def joint_sha256(adapters: Iterable[Path], *, posterior: bool = True) -> str:
+    """The checksum of the weights of several adapters, in whichever order; of one, its :func:`weights_sha256`."""
+    found = sorted(weights_sha256(adapter, posterior=posterior) for adapter in adapters)
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()

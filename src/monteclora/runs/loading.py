@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from monteclora.prediction.ensemble import ENSEMBLE, Members
 from monteclora.prediction.forward import Collate
 from monteclora.prediction.registry import SamplerKind, get_sampler
 from monteclora.prediction.sampler import MEAN, Checked, Sampler
-from monteclora.runs.calibration import weights_sha256
+from monteclora.runs.calibration import joint_sha256
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.manifest import newest_complete
 from monteclora.runs.prepare import base_model, prepare_model, tokenizer_of
@@ -103,8 +102,7 @@ class LoadedRun:
         Whichever of them comes first.
         """
         parts = self.members or (self.folder,)
-        found = sorted(weights_sha256(RunFolder(part).adapter, posterior=posterior) for part in parts)
-        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+        return joint_sha256((RunFolder(part).adapter for part in parts), posterior=posterior)
 
     def check_single(self, what: str) -> None:
         """Raises ConfigError for an ensemble; ``what`` cannot be done with one, in words."""
