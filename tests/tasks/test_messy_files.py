@@ -54,6 +54,19 @@ GOOD: dict[str, tuple[str, bytes, dict[str, Any], list[Any]]] = {
     ),
     "a list as JSON writes it": ("x.csv", labelled(map(json.dumps, SETS)), MULTI, [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
     "a list as Python writes it": ("x.csv", labelled(map(str, SETS)), MULTI, [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
+    "what Python takes for no list": ("x.csv", labelled(["x", "[{[]: 1}]", "x"]), MULTI, [[0, 1], [1, 0], [0, 1]]),
+    "one row of messages": (
+        "x.json",
+        lines([{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}]),
+        {},
+        [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}],
+    ),
+    "rows with a column named from": (
+        "x.json",
+        json.dumps({"data": [{"from": "me", "text": text, "label": label} for text, label in ROWS]}).encode(),
+        {},
+        [0, 1, 0],
+    ),
 }
 
 
@@ -92,6 +105,12 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "a 0 or 1 for each label",
     ),
     "a vector as text": ("x.csv", labelled(["[0, 1, 0]", "[1, 0, 0]", "[1, 1, 0]"]), MULTI, "a 0 or 1 for each label"),
+    "a list that is nested too deeply": (
+        "x.jsonl",
+        lines({"text": "a", "labels": "[" * n + "]" * n} for n in (2, 900)),
+        MULTI,
+        "line 1 has the label",
+    ),
     "columns of JSON": (
         "x.json",
         json.dumps({"text": ["a", "b"], "label": ["x", "y"]}).encode(),

@@ -165,7 +165,7 @@ def _only_list(document: Any) -> list[Any] | None:
     lists = {
         key: value
         for key, value in document.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict) and not _MESSAGE_KEYS & set(value[0])
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not _is_conversation(value)
     }
     if "data" in lists:
         return lists["data"]
@@ -175,14 +175,19 @@ def _only_list(document: Any) -> list[Any] | None:
 def _is_turned(document: Any) -> bool:
     """Whether an object holds several columns of equal length, or several rows by their keys, as pandas writes them."""
     values = list(document.values()) if isinstance(document, dict) else []
-    if len(values) < 2:
+    if len(values) < 2 or any(map(_is_conversation, values)):
         return False
     if all(isinstance(value, dict) for value in values):
         return all(value.keys() == values[0].keys() for value in values)
     return all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
 
 
-_MESSAGE_KEYS = {"role", "from"}  # a list of these is a conversation, and the object a row
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, which stands in a row; rows may have a column ``from`` or ``role`` too."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return False
+    keys = value[0].keys()
+    return ("role" in keys and not keys.isdisjoint(("content", "tool_calls"))) or {"from", "value"} <= keys
 
 
 def _list_table(path: Path, listed: list[Any]) -> Table:

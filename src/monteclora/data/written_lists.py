@@ -29,6 +29,6 @@ def written_list(text: str) -> list[Any] | None:
         return cast(list[Any], json.loads(text))
     if _BESIDE.search(text):
         raise ValueError(f"has the list {brief(text)}, whose parts are not separated by commas")
-    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return cast(list[Any], ast.literal_eval(text))
     return None
