@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from monteclora.data.files import Table, open_table
 from monteclora.errors import ConfigError, DataError
 from monteclora.runs.recipe import load_recipe
-from monteclora.tasks import DataSpec, load
+from monteclora.tasks import DataSpec, Task, load, registry
 from monteclora.tasks.weights import class_weights, label_weights
 
 ROWS = ({"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}, {"text": "c", "labels": ["z"]})
@@ -108,7 +110,7 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
             {"label_columns": ["a", "b"], "kind": "multi_label", "label_separator": "|"},
             "label_separator and label_columns",
         ),
-        ({"class_weights": {"a": float("inf")}}, "class_weights"),
+        ({"class_weights": {"a": float("inf")}}, "data.class_weights.a: expected a finite number, found inf"),
         ({"class_weights": {"a": 0}}, "data.class_weights must be finite numbers above 0"),
         ({"class_weights": "even"}, "class_weights: expected"),
     ],
@@ -145,8 +147,32 @@ def test_labels_are_divided_as_the_training_rows_say_whatever_else_is_loaded(tmp
     alone = load(spec, ["train"]).label_names
     assert alone == load(spec, ["train", "test"]).label_names == ("x", "y", "z")
     test.write_text("text,label\nfour,x|y\n")  # of another kind than the training rows: refused by its own row
-    with pytest.raises(DataError, match=r"test\.csv"):
+    with pytest.raises(DataError, match=r"test\.csv, line 2: the label 'x\|y' is not among"):
         load(spec, ["train", "test"])
+
+
+def test_labels_of_a_task_with_a_name_are_divided_as_the_recipe_or_its_training_rows_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = {"train": ["x", "y"], "test": ["x|y"]}
+
+    def rows(split: str, folder: Path | None) -> Table:
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels[split]))
+        return open_table(path)
+
+    task = Task("tags", "multi_label", ("text",), ("x", "y"), ("train", "test"), "", rows)
+    monkeypatch.setitem(registry._TASKS, "tags", task)
+    spec = DataSpec(task="tags", kind="multi_label", validation_fraction=0)
+    with pytest.raises(DataError, match=r"the label 'x\|y' is not among"):  # in training each text is one label
+        load(spec, ["test"])
+    labels["test"] = ["x/y"]
+    data = load(replace(spec, label_separator="/"), ["test"])
+    assert data.split("test")["label"][:] == [[1, 1]]
+    labels["train"], labels["test"] = ["x", "x|y"], ["y", "x|y"]
+    data = load(spec, ["test"])
+    assert data.split("test")["label"][:] == [[0, 1], [1, 1]]
+    assert list(data.splits) == ["test"]
 
 
 def test_equal_scores_have_no_scale(tmp_path: Path) -> None:

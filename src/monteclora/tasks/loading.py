@@ -294,6 +294,8 @@ def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Pla
     if "validation" in wanted and "validation" not in available:
         wanted = [split for split in wanted if split != "validation"]
         wanted += [] if "train" in wanted else ["train"]
+    if task.kind == "multi_label" and not spec.label_separator and "train" in available and "train" not in wanted:
+        wanted.append("train")  # which says how labels are parted in a text
     for split in wanted:
         if split not in {*task.splits, *available}:
             raise DataError(f"{task.name} has no {split} split; it has {', '.join(available)}", task.remedy)
@@ -308,7 +310,7 @@ def _task_plan(task: Task, spec: DataSpec, splits: Sequence[str] | None) -> _Pla
         columns = Columns("causal_lm", ("prompt",), "completion")
     else:
         texts = ("text", "text_pair")[: len(task.text_columns)]
-        columns = Columns(task.kind, texts, "label")
+        columns = Columns(task.kind, texts, "label", separator=spec.label_separator)
     return _Plan(task.name, tables, columns, task.label_names or (), task.description, "validation" in available)
 
 

@@ -25,9 +25,9 @@ class Task:
 
     Args:
         name: as recipes write it.
-        kind: ``classification`` or ``causal_lm``.
+        kind: what is learned, as ``data.kind`` has it.
         text_columns: the one or two columns of the source that the model reads.
-        label_names: the name of each label id; None for ``causal_lm``.
+        label_names: the name of each label id; None for ``causal_lm`` and ``regression``.
         splits: the splits that come with labels, out of ``train``, ``validation``, ``test``.
         description: one line for ``monteclora list tasks``.
         loader: from split and data folder (or None) to a table with the columns ``text``, perhaps
