@@ -110,7 +110,7 @@ def test_what_has_no_counterpart_is_named(tmp_path, capsys):
     ).epistemic.shape == (1,)
 
 
-def test_what_cannot_be_imported_is_refused_and_nothing_is_written(tmp_path):
+def test_what_cannot_be_imported_is_refused_and_nothing_is_written(tmp_path, capsys):
     plain = tmp_path / "plain"
     peft.get_peft_model(bert(), peft.LoraConfig(r=4, task_type="SEQ_CLS")).save_pretrained(plain)
     with pytest.raises(ConfigError, match="no monteclora_config: it is an adapter without a posterior"):
@@ -129,3 +129,5 @@ def test_what_cannot_be_imported_is_refused_and_nothing_is_written(tmp_path):
     config["task_type"] = None
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
     assert main(["import", str(tmp_path / "peft"), str(tmp_path / "ours"), "--base", str(tmp_path)]) == 2
+    assert "has the task_type None, which does not say what model it is for" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()

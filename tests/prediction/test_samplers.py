@@ -223,7 +223,9 @@ def test_draws_of_laplace_are_refused_where_they_would_be_lost():
     assert not hasattr(model, "laplace_posterior")
     remove_hook_from_module(model)
     attach(model, gaussian_around(model))
-    attach(model, gaussian_around(model))  # once more, in the place of the first
+    again = gaussian_around(model)
+    attach(model, again)  # once more, in the place of the first
+    assert model.laplace_posterior is again
 
 
 def test_a_draw_is_the_model_linearised_at_its_weights():
