@@ -90,7 +90,7 @@ def test_what_an_adapter_needs_is_said_and_nothing_is_left(trained, assets, caps
     base, file = str(assets / "bert"), str(assets / "texts-test.jsonl")
     wrong = {
         "no labelled rows are given": [],
-        "has rows for CAUSAL_LM": ["--data", str(assets / "pairs-test.jsonl"), "--base", base],
+        "are for CAUSAL_LM, and the adapter": ["--data", str(assets / "pairs-test.jsonl"), "--base", base],
         "has a head of 3 labels": ["--data", file, "--base", base, "--label-names", "apple,berry,cherry,damson"],
         "there is no model at": ["--data", file, "--base", str(tmp_path / "none")],
         "--max-length is given without --data": ["--max-length", "5"],

@@ -55,6 +55,15 @@ def test_default_targets(method: Method, values: dict[str, Any], expected: set[s
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_regular_expressions_match_whole_names_as_in_peft(method: Method) -> None:
+    model = wrap(method, target_modules=r".*\.(q|v)_proj", exclude_modules=r".*layers\.1\..*v_proj", lora_alpha=0.5)
+    layers = {name.partition("layers.")[2]: m for name, m in model.named_modules() if getattr(m, "lora_A", None)}
+    assert {*layers} == {"0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj"}
+    r = next(iter(layers.values())).r["default"]
+    assert layers["0.self_attn.q_proj"].scaling["default"] == 0.5 / (r**0.5 if method.name == "rslora" else r)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_an_architecture_without_a_default_gets_all_linear_layers(method: Method) -> None:
     base = llama()
     base.config.model_type = "unheard_of"
@@ -66,6 +75,12 @@ def test_an_architecture_without_a_default_gets_all_linear_layers(method: Method
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            {"target_modules": "q_proj"},
+            r"target_modules is 'q_proj', which matches no layer.* a list of names: \[q_proj\]",
+        ),
+        ({"target_modules": "some-linear"}, "target_modules is .some-linear., which matches no layer"),
+        ({"exclude_modules": r"layers\.0"}, r"exclude_modules is .*, which matches no layer"),
         ({"target_modules": ["q_prj"]}, r"target_modules names 'q_prj'.* Nearest: q_proj"),
         ({"target_modules": ["q_proj", "nothing_like_it_at_all"]}, "nothing_like_it_at_all"),
         ({"exclude_modules": ["layers.7"]}, "exclude_modules"),
@@ -88,7 +103,7 @@ def test_names_that_do_not_exist(method: Method, values: dict[str, Any], message
         {"lora_dropout": 1.0},
         {"target_modules": []},
         {"rank_pattern": {"q_proj": 0}},
-        {"target_modules": "some-linear"},
+        {"target_modules": "(some-linear"},
         {"rank": 8},
     ],
 )

@@ -32,6 +32,9 @@ def test_ranges_are_those_of_the_checks() -> None:
     assert texts["data.train_fraction"] == "number or null, above 0 and at most 1"
     assert texts["training.batch_size"] == "integer, at least 1"
     assert texts["data.max_length"] == "integer, at least 2"
+    of_lora = {key.name: type_text(key) for key in KEYS if "lora" in key.methods}
+    assert of_lora["method.lora_alpha"] == "number, above 0"
+    assert texts["method.target_modules"] == "text or list of text or null"
     assert texts["seed"] == "integer, at least 0"
     assert texts["training.mode"] == "cooperative, post_hoc"
 

@@ -1,5 +1,6 @@
 """Runs that train the posterior of a plain LoRA adapter from elsewhere."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from monteclora.cli import main
-from monteclora.errors import CheckpointError, ConfigError
+from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.run import evaluate
 from monteclora.runs.run_folder import RunFolder
 from monteclora.training.check import check
@@ -76,6 +77,21 @@ def test_the_weights_stay_to_the_bit_and_the_posterior_is_learned(
     assert len(found.rows) > 30
 
 
+def test_a_run_from_patterns_and_a_fractional_alpha_reads_its_own_recipe(
+    assets: Path, recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """peft and unsloth write a regular expression as one text."""
+    options = {"target_modules": r".*layer\.[01]\.attention\.self\.(query|key)", "exclude_modules": r".*\.1\..*key"}
+    folder = adapter(assets, tmp_path / "theirs", lora_alpha=0.5, alpha_pattern={"query": 0.25}, **options)
+    run = RunFolder(quietly(started(recipe, folder)).folder)
+    method = run.recipe.method
+    assert {name: getattr(method, name) for name in options} == options
+    assert (method.lora_alpha, method.alpha_pattern, method.modules_to_save) == (0.5, {"query": 0.25}, [])
+    adapted = {name for name in load_file(run.adapter / "adapter_model.safetensors") if "lora_A" in name}
+    assert len(adapted) == 3
+    assert evaluate(run.path, split="train", num_samples=1).rows
+
+
 def test_an_adapter_that_changed_stops_a_resumption(
     assets: Path, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,8 +117,18 @@ def test_what_does_not_fit_is_refused_and_nothing_is_begun(assets: Path, recipe:
         quietly(started(recipe, tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="use_dora"):
         quietly(started(recipe, adapter(assets, tmp_path / "dora", use_dora=True)))
-    with pytest.raises(ConfigError, match=r"the rows are for CAUSAL_LM, and the adapter .* is one for SEQ_CLS"):
+    with pytest.raises(DataError, match=r"the rows are for CAUSAL_LM, and the adapter .* is one for SEQ_CLS"):
         quietly(started(recipe, folder, "causal_lm"))
+    for options, message in (
+        ({"lora_alpha": -4}, r"adapter_config\.json: lora_alpha is -4, expected above 0"),
+        ({"target_modules": "(.*query"}, r"adapter_config\.json: target_modules is .* no regular expression"),
+        ({"alpha_pattern": {"query": "2"}}, r"adapter_config\.json: alpha_pattern\.query: expected"),
+    ):
+        shutil.copytree(folder, tmp_path / "odd", dirs_exist_ok=True)
+        written = json.loads((folder / "adapter_config.json").read_text())
+        (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps({**written, **options}))
+        with pytest.raises(ConfigError, match=message):
+            quietly(started(recipe, tmp_path / "odd"))
     assert not any((tmp_path / "run" / name).exists() for name in ("adapter", "checkpoints"))
 
 

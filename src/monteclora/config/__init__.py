@@ -10,6 +10,6 @@ for values that have the right type and are wrong all the same.
 """
 
 from monteclora.config.document import Document, Node, brief, load_yaml, nearest, parse_yaml
-from monteclora.config.schema import build, dump
+from monteclora.config.schema import build, default_of, dump
 
-__all__ = ["Document", "Node", "brief", "build", "dump", "load_yaml", "nearest", "parse_yaml"]
+__all__ = ["Document", "Node", "brief", "build", "default_of", "dump", "load_yaml", "nearest", "parse_yaml"]

@@ -15,7 +15,7 @@ import yaml
 from monteclora.config.document import Document, Dumper, Node, brief, from_python, nearest, override
 from monteclora.errors import ConfigError
 
-__all__ = ["build", "dump"]
+__all__ = ["build", "default_of", "dump"]
 
 Schema = TypeVar("Schema")
 
@@ -53,6 +53,11 @@ def build(
         more = [f"and {len(problems) - _MOST_TOLD} more"] if len(problems) > _MOST_TOLD else []
         raise ConfigError("; ".join(problems[:_MOST_TOLD] + more), f"{where} and run again.")
     return typing.cast(Schema, result)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a schema's field; ``dataclasses.MISSING`` where there is none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def dump(instance: Any) -> str:

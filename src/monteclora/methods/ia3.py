@@ -32,7 +32,8 @@ class IA3Options(TargetFields):
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values, see :mod:`monteclora.config`."""
         found = super().problems()
-        others = [name for name in self.feedforward_modules if name not in (self.target_modules or ())]
+        listed = self.target_modules if isinstance(self.target_modules, list) else []
+        others = [name for name in self.feedforward_modules if name not in listed]
         if others:
             found.append(("feedforward_modules", f"names {others[0]}, which target_modules does not list"))
         return found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from monteclora.config import brief
 from monteclora.errors import ConfigError
 from monteclora.methods.adapters import AdapterMethod
 from monteclora.methods.base import MethodOptions, TaskKind
@@ -30,37 +31,51 @@ __all__ = [
     "seed_everything",
 ]
 
+_ALL_LINEAR = "all-linear"
+
 
 @dataclass(frozen=True)
 class TargetFields(MethodOptions):
     """Which layers an adapter is put on.
 
     Args:
-        target_modules: the layers that get an adapter: names such as ``q_proj``, or ``all-linear`` for every linear
-            layer but the head; null is peft's choice for the architecture, or ``all-linear`` where it has none.
-        exclude_modules: layers that get none, even though ``target_modules`` names them.
+        target_modules: the layers that get an adapter: names such as ``q_proj``, a regular expression for whole names,
+            or ``all-linear`` for every linear layer but the head; null is peft's choice for the architecture, or
+            ``all-linear`` where it has none.
+        exclude_modules: layers that get none, even though ``target_modules`` names them: names, or a regular expression
+            for whole names.
         modules_to_save: layers that are trained and saved whole; a classification head always is.
     """
 
-    target_modules: list[str] | Literal["all-linear"] | None = None
-    exclude_modules: list[str] = field(default_factory=list)
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values: pairs of field and message, see :mod:`monteclora.config`."""
-        empty = self.target_modules == []
-        return [("target_modules", "is empty: name a layer, or leave it out")] if empty else []
+        patterns = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        found = [
+            (name, f"is {brief(value)}, which is no regular expression; of names write a list")
+            for name, value in patterns.items()
+            if isinstance(value, str) and value and not _is_pattern(value)
+        ]
+        found += [
+            (name, "is empty: name a layer, or leave it out")
+            for name, value in patterns.items()
+            if value == "" or (value == [] and name == "target_modules")
+        ]
+        return found
 
     def targets(self, model: PreTrainedModel, choices: Mapping[str, Any]) -> list[str] | str | None:
         """``target_modules`` for peft, which has ``choices`` of its own by architecture."""
         if self.target_modules is None and model.config.model_type not in choices:
-            return "all-linear"
+            return _ALL_LINEAR
         return self.target_modules
 
     def module_arguments(self) -> dict[str, Any]:
         """The other fields as arguments of a configuration of peft."""
         return {
-            "exclude_modules": list(self.exclude_modules) or None,
+            "exclude_modules": self.exclude_modules or None,
             "modules_to_save": list(self.modules_to_save) or None,
         }
 
@@ -79,27 +94,35 @@ class LoRAFields(TargetFields):
     """
 
     r: int = 8
-    lora_alpha: int = 16
+    lora_alpha: int | float = 16
     lora_dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
     use_rslora: bool = False
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with the values: pairs of field and message, see :mod:`monteclora.config`."""
         found = super().problems() + [
-            (name, f"is {value}, expected at least 1")
-            for name, value in (("r", self.r), ("lora_alpha", self.lora_alpha))
-            if value < 1
+            (name, f"is {value}, expected {bound}")
+            for name, value, bound, holds in (
+                ("r", self.r, "at least 1", self.r >= 1),
+                ("lora_alpha", self.lora_alpha, "above 0", self.lora_alpha > 0),
+            )
+            if not holds
         ]
         if not 0 <= self.lora_dropout < 1:
             found.append(("lora_dropout", f"is {self.lora_dropout}, expected at least 0 and below 1"))
+        found += [
+            ("rank_pattern", f"gives {key} the value {value}, expected at least 1")
+            for key, value in self.rank_pattern.items()
+            if value < 1
+        ]
+        found += [
+            ("alpha_pattern", f"gives {key} the value {value}, expected above 0")
+            for key, value in self.alpha_pattern.items()
+            if not value > 0
+        ]
         for name in ("rank_pattern", "alpha_pattern"):
-            found += [
-                (name, f"gives {key} the value {value}, expected at least 1")
-                for key, value in getattr(self, name).items()
-                if value < 1
-            ]
             found += [
                 (name, f"has {key!r}, which is neither a name nor a regular expression")
                 for key in getattr(self, name)
@@ -144,10 +167,12 @@ def check_names(options: TargetFields, model: PreTrainedModel) -> None:
         ConfigError: no layer bears the name; the message has the nearest one that exists.
     """
     modules = [name for name, _ in model.named_modules() if name]
-    listed = {} if isinstance(options.target_modules, str) else {"target_modules": options.target_modules or []}
-    listed |= {"exclude_modules": options.exclude_modules, "modules_to_save": options.modules_to_save}
-    for option, names in listed.items():
-        _require(option, [name for name in names if not _any_ends(modules, name)], modules)
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(options, option) or []
+        if isinstance(names, str):
+            _require_match(option, names, modules)
+        else:
+            _require(option, [name for name in names if not _any_ends(modules, name)], modules)
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(options, option, ())
         unmatched = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in modules)]
@@ -164,6 +189,15 @@ def _is_pattern(text: str) -> bool:
 
 def _any_ends(modules: Iterable[str], name: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for module in modules)
+
+
+def _require_match(option: str, pattern: str, modules: list[str]) -> None:
+    if pattern == _ALL_LINEAR or any(re.fullmatch(pattern, module) for module in modules):
+        return
+    hint = "It is a regular expression for whole names, as model.named_modules() has them."
+    if _any_ends(modules, pattern):
+        hint = f"A text is a regular expression for whole names; write a list of names: [{pattern}]."
+    raise ConfigError(f"method.{option} is {brief(pattern)}, which matches no layer of the model", hint)
 
 
 def _require(option: str, missing: list[str], modules: list[str]) -> None:

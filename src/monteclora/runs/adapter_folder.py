@@ -21,6 +21,7 @@ from monteclora.data.scores import ScoreScale
 from monteclora.errors import CheckpointError, ConfigError, UnsafeCodeError
 from monteclora.methods import get_method
 from monteclora.runs.documents import read_document, write_document
+from monteclora.runs.foreign_adapter import lora_options
 from monteclora.runs.loading import LoadedRun, with_adapter
 from monteclora.runs.recipe import EvaluationSpec, ModelSpec, Recipe
 from monteclora.runs.run_folder import RunFolder
@@ -240,7 +241,6 @@ def _recipe_of(
 ) -> Recipe:
     """A recipe that says of the adapter what predicting reads; of its data nothing is known but lengths."""
     options_of: Any = get_method("monteclora" if (folder / POSTERIOR_FILE).is_file() else "lora").options
-    options = options_of(r=int(config.get("r") or 8), lora_alpha=max(int(config.get("lora_alpha") or 16), 1))
     return Recipe(
         name=folder.resolve().name,
         model=ModelSpec(base),
@@ -248,7 +248,7 @@ def _recipe_of(
             max_length=facts.max_length if facts else min(_LONGEST, positions),
             text_columns=list(facts.text_columns) if facts else [],
         ),
-        method=options,
+        method=options_of(**lora_options(folder, config)),
         evaluation=EvaluationSpec(num_samples=facts.num_samples) if facts else EvaluationSpec(),
         output=str(folder),
     )

@@ -18,11 +18,12 @@ from monteclora.adapters.grafting import Graft, Rows, graft
 from monteclora.adapters.storage import CONFIG_FILE, GRAFTED
 from monteclora.data.models import resolve_model
 from monteclora.data.parts import resolved
-from monteclora.errors import ConfigError, DataError
+from monteclora.errors import ConfigError
 from monteclora.methods.adapters import AdapterMethod
 from monteclora.methods.lora import LoRAOptions
 from monteclora.methods.registry import get_method
 from monteclora.runs.environment import describe_environment
+from monteclora.runs.foreign_adapter import check_task, lora_options
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.prepare import base_model
 from monteclora.runs.recipe import ModelSpec, Recipe
@@ -30,7 +31,6 @@ from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import training_device
 from monteclora.system.quiet import quiet_libraries
 from monteclora.tasks import DataSpec, load
-from monteclora.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from monteclora.tasks import TaskData
@@ -67,7 +67,7 @@ def adopt(folder: str | Path, base: str | None, data: DataSpec) -> Adopted:
 
     Raises:
         CheckpointError: a file of the adapter is missing or damaged.
-        ConfigError: no base model is named, or there is none of that name.
+        ConfigError: no base model is named, there is none of that name, or an option is none that a recipe can have.
         DataError: the file is wrong, or its rows are of another kind than the adapter.
         UnsafeCodeError: the weights are a pickle.
     """
@@ -84,14 +84,8 @@ def adopt(folder: str | Path, base: str | None, data: DataSpec) -> Adopted:
     if not data.label_names and found.label_names:
         listed = ", ".join(found.label_names)
         notes.append(f"the labels are taken in the order {listed}: name them if the adapter was trained with another")
-    expected = KINDS[found.kind].peft_task
-    if config.get("task_type") not in (None, expected):
-        raise DataError(
-            f"{data.validation_file} has rows for {expected}, and the adapter {run.path} is one for "
-            f"{config['task_type']}",
-            "Give a file with the columns of its task.",
-        )
-    options = LoRAOptions(r=int(config.get("r") or 8), lora_alpha=max(int(config.get("lora_alpha") or 16), 1))
+    check_task(run.path, config, found.kind, f"the rows of {data.validation_file}")
+    options = LoRAOptions(**lora_options(run.path, config))
     title = run.path.resolve().name
     recipe = Recipe(name=title, model=ModelSpec(name), data=spec, method=options, output=str(run.path.resolve()))
     facts = {**describe_environment(recipe, found, training_device()), "adopted": True}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from monteclora.config import Document, Node, brief, build, load_yaml, nearest
+from monteclora.config import Document, Node, brief, build, default_of, load_yaml, nearest
 from monteclora.config.document import from_python, override, to_python
 from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
@@ -400,13 +400,9 @@ def _changed(section: Any) -> dict[str, Any]:
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             value = _changed(value)
-        if f.metadata.get(_RESULT, True) and value not in ({}, _default(f)):
+        if f.metadata.get(_RESULT, True) and value not in ({}, default_of(f)):
             changed[f.name] = value
     return changed
-
-
-def _default(of: dataclasses.Field[Any]) -> Any:
-    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

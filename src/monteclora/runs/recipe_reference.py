@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 
 from docstring_parser import DocstringStyle, parse
 
+from monteclora.config import default_of
 from monteclora.methods import list_methods
 from monteclora.runs.recipe import Recipe
 
@@ -87,9 +88,8 @@ def _keys_of(schema: Any, prefix: str) -> Iterator[Key]:
             if name != _METHOD:
                 yield from _keys_of(expected, f"{name}.")
             continue
-        default = field.default if field.default_factory is _REQUIRED else field.default_factory()
         # the default of a recipe's name is the file's name, which is known when one is read
-        default = None if name == "name" else default
+        default = None if name == "name" else default_of(field)
         yield Key(name, expected, default, _range(schema, field.name, expected), descriptions.get(field.name, ""))
 
 
@@ -136,8 +136,10 @@ def _bare(schema: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _members(expected: Any) -> tuple[Any, ...]:
+    """The types of a union, without integers where every number is taken."""
     if typing.get_origin(expected) in (Union, types.UnionType):
-        return typing.get_args(expected)
+        members = typing.get_args(expected)
+        return tuple(member for member in members if member is not int or float not in members)
     return (expected,)
 
 
@@ -156,7 +158,7 @@ def default_text(key: Key) -> str:
 def _type_name(expected: Any) -> str:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(member) for member in sorted(arguments, key=lambda m: m is type(None)))
+        return " or ".join(_type_name(member) for member in sorted(_members(expected), key=lambda m: m is type(None)))
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is list:
@@ -229,7 +231,8 @@ def _section() -> dict[str, Any]:
 def _json_type(expected: Any) -> dict[str, Any]:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (Union, types.UnionType):
-        return {"anyOf": [_json_type(member) for member in arguments]}
+        members = [_json_type(member) for member in _members(expected)]
+        return {"anyOf": members} if members[1:] else members[0]
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is list:

@@ -15,17 +15,15 @@ from typing import Any
 
 from monteclora.adapters.checks import check_adapter
 from monteclora.adapters.storage import CONFIG_FILE, POSTERIOR_FILE, WEIGHTS_FILE
-from monteclora.config import brief
+from monteclora.config import brief, default_of
 from monteclora.data.kinds import Kind
 from monteclora.errors import CheckpointError, ConfigError
-from monteclora.methods.lora import LoRAFields
+from monteclora.runs.foreign_adapter import check_task, lora_options
 from monteclora.runs.recipe import Recipe
-from monteclora.tasks.kinds import KINDS
 
 __all__ = ["check_start", "check_unchanged", "start_facts", "with_start"]
 
 _HERE = "training.post_hoc.adapter"
-_HEADS = frozenset(("classifier", "score"))  # peft adds both to what a classifier's adapter saves, whatever its head is
 
 
 def with_start(recipe: Recipe) -> Recipe:
@@ -33,25 +31,23 @@ def with_start(recipe: Recipe) -> Recipe:
 
     Raises:
         CheckpointError: a file of the adapter is missing or damaged, or it has a posterior already.
-        ConfigError: an option of the recipe is another one than the adapter's.
+        ConfigError: an option of the recipe is another one than the adapter's, or one of the adapter's is none that a
+            recipe can have.
         UnsafeCodeError: its weights are a pickle.
     """
     if recipe.training.post_hoc.adapter is None:
         return recipe
     folder, written = _read(recipe)
     options: Any = recipe.method
-    found = {}
-    for field in dataclasses.fields(LoRAFields):
-        if field.name == "name":
-            continue
-        given, own = getattr(options, field.name), _as_option(field, written.get(field.name))
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if given not in (default, own):
+    found = lora_options(folder, written)
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(options)}
+    for name, own in found.items():
+        given = getattr(options, name)
+        if given not in (defaults[name], own):
             raise ConfigError(
-                f"method.{field.name} is {brief(given)}, and the adapter {folder} of {_HERE} has {brief(own)}",
+                f"method.{name} is {brief(given)}, and the adapter {folder} of {_HERE} has {brief(own)}",
                 "Leave it out: the adapter's own counts.",
             )
-        found[field.name] = own
     return dataclasses.replace(recipe, method=dataclasses.replace(options, **found))
 
 
@@ -59,17 +55,12 @@ def check_start(recipe: Recipe, kind: Kind, label_names: tuple[str, ...] | None)
     """Check that the adapter is one for this kind of task; gives what is taken for granted, in words.
 
     Raises:
-        ConfigError: it is for another kind.
+        DataError: it is for another kind.
     """
     if recipe.training.post_hoc.adapter is None:
         return ()
     folder, written = _read(recipe)
-    expected, found = KINDS[kind].peft_task, written.get("task_type")
-    if found not in (None, expected):
-        raise ConfigError(
-            f"the rows are for {expected}, and the adapter {folder} of {_HERE} is one for {found}",
-            "Give rows of the adapter's task.",
-        )
+    check_task(folder, written, kind)
     notes = [f"rho and eta alone are trained: the mean stays that of {folder}"]
     if label_names and not recipe.data.label_names and recipe.data.task is None:
         listed = ", ".join(label_names)
@@ -113,17 +104,3 @@ def _read(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
         )
     written: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return folder, written
-
-
-def _as_option(field: dataclasses.Field[Any], value: Any) -> Any:
-    """What ``adapter_config.json`` says, as the recipe's field has it."""
-    if value is None:
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        return None if field.name == "target_modules" else default
-    if field.name == "lora_alpha":
-        return max(int(value), 1)
-    if field.name == "modules_to_save":
-        return sorted({*value} - _HEADS)
-    if isinstance(value, list):
-        return sorted(map(str, value))
-    return [value] if field.name == "exclude_modules" else value
