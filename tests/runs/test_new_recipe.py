@@ -130,3 +130,18 @@ def test_a_pattern_stands_for_several_files(
         assert main(["new", str(parts / pattern)]) == 0
         assert f"recipe: {name}.yaml" in capsys.readouterr().out
         assert load_recipe(tmp_path / f"{name}.yaml").name == name
+
+
+def test_a_file_of_the_home_is_found_from_any_folder_and_a_missing_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "A"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    file = teams(home / "teams.csv", 60)
+    monkeypatch.setenv("HOME", str(home))
+    recipe = loaded(new_recipe("~/teams.csv", folder=elsewhere).text, elsewhere)
+    assert recipe.data.task == str(file)
+    assert new_recipe("~/teams.csv", folder="~").text == new_recipe(file, folder=home).text
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
+        new_recipe(file, folder=tmp_path / "nowhere")

@@ -93,14 +93,17 @@ def new_recipe(
 
     Raises:
         DataError: the file, its columns, rows or labels are wrong.
-        ConfigError: there is no such model or method, or the rows have scores or several labels each.
+        ConfigError: there is no such folder, model or method, or the rows have scores or several labels each.
     """
-    columns, guess = _named_columns(str(file), text, label)
-    spec = DataSpec(task=str(file), **columns)
+    file, folder = os.path.expanduser(str(file)), Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}", "Make it, or give another one for the recipe.")
+    columns, guess = _named_columns(file, text, label)
+    spec = DataSpec(task=file, **columns)
     data = _loaded(spec)
     if data.kind in _BY_HAND:
         raise ConfigError(f"{file} holds {_BY_HAND[data.kind]}, for which no recipe is made", _sentence(_OTHERWISE))
-    if looks_like_file(str(file)) and len(data.splits.get("validation", ())) < _FEW_VALIDATION:  # it was set aside
+    if looks_like_file(file) and len(data.splits.get("validation", ())) < _FEW_VALIDATION:  # it was set aside
         spec = dataclasses.replace(spec, validation_fraction=_MORE_VALIDATION)
         data = load(spec)
     rows = data.split("train")
@@ -109,13 +112,13 @@ def new_recipe(
     length = _length(rows, data, model)
     settings = _SETTINGS[model] if model in STARTERS else _SETTINGS[data.kind]
     epochs = min(max(math.ceil(_STEPS * settings.batch_size / len(rows)), _EPOCHS[0]), _EPOCHS[1])
-    written = dataclasses.replace(spec, task=_from(folder, str(file)))
+    written = dataclasses.replace(spec, task=_from(folder, file))
     content = _text(written, data, model, method, length, epochs, settings)
     load_recipe({"name": "new", **yaml.safe_load(content)})  # a wrong method or name is told before anything is written
     return NewRecipe(content, (*guess, *data.notes, *data.leaks))
 
 
-def _from(folder: str | Path, file: str) -> str:
+def _from(folder: Path, file: str) -> str:
     """The path of a file as it leads from a folder; an absolute one, and what is no file, as it is."""
     if os.path.isabs(file) or not looks_like_file(file) or os.path.samefile(folder, "."):
         return file
