@@ -223,3 +223,34 @@ def test_evaluation_is_that_of_lora(kind: str, tokenizer: PreTrainedTokenizerFas
         )
     assert found[0].keys() == found[1].keys()
     assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
+def rewards(method: bool, tokenizer: Any, folder: Path, steps: int, **options: Any) -> list[dict[str, float]]:
+    """What a reward model logs in training at learning rate 0, all pairs in every batch."""
+    model = policy(method, build=llama_classifier, kl_weight=0.0, coop_weight=0.0, **options)
+    logged = run("Reward", model, tokenizer, folder, per_device_train_batch_size=6, max_steps=steps)
+    assert len(logged) == steps
+    return [{name: entry[name] for name in REWARD_NUMBERS} for entry in logged]
+
+
+REWARD_NUMBERS = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+
+
+def test_rewards_in_training_are_those_of_lora_without_noise(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A reward model has no reference to share a draw with: what it logs in training mode has the noise of the draw."""
+    plain = rewards(False, tokenizer, tmp_path, 2)
+    ours = rewards(True, tokenizer, tmp_path, 2, sample_scale=0.0)
+    assert ours == plain
+    assert plain[0]["margin"] != 0.0
+
+
+def test_rewards_in_training_are_those_of_lora_on_average(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Within four standard errors of the draws' mean, at a scale at which a reward is as good as linear in lora_A."""
+    (plain,) = rewards(False, tokenizer, tmp_path, 1)
+    drawn = rewards(True, tokenizer, tmp_path, 48, sample_scale="relative:0.05")
+    for name in ("margin", "mean_reward"):
+        values = torch.tensor([entry[name] for entry in drawn], dtype=torch.float64)
+        assert len(values.unique()) == len(values), "each batch has a draw"
+        assert abs(values.mean().item() - plain[name]) < 4 * values.std().item() / math.sqrt(len(values))

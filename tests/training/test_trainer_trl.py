@@ -159,6 +159,7 @@ def test_accumulation_and_completion_only_loss(tokenizer: PreTrainedTokenizerFas
         {"completion_only_loss": True},
         {"completion_only_loss": False},
         {"packing": True, "packing_strategy": "wrapped", "completion_only_loss": True},
+        {"packing": True},
         {"loss_type": "dft"},
     ],
     ids=str,
