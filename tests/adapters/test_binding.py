@@ -335,13 +335,13 @@ def test_copies_are_bound_to_their_own_mean(tmp_path: Path) -> None:
 
 def test_names_and_revisions_that_peft_warns_of_are_warned_of(tmp_path: Path) -> None:
     config = monteclora.MonteCLoRAConfig(r=4, target_modules=["q_proj"], revision="v1")
-    with pytest.warns(UserWarning, match="revision v1; v2 takes its place"):
+    with pytest.warns(UserWarning, match="revision to v1, overwriting with revision v2"):
         model = monteclora.get_peft_model(llama(), config, revision="v2")
     assert model.peft_config["default"].revision == "v2"
-    with pytest.warns(UserWarning, match="'lora', which is part of the names of all weights"):
+    with pytest.warns(UserWarning, match="Adapter name 'lora' should not be contained in the prefix 'lora_'"):
         model = monteclora.get_peft_model(
             llama(), monteclora.MonteCLoRAConfig(r=4, target_modules=["q_proj"]), adapter_name="lora"
         )
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="which is part of the names of all weights"):
+    with pytest.warns(UserWarning, match="Adapter name 'lora' should not be"):
         monteclora.from_pretrained(llama(), tmp_path / "lora", adapter_name="lora")

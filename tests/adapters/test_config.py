@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft import LoraConfig
 
 import monteclora
 from monteclora import MonteCLoRAConfig
-from monteclora.errors import ConfigError
+from monteclora.errors import CheckpointError, ConfigError
 from tests.models import TARGETS, batch_for, config_for, llama, perceptron, posterior_of, wrapped
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -191,6 +192,15 @@ def test_a_configuration_is_read_from_a_saved_adapter(tmp_path: Path) -> None:
     assert (found.num_components, found.noise_seed, found.sample_scale) == (3, 5, None)
     found.inference_mode = False
     assert found == model.peft_config["default"] == MonteCLoRAConfig(**model.peft_config["default"].to_dict())
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"foo": 1}'], ids=str)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))) as caught:
+        MonteCLoRAConfig.from_pretrained(tmp_path)
+    assert caught.value.hint
 
 
 def test_copies() -> None:

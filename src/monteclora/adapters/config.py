@@ -127,11 +127,12 @@ class MonteCLoRAConfig(PosteriorSettings, LoraConfig):
             **kwargs: passed on to peft, such as ``revision``.
 
         Raises:
-            CheckpointError: an adapter without a posterior, or a damaged one.
+            CheckpointError: no configuration of an adapter, an adapter without a posterior, or a damaged one.
         """
-        from monteclora.adapters import storage
+        from monteclora.adapters import checks, storage
 
-        found = PeftConfig.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        with checks.adapter_errors(pretrained_model_name_or_path):
+            found = PeftConfig.from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         if isinstance(found, MonteCLoRAConfig):
             return found
         path = storage.find_posterior(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

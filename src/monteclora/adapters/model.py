@@ -398,7 +398,8 @@ def get_peft_model(
     revision = kwargs.pop("revision", None)
     if revision is not None and config.revision not in (None, revision):
         warnings.warn(
-            f"the configuration names the base model's revision {config.revision}; {revision} takes its place",
+            f"peft config has already set base model revision to {config.revision}, overwriting with revision "
+            f"{revision}",
             stacklevel=2,
         )
     config.revision = revision or config.revision
@@ -409,11 +410,14 @@ def get_peft_model(
 
 
 def _warn_of_name(adapter_name: str) -> None:
-    """peft tells an adapter's weights from others by their names, in which each begins with ``lora_``."""
+    """peft tells an adapter's weights from others by their names, in which each begins with ``lora_``.
+
+    The warning begins as peft's own does, here and where ``get_peft_model`` warns: filters written for peft apply.
+    """
     if adapter_name in _WEIGHTS_PREFIX:
         warnings.warn(
-            f"the adapter is named {adapter_name!r}, which is part of the names of all weights ({_WEIGHTS_PREFIX}): "
-            "peft may not find its weights when it loads them. Give it another name.",
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{_WEIGHTS_PREFIX}'. "
+            "peft may not find its weights when it loads them: give it another name.",
             stacklevel=3,
         )
 
