@@ -3,21 +3,24 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
 import monteclora
+from monteclora.cli.app import main
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.run import evaluate
 from monteclora.runs.new_recipe import new_recipe
 from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_content, recipe_sha256
-from monteclora.runs.recipe_paths import PATH_KEYS, absolute
+from monteclora.runs.recipe_paths import PATH_KEYS, absolute, started_in
 from monteclora.runs.recipe_reference import recipe_keys
 from monteclora.runs.run_folder import RunFolder
 from monteclora.studies.plan import make_plan
 from monteclora.studies.recipe import load_study
 from monteclora.training.run import train
 from tests.finished_runs import texts, write_assets, write_rows
+from tests.training.conftest import StopAfter
 
 RECIPE = """
 model: {name: bert}
@@ -130,6 +133,96 @@ def test_the_same_run_is_gone_on_with_from_another_directory(run, project, tmp_p
     assert differences(RunFolder(run).recipe, recipe) == []
     assert recipe_sha256(recipe) != RunFolder(run).environment["recipe_sha256"]  # in other words
     assert train(recipe, progress=False).steps == 2  # finished, and known as the same
+
+
+@pytest.fixture
+def places(project, tmp_path):
+    """A copy of the project, the folder it is in, and one beside it: where the same command is given from."""
+    inside = shutil.copytree(project, tmp_path / "outer" / "project", ignore=shutil.ignore_patterns("runs"))
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    return inside, inside.parent, beside
+
+
+def command(project, output, *more):
+    recipe = os.path.relpath(project / "tiny.yaml")
+    return main(["train", recipe, "--output", str(output), "--training.save_every", "1", *more])
+
+
+def stop_after(monkeypatch, steps):
+    @contextmanager
+    def signals(acknowledgement):
+        yield StopAfter(steps)
+
+    monkeypatch.setattr("monteclora.training.phases.stop_on_signals", signals)
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_the_same_command_from_three_directories_leaves_the_run_as_it_is(places, tmp_path, monkeypatch, ensemble):
+    """Unfinished and finished; a tracker that is asked for is noted, and the paths keep their words."""
+    inside, _, beside = places
+    more = [] if ensemble == 1 else ["--ensemble", "2"]
+    run, words = tmp_path / "run", None
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        for place in places:
+            patch.chdir(place)
+            assert command(inside, run, "--training.max_steps", "5", *more) == 130
+            words = words or (run / "recipe.yaml").read_text()
+            assert (run / "recipe.yaml").read_text() == words
+    for place in (*places, inside):
+        monkeypatch.chdir(place)
+        logging = 3 if place == beside else 7
+        arguments = ("--training.max_steps", "5", "--training.logging_every", str(logging), *more)
+        assert command(inside, run, *arguments) == 0
+        raw = load_recipe(run / "recipe.yaml", places=())
+        assert (raw.data.train_file, raw.model.name) == ("texts-train.jsonl", "bert")
+        assert raw.training.logging_every == logging
+
+
+def test_changes_given_elsewhere_lead_from_where_the_run_was_started(places, tmp_path, monkeypatch):
+    """One path is changed from another directory and is found from there, the others keep their words."""
+    inside, outer, beside = places
+    run = tmp_path / "run"
+    monkeypatch.chdir(inside)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert command(inside, run) == 130
+    write_rows(beside / "more.jsonl", texts(15, 9))
+    changes = ("--data.test_file", "[more.jsonl]", "--training.learning_rate", "1e-3")
+    monkeypatch.chdir(beside)
+    assert command(inside, run, *changes, "--override") == 0
+    raw = load_recipe(run / "recipe.yaml", places=())
+    assert (raw.data.train_file, raw.data.test_file) == ("texts-train.jsonl", [str(beside / "more.jsonl")])
+    for place in places:
+        monkeypatch.chdir(place)
+        changes = ("--data.test_file", f"[{os.path.relpath(beside / 'more.jsonl')}]", *changes[2:])
+        assert command(inside, run, *changes) == 0
+        assert RunFolder(run).recipe.training.learning_rate == 1e-3
+    monkeypatch.chdir(outer)
+    assert evaluate(run, "test", progress=False).source.rows == 15
+
+
+def test_paths_that_an_earlier_version_wrote_elsewhere_are_mended_from_there(places, tmp_path, monkeypatch):
+    inside, outer, beside = places
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.chdir(inside)
+    run.write_environment({"started_in": started_in(run.path)})
+    monkeypatch.chdir(outer)
+    run.write_recipe(recipe := load_recipe("project/tiny.yaml"))
+    assert recipe.data.train_file == "project/texts-train.jsonl"
+    run.record_recipe(recipe)
+    monkeypatch.chdir(beside)
+    assert RunFolder(run.path).recipe.data.train_file == str(inside / "texts-train.jsonl")
+
+
+def test_an_ensemble_works_after_a_move_with_its_data(places, tmp_path, monkeypatch):
+    inside, outer, _ = places
+    monkeypatch.chdir(inside)
+    assert main(["train", "tiny.yaml", "--ensemble", "2"]) == 0
+    monkeypatch.chdir(outer)
+    moved = inside.rename(inside.with_name("elsewhere"))
+    assert evaluate(moved / "runs" / "tiny", "test", progress=False).source.rows == 15
 
 
 def test_absolute_paths_keep_names_and_lists(project, monkeypatch):

@@ -95,7 +95,8 @@ class Run:
         environment = self.folder.environment
         accepted = accepted_sha256(environment)
         if not differences(self.folder.recipe, self.recipe):
-            accepted.append(environment.get("recipe_sha256", ""))  # an earlier version's checksum of the same recipe
+            # of the same recipe: in other words of its paths, or by an earlier version
+            accepted += [environment.get("recipe_sha256", ""), recipe_sha256(self.folder.written_recipe)]
         if found.recipe_sha256 not in accepted:
             raise CheckpointError(f"{found.path} was written for another recipe", f"Remove {self.folder.checkpoints}.")
         return found
@@ -113,9 +114,10 @@ class Run:
         """
         if checkpoint is not None:
             facts = resumed(self.folder, self.recipe, facts, checkpoint, override=self.override)
+        elif self.folder.begun and (place := self.folder.started_in) is not None:
+            facts = {**facts, "started_in": place}  # the paths of its recipe lead from there
         self.folder.write_environment(facts)
-        if self.folder.recipe != self.recipe:
-            self.folder.write_recipe(self.recipe)
+        self.folder.record_recipe(self.recipe)
 
 
 def describe_folder(recipe: Recipe) -> str:
@@ -143,13 +145,17 @@ def describe_folder(recipe: Recipe) -> str:
 
 
 def _claim(run: Run) -> None:
-    """A recipe that is accepted on purpose is not recorded yet: :meth:`Run.note` does it when training resumes."""
-    if run.folder.recipe_file.is_file():
-        before = RunFolder(run.folder.path).recipe  # not kept: it may be replaced below
-        changed = differences(before, run.recipe)
-        if changed and run.folder.begun:
-            check_changes(run.folder, changed, run.override)
-            return
-        if before == run.recipe:
-            return
-    run.folder.write_recipe(run.recipe)
+    """A recipe that is accepted on purpose is not recorded yet: :meth:`Run.note` does it when training resumes.
+
+    A run that has begun keeps the words of its paths, which lead from where it was started; one that has not is started
+    here.
+    """
+    folder = RunFolder(run.folder.path)  # what it reads is not kept: it may be replaced here
+    if folder.recipe_file.is_file() and folder.begun:
+        changed = differences(folder.recipe, run.recipe)
+        if changed:
+            check_changes(folder, changed, run.override)
+        else:
+            folder.record_recipe(run.recipe)
+        return
+    folder.write_recipe(run.recipe)

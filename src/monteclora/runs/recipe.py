@@ -269,7 +269,8 @@ def load_recipe(
     Args:
         source: the path of a YAML file, the name of a bundled recipe, a mapping with the same content, or a recipe.
         overrides: pairs of dotted key and YAML text, as in ``("training.learning_rate", "1e-4")``.
-        places: of a file: where its relative paths lead from, in place of its folder and the working directory.
+        places: of a file: where its relative paths lead from, in place of its folder and the working directory; none to
+            leave them as they are written.
 
     Raises:
         ConfigError: no such file or name, or with every problem of the recipe at once.
@@ -283,7 +284,9 @@ def load_recipe(
         document = _with_places(Document(from_python(source, "recipe"), "recipe"), [Path()])
     else:
         path, implied = _find(source)
-        document = _with_places(_named(load_yaml(path), Path(source).stem), places or _places_of(path))
+        document = _with_places(
+            _named(load_yaml(path), Path(source).stem), _places_of(path) if places is None else places
+        )
         overrides = [*implied, *overrides]
     name = method_name(document, overrides)
     options = get_method(name).options

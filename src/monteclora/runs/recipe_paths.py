@@ -2,7 +2,7 @@
 
 A path is written down as it leads from the working directory; where both folders are the same, or nothing is beside the
 file, it stays as it is written. A run also records where it was started (:func:`started_in`), and finds its data from
-any directory, and after a move with them.
+any directory, and after a move with them. What it writes down later leads from there too (:func:`kept_words`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from monteclora.tasks import list_tasks
 if TYPE_CHECKING:
     from monteclora.runs.recipe import Recipe
 
-__all__ = ["PATH_KEYS", "absolute", "beside", "places_of", "started_in", "with_places"]
+__all__ = ["PATH_KEYS", "absolute", "beside", "kept_words", "places_of", "started_in", "with_places"]
 
 PATH_KEYS = (
     "model.name",
@@ -94,13 +94,48 @@ def started_in(folder: Path) -> dict[str, str]:
     return {"absolute": str(here), "from_run": relative}
 
 
-def places_of(folder: Path, environment: Mapping[str, Any]) -> list[Path]:
-    """Where the paths of a run's recipe lead from: here, where it was started as seen from the run, where that was."""
-    recorded = environment.get("started_in") if isinstance(environment, dict) else None
-    if not isinstance(recorded, dict):
-        return [Path()]  # earlier versions did not write it down; damage is told where the file is needed
+def places_of(folder: Path, recorded: Mapping[str, Any] | None) -> list[Path]:
+    """Where the paths of a run's recipe lead from: here, where it was started as seen from the run, where that was.
+
+    Args:
+        folder: of the run.
+        recorded: what :func:`started_in` gave when it was started; None where that was not written down.
+    """
+    if recorded is None:
+        return [Path()]
     from_run, where = str(recorded.get("from_run", ".")), str(recorded.get("absolute", "."))
     return [Path(), folder / from_run, Path(where)]
+
+
+def kept_words(recipe: Recipe, found: Recipe, written: Recipe, places: Sequence[Path]) -> Recipe:
+    """A recipe as the file of a run has it: with paths that lead from where the run was started, not from here.
+
+    Args:
+        recipe: whose paths lead from the working directory.
+        found: the run's own until now, whose paths lead from there too: those that still lead to the same files are
+            written as they were.
+        written: the same as it is written; by earlier versions as its paths led from where the run was last gone on
+            with, which is mended.
+        places: as :func:`places_of` gives them.
+    """
+    here = Path.cwd()
+    from_here = len(places) == 1 or any(place.resolve() == here for place in places[1:])
+    for key in PATH_KEYS:
+        path = key.split(".")
+        new, old, words = (_value(each, path) for each in (recipe, found, written))
+        lost = not from_here and _leads_from_here_alone(key, words, places[1:])
+        if _absolute(key, new) == _absolute(key, old) and not lost:
+            recipe = _replaced(recipe, path, lambda _, words=words: words)
+        elif not from_here:
+            recipe = _replaced(recipe, path, partial(_absolute, key))
+    return recipe
+
+
+def _leads_from_here_alone(key: str, value: Any, places: Sequence[Path]) -> bool:
+    """Whether a path leads to a file from the working directory, and from none of these folders."""
+    if isinstance(value, list):
+        return any(_leads_from_here_alone(key, each, places) for each in value)
+    return bool(beside(key, value, places) == value != _absolute(key, value))
 
 
 def _node(key: str, node: Node, places: Sequence[Path]) -> Node:
@@ -117,6 +152,10 @@ def _replaced(section: Any, path: Sequence[str], change: Callable[[Any], Any]) -
     """The section with the value at a path changed."""
     value, rest = getattr(section, path[0]), path[1:]
     return dataclasses.replace(section, **{path[0]: _replaced(value, rest, change) if rest else change(value)})
+
+
+def _value(section: Any, path: Sequence[str]) -> Any:
+    return reduce(getattr, path, section)
 
 
 def _absolute(key: str, value: Any) -> Any:

@@ -73,7 +73,9 @@ def resumed(
     if data or values:
         entry["override"] = {"recipe_sha256": checkpoint.recipe_sha256, "recipe": values, "data": data}
         before |= {key: facts[key] for key in ("recipe_sha256", "seeds", "data")}
-    return {**before, "resumed": [*before.get("resumed", []), entry]}
+    # earlier versions did not write down all of it; paths that are found from here lead from here
+    missing = {key: facts[key] for key in ("started_in", "recipe_sha256") if key not in before}
+    return {**before, **missing, "resumed": [*before.get("resumed", []), entry]}
 
 
 def _changed_data(run: RunFolder, now: Mapping[str, Any], override: bool) -> list[str]:

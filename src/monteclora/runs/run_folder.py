@@ -20,7 +20,7 @@ from monteclora.config import dump
 from monteclora.errors import CheckpointError
 from monteclora.runs.metrics_log import MetricsLog
 from monteclora.runs.recipe import Recipe, load_recipe
-from monteclora.runs.recipe_paths import places_of
+from monteclora.runs.recipe_paths import kept_words, places_of
 from monteclora.system.atomic import discard_remains, is_remains, write_file
 
 __all__ = ["RunFolder", "RunInUseError"]
@@ -108,11 +108,25 @@ class RunFolder:
 
         Raises ConfigError where the file was changed into something else.
         """
+        return load_recipe(self.recipe_file, places=places_of(self.path, self.started_in))
+
+    @property
+    def written_recipe(self) -> Recipe:
+        """The same with its paths as they are written: they lead from where the run was started."""
+        return load_recipe(self.recipe_file, places=())
+
+    @property
+    def started_in(self) -> dict[str, Any] | None:
+        """Where the run was started, see :mod:`monteclora.runs.recipe_paths`; None where that is not written down.
+
+        Earlier versions did not do it; damage of the file is told where it is needed.
+        """
         try:
-            environment = self.environment
+            environment: Any = self.environment
         except CheckpointError:
-            environment = {}  # not written yet, or damaged, which is told where it is read
-        return load_recipe(self.recipe_file, places=places_of(self.path, environment))
+            return None
+        found = environment.get("started_in") if isinstance(environment, dict) else None
+        return found if isinstance(found, dict) else None
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -194,3 +208,13 @@ class RunFolder:
     def write_recipe(self, recipe: Recipe) -> None:
         """Put down what is trained."""
         write_file(self.recipe_file, dump(recipe).encode())
+
+    def record_recipe(self, recipe: Recipe) -> None:
+        """Put down what a run that began goes on with, or was given; from whichever directory that was said.
+
+        Its paths lead from where the run was started, which stays what it is: one file is written, or none.
+        """
+        written = self.written_recipe
+        kept = kept_words(recipe, self.recipe, written, places_of(self.path, self.started_in))
+        if kept != written:
+            self.write_recipe(kept)

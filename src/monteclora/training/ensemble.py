@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from monteclora.runs.begin import Run
 from monteclora.runs.recipe import Recipe, is_run_name, recipe_sha256
+from monteclora.runs.recipe_paths import started_in
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import is_main_process
@@ -46,15 +47,16 @@ def train_members(run: Run, train: Callable[[Recipe], RunResult]) -> dict[str, A
     folder, recipe = run.folder, run.recipe
     members = member_recipes(recipe)
     if is_main_process():
+        if not folder.begun or folder.started_in is None:
+            folder.write_environment({"started_in": started_in(folder.path)})
         if not folder.begun:
             folder.metrics.append({"event": "members", "step": 0, "seeds": [member.seed for member in members]})
-        if folder.recipe != recipe:  # a change that was accepted: the members write down how
-            folder.write_recipe(recipe)
+        folder.record_recipe(recipe)  # a change that was accepted: the members write down how
     results = [train(member) for member in members]
     if is_main_process():
         # data and versions are the members' own, and the same for all
         facts = RunFolder(results[0].folder).environment
-        folder.write_environment({**facts, "recipe_sha256": recipe_sha256(recipe)})
+        folder.write_environment({**facts, "started_in": folder.started_in, "recipe_sha256": recipe_sha256(recipe)})
         folder.metrics.append(_conclusion(results))
     PartialState().wait_for_everyone()
     return folder.metrics.read()[-1]

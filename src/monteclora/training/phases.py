@@ -14,8 +14,9 @@ from monteclora.errors import DivergenceError
 from monteclora.methods import get_method
 from monteclora.runs.manifest import Checkpoint
 from monteclora.runs.prepare import PreparedData
-from monteclora.runs.recipe import Recipe, recipe_sha256
+from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
+from monteclora.system.devices import is_main_process
 from monteclora.training.assembly import accelerator_of, assemble, named_memory
 from monteclora.training.back_off import Return, begin_again, returning, times_back, watch_of
 from monteclora.training.checkpoint import Checkpoints, restore
@@ -121,7 +122,8 @@ def _saver(
     return Checkpoints(
         folder=run.checkpoints,
         keep=recipe.training.keep_checkpoints,
-        recipe_sha256=recipe_sha256(recipe),
+        # one for all of the run, whatever words the paths have now; for the main process, which writes both
+        recipe_sha256=run.environment["recipe_sha256"] if is_main_process() else "",
         phase=phase.name,
         first_step=first_step,
         trained=trained,
