@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import sys
@@ -5,13 +6,16 @@ import sys
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from monteclora import evaluate
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.laplace import laplace_of
+from monteclora.evaluation.own_rows import halves, own_rows
 from monteclora.evaluation.prediction import predict_file
-from monteclora.prediction.laplace import LAPLACE_FILE
+from monteclora.prediction.laplace import LAPLACE_FILE, attach
 from monteclora.runs.loading import load_run
+from monteclora.tasks.classification import classify
 from monteclora.training.run import train
 from tests.finished_runs import tiny_recipe
 
@@ -46,6 +50,41 @@ def test_an_evaluation_fits_stores_and_says_so(run):
     assert facts["cost"]["laplace"]["forward_passes"] == 12  # fifteen rows in batches of eight, six draws
     with safe_open(run / LAPLACE_FILE, framework="pt") as file:
         assert json.loads(file.metadata()["structure"]) == "kron"
+
+
+def test_validation_rows_choose_the_prior_precision(assets, tmp_path):
+    pytest.importorskip("laplace")
+    recipe = tiny_recipe(assets, tmp_path / "run", method="lora")
+    recipe["data"]["validation_fraction"] = 0.5
+    recipe["training"] |= {"max_steps": 60, "learning_rate": 0.03, "best_metric": None}
+    run = train(recipe, progress=False).folder
+    loaded = load_run(run)
+    chosen = laplace_of(loaded)
+    rows = own_rows(run, loaded.recipe.data, "validation").split("validation")
+    fit, _ = halves(rows, "texts")
+    assert chosen.chosen_on == len(fit)
+
+    def nll(factor):
+        attach(loaded.model, dataclasses.replace(chosen, prior_precision=chosen.prior_precision * factor))
+        (found,), _ = classify(loaded.predictor(loaded.sampler("laplace", 8)), fit, (loaded.sampler("laplace", 8),))
+        labels = np.array(fit["label"])
+        return -np.log(found.probs[np.arange(len(labels)), labels]).mean()
+
+    assert nll(1) <= min(nll(10**0.5), nll(10**-0.5)) + 1e-4
+    assert nll(1) < nll(1e-3) - 1e-2
+    (note,) = [note for note in quietly(run).notes if note.startswith("Laplace")]
+    assert f"by the smallest NLL of {len(fit)} validation rows" in note
+
+
+def test_a_file_that_validation_rows_did_not_choose_is_fitted_again(fitted):
+    path = fitted / LAPLACE_FILE
+    with safe_open(path, framework="pt") as file:
+        parts, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del about["chosen_on"]
+    save_file(parts, path, {**about, "format": "1"})
+    laplace_of(load_run(fitted))
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "2"
 
 
 def test_the_same_again_is_neither_fitted_nor_other(fitted, monkeypatch):

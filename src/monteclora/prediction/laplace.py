@@ -39,7 +39,7 @@ __all__ = ["LAPLACE", "LAPLACE_FILE", "Laplace", "LaplacePosterior", "Structure"
 LAPLACE = "laplace"
 LAPLACE_FILE = "laplace.safetensors"
 Structure = Literal["kron", "diag"]
-_FORMAT = 1
+_FORMAT = 2  # 1 had no validation rows choose the prior precision
 _KEPT_NUMBERS = 50_000_000  # of draws in memory, 200 MB
 
 
@@ -57,6 +57,8 @@ class LaplacePosterior:
         rows: that the matrix is a sum over.
         seconds: the fit took.
         weights: checksum of the weights that it was fitted at.
+        chosen_on: how many validation rows chose the prior precision by their NLL; 0 where it has the largest marginal
+            likelihood.
     """
 
     structure: Structure
@@ -66,7 +68,10 @@ class LaplacePosterior:
     rows: int
     seconds: float = 0.0
     weights: str = ""
-    _draws: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    chosen_on: int = 0
+    _draws: dict[tuple[int, int], dict[str, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def scaled(self, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A linear map M with M M^T = P^-1: from standard normal noise to deviations from the trained weights.
@@ -104,6 +109,7 @@ class LaplacePosterior:
             "structure": self.structure,
             "prior_precision": self.prior_precision,
             "rows": self.rows,
+            "chosen_on": self.chosen_on,
             "seconds": round(self.seconds, 3),
         }
 
@@ -118,14 +124,17 @@ class LaplacePosterior:
         write_file(path, save({name: part.contiguous() for name, part in self.parts.items()}, metadata=about))
 
     @classmethod
-    def load(cls, path: Path) -> LaplacePosterior:
-        """Read what :meth:`save` wrote.
+    def load(cls, path: Path) -> LaplacePosterior | None:
+        """Read what :meth:`save` wrote; None where an earlier version wrote it, which chose the precision otherwise.
 
         Raises:
             CheckpointError: the file is missing, damaged or of a later format.
         """
         with fitted_file(path, "pt", _FORMAT, "Remove it; it is fitted again when needed.") as (about, parts):
-            facts = {name: json.loads(about[name]) for name in ("structure", "prior_precision", "rows", "seconds")}
+            if int(about["format"]) < _FORMAT:
+                return None
+            names = ("structure", "prior_precision", "rows", "chosen_on", "seconds")
+            facts = {name: json.loads(about[name]) for name in names}
             shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about["shapes"]).items()}
             found = cls(shapes=shapes, parts=parts, weights=about["weights_sha256"], **facts)
             found.check()
