@@ -11,9 +11,11 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import monteclora
 from monteclora.errors import CheckpointError, ConfigError, ServerError
+from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.run import evaluate
 from monteclora.runs.adapter_folder import FACTS_FILE
 from monteclora.runs.loading import load_run
+from monteclora.tasks import DataSpec
 from tests.finished_runs import LABELS, texts, tiny_recipe
 
 TEXTS = [row["text"] for row in texts(5, seed=4)]
@@ -190,3 +192,52 @@ def test_a_full_model_is_published_as_one(assets, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     loaded = load_run(tmp_path / "run")
     torch.testing.assert_close(logits(model, loaded.tokenizer), logits(loaded.model, loaded.tokenizer))
+
+
+def from_elsewhere(trained, folder):
+    """An adapter as others publish one: a tokenizer with templates, and files that are none of an adapter."""
+    shutil.copytree(trained["lora"] / "adapter", folder)
+    tokenizer = load_run(trained["lora"]).tokenizer
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages[0] }}"}
+    tokenizer.save_pretrained(str(folder))
+    (folder / "special_tokens_map.json").write_text("{}")
+    (folder / "added_tokens.json").write_text("{}")
+    (folder / "spiece.model").write_bytes(b"")
+    expected = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    (folder / "optimizer.pt").write_bytes(b"")
+    (folder / "trainer_state.json").write_text("{}")
+    return expected
+
+
+def test_of_an_adapter_on_the_hub_all_that_belongs_to_it_is_fetched(trained, assets, tmp_path, monkeypatch):
+    expected = from_elsewhere(trained, tmp_path / "hub")
+
+    def snapshot_download(name, *, allow_patterns):
+        files = [str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(tmp_path / "hub" / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    model = monteclora.load("owner/tickets", base=str(assets / "bert"))
+    fetched = sorted(str(path.relative_to(tmp_path / "cache")) for path in (tmp_path / "cache").rglob("*.*"))
+    assert fetched == expected
+    assert model.run.tokenizer.chat_template == {"default": "{{ messages }}", "tool_use": "{{ messages[0] }}"}
+
+
+def test_an_adapter_from_elsewhere_is_published_without_its_run_and_no_training_is_claimed(trained, assets, tmp_path):
+    folder = tmp_path / "theirs"
+    expected = from_elsewhere(trained, folder)
+    rows = DataSpec(validation_file=str(assets / "texts-test.jsonl"), max_length=16)
+    calibrate(folder, base=str(assets / "bert"), data=rows, progress=False)
+    evaluate(folder, "validation", progress=False)
+    assert {"evaluation.json", "calibration.json", "recipe.yaml"} <= {path.name for path in folder.iterdir()}
+    out = monteclora.export_adapter(folder, tmp_path / "out")
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {*expected, "posterior.safetensors", FACTS_FILE, "README.md"}
+    card = (out / "README.md").read_text()
+    assert "that was trained elsewhere. monteclora" in card
+    assert "`posterior.safetensors` holds the posterior" in card
+    assert not any(claim in card for claim in ("## Training", "training.learning_rate", "fine-tuned on"))
+    assert "## Metrics" in card

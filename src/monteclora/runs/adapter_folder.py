@@ -33,14 +33,28 @@ from monteclora.tasks.kinds import KINDS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FACTS_FILE", "AdapterFacts", "fetched", "load_adapter_folder", "run_of_adapter", "write_facts"]
+__all__ = [
+    "ADAPTER_FILES",
+    "FACTS_FILE",
+    "AdapterFacts",
+    "fetched",
+    "load_adapter_folder",
+    "run_of_adapter",
+    "write_facts",
+]
 
 FACTS_FILE = "monteclora.json"
 """Beside a published adapter: what its files do not say."""
 
+_OF_TOKENIZER = (
+    *("tokenizer*", "*vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("*.jinja", "additional_chat_templates/*"),
+)
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, POSTERIOR_FILE, FACTS_FILE, "README.md", *_OF_TOKENIZER)
+"""What belongs to an adapter, as patterns: what is fetched of one on the hub, and published of one from elsewhere."""
+
 _FORMAT = 1
 _AGAIN = "Remove it, or take the folder from a backup."
-_PARTS = (CONFIG_FILE, WEIGHTS_FILE, POSTERIOR_FILE, FACTS_FILE, "README.md", "token*", "*vocab*", "merges.txt")
 _SCALE = ("centre", "spread")
 _NAME_IT = 'Name it: monteclora.load(folder, base="MODEL").'
 _LONGEST = 512  # tokens of a text, where nothing says what the adapter was trained with
@@ -90,7 +104,7 @@ def fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_PARTS)))
+        return Path(snapshot_download(name, allow_patterns=list(ADAPTER_FILES)))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

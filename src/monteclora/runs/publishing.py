@@ -13,7 +13,7 @@ from monteclora.adapters.card import portable_name
 from monteclora.adapters.storage import CONFIG_FILE, POSTERIOR_FILE
 from monteclora.data.models import STARTERS, resolve_model
 from monteclora.errors import ConfigError, ServerError
-from monteclora.runs.adapter_folder import AdapterFacts, write_facts
+from monteclora.runs.adapter_folder import ADAPTER_FILES, FACTS_FILE, AdapterFacts, write_facts
 from monteclora.runs.data_facts import DataFacts, data_facts
 from monteclora.runs.loading import check_finished
 from monteclora.runs.prepare import tokenizer_of
@@ -27,7 +27,7 @@ from monteclora.tasks.local import is_hub_name
 
 __all__ = ["export_adapter", "push_to_hub"]
 
-_NOT_COPIED = frozenset(("README.md", CONFIG_FILE, "recipe.yaml", "environment.json"))
+_WRITTEN_ANEW = frozenset(("README.md", CONFIG_FILE, FACTS_FILE))
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
@@ -61,9 +61,10 @@ def export_adapter(run: str | Path | RunResult, directory: str | Path, name: str
     facts = _facts(recipe, data)
     base = _base(recipe)
     with quiet_libraries(), staged(target) as stage:
-        for file in folder.adapter.iterdir():
-            if file.is_file() and file.name not in _NOT_COPIED and file.suffix in _MODEL_FILES:
-                shutil.copy2(file, stage / file.name)
+        for file in _model_files(folder):
+            copied = stage / file.relative_to(folder.adapter)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copy2(file, copied)
         if (folder.adapter / CONFIG_FILE).is_file():
             config = json.loads((folder.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = base
@@ -75,6 +76,13 @@ def export_adapter(run: str | Path | RunResult, directory: str | Path, name: str
     if not (folder.adapter / POSTERIOR_FILE).is_file():
         (target / POSTERIOR_FILE).unlink(missing_ok=True)  # that an adapter of this name left
     return target
+
+
+def _model_files(run: RunFolder) -> Iterator[Path]:
+    """What is published as it is: all that a method saved, and beside an adapter from elsewhere what belongs to it."""
+    patterns = ADAPTER_FILES if run.is_adapter else [f"*{ending}" for ending in _MODEL_FILES]
+    found = {file for pattern in patterns for file in run.adapter.glob(pattern)}
+    return (file for file in sorted(found) if file.is_file() and file.name not in _WRITTEN_ANEW)
 
 
 def push_to_hub(run: str | Path | RunResult, name: str, *, private: bool = False, token: str | None = None) -> str:

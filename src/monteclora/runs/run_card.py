@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from monteclora.adapters.storage import POSTERIOR_FILE, load_posterior
+from monteclora.adapters.storage import GRAFTED, POSTERIOR_FILE, StoredPosterior, load_posterior
 from monteclora.data.models import STARTERS
 from monteclora.methods import get_method
 from monteclora.methods.adapters import AdapterMethod
@@ -44,7 +44,7 @@ def run_card(run: RunFolder, recipe: Recipe, data: DataFacts, facts: AdapterFact
         base: the base model, as transformers finds it.
     """
     evaluated = _evaluated(run)
-    is_adapter = isinstance(get_method(recipe.method.name), AdapterMethod)
+    is_adapter = _is_adapter(recipe)
     tags = {recipe.method.name.replace("_", "-"), "monteclora", *(["lora", "peft"] if is_adapter else [])}
     card = ModelCard(
         "---\n{}\n---\n\n"
@@ -52,13 +52,13 @@ def run_card(run: RunFolder, recipe: Recipe, data: DataFacts, facts: AdapterFact
             [
                 f"# {name.rpartition('/')[2]}",
                 "",
-                f"{base}, fine-tuned on {_rows(data, 'train')} of {data.name} ({data.kind.replace('_', ' ')}) with the "
-                f"method `{recipe.method.name}` of monteclora {VERSION}.",
-                *_loading(recipe, data, facts, name, base, is_adapter),
+                _about(run, recipe, data, base),
+                *_loading(run, recipe, data, facts, name, base),
+                *([] if run.is_adapter else _trained_on(recipe)),
                 *_data(data, facts),
                 *_metrics(evaluated),
                 *_calibration(run, evaluated),
-                *_training(recipe),
+                *([] if run.is_adapter else _training(recipe)),
             ]
         )
         + "\n"
@@ -74,6 +74,25 @@ def run_card(run: RunFolder, recipe: Recipe, data: DataFacts, facts: AdapterFact
     return card
 
 
+def _about(run: RunFolder, recipe: Recipe, data: DataFacts, base: str) -> str:
+    kind = data.kind.replace("_", " ")
+    if not run.is_adapter:
+        return (
+            f"{base}, fine-tuned on {_rows(data, 'train')} of {data.name} ({kind}) with the method "
+            f"`{recipe.method.name}` of monteclora {VERSION}."
+        )
+    about = f"{base} with a LoRA adapter ({kind}) that was trained elsewhere."
+    posterior = _posterior(run)
+    if posterior is not None and GRAFTED in (posterior.calibration or {}):
+        about += f" monteclora {VERSION} gave it a posterior, whose scale was fitted to rows of {data.name}."
+    return about
+
+
+def _posterior(run: RunFolder) -> StoredPosterior | None:
+    path = run.adapter / POSTERIOR_FILE
+    return load_posterior(path) if path.is_file() else None
+
+
 def _evaluated(run: RunFolder) -> dict[str, dict[str, Any]]:
     """The evaluations of the trained model by split."""
     return {split: models["adapter"] for split, models in read_evaluations(run.path).items() if "adapter" in models}
@@ -84,8 +103,12 @@ def _rows(data: DataFacts, split: str) -> str:
     return "rows" if count is None else f"{count:,} {split} rows"
 
 
-def _loading(recipe: Recipe, data: DataFacts, facts: AdapterFacts, name: str, base: str, is_adapter: bool) -> list[str]:
-    kind = KINDS[data.kind]
+def _is_adapter(recipe: Recipe) -> bool:
+    return isinstance(get_method(recipe.method.name), AdapterMethod)
+
+
+def _loading(run: RunFolder, recipe: Recipe, data: DataFacts, facts: AdapterFacts, name: str, base: str) -> list[str]:
+    kind, is_adapter = KINDS[data.kind], _is_adapter(recipe)
     auto, outputs = kind.auto_class, kind.outputs(data.label_names)
     labels = f", id2label={dict(enumerate(outputs))!r}" if outputs else ""
     example = '"..."' if len(facts.text_columns) < 2 else '("...", "...")'
@@ -107,7 +130,7 @@ def _loading(recipe: Recipe, data: DataFacts, facts: AdapterFacts, name: str, ba
     lines = ["", "## Use it", ""]
     lines += ["With peft alone:" if is_adapter else "With transformers alone:", ""]
     lines += ["```python", *(with_peft if is_adapter else plain), "```"]
-    if is_adapter and get_method(recipe.method.name).has_posterior:
+    if _posterior(run) is not None:
         lines += [
             "",
             f"That is the posterior's mean, a plain LoRA. `{POSTERIOR_FILE}` holds the posterior, from which "
@@ -115,7 +138,7 @@ def _loading(recipe: Recipe, data: DataFacts, facts: AdapterFacts, name: str, ba
         ]
     elif is_adapter:
         lines += ["", f"With monteclora, which reads `{FACTS_FILE}`, label names included:"]
-    return [*lines, *(["", "```python", *with_uncertainty, "```"] if is_adapter else []), *_trained_on(recipe)]
+    return [*lines, *(["", "```python", *with_uncertainty, "```"] if is_adapter else [])]
 
 
 def _trained_on(recipe: Recipe) -> list[str]:
@@ -166,8 +189,8 @@ def _calibration(run: RunFolder, evaluated: Mapping[str, Mapping[str, Any]]) -> 
         rows += [[split, words, _number(found[name])] for name, words in _ERRORS.items() if name in found]
     if rows:
         lines += ["", "## Calibration", "", *_table(["split", "error", "value"], rows)]
-    path = run.adapter / POSTERIOR_FILE
-    stored = load_posterior(path).calibration if path.is_file() else None
+    posterior = _posterior(run)
+    stored = None if posterior is None else posterior.calibration
     if stored and "report" in stored:
         report = stored["report"]
         names = list(next(iter(report.values())))
