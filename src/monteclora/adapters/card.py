@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from monteclora.posterior.settings import PosteriorSettings
 from monteclora.system.atomic import write_file
+from monteclora.system.text_tables import markdown_table
 from monteclora.system.version import VERSION
 
 __all__ = ["add_calibration", "mark_own", "portable_name", "remove_calibration", "without_calibration", "write_card"]
@@ -78,8 +79,7 @@ def add_calibration(folder: Path, report: Mapping[str, Mapping[str, float]], abo
     path = folder / "README.md"
     names = list(next(iter(report.values())))
     rows = [[stage, *(f"{metrics[name]:.4f}" for name in names)] for stage, metrics in report.items()]
-    table = [["", *names], ["---", *["---:"] * len(names)], *rows]
-    lines = ["## Calibration", "", about, "", *(f"| {' | '.join(row)} |" for row in table)]
+    lines = ["## Calibration", "", about, "", *markdown_table(["", *names], rows).splitlines()]
     text = without_calibration(path.read_text(encoding="utf-8")).rstrip("\n")
     write_file(path, "\n".join([text, "", _BEGIN, *lines, _END, ""]).encode())
 
@@ -126,17 +126,21 @@ def _text(config: LoraConfig, s: PosteriorSettings | None, base: str | None, lab
             "prediction = monteclora.predict(model, batch, num_samples=16)",
             "```",
             "",
-            "| setting | value |",
-            "|---|---|",
-            f"| rank r, lora_alpha | {config.r}, {config.lora_alpha} |",
-            f"| mixture components N | {s.num_components} |",
-            f"| sample_scale | {s.sample_scale} |",
-            f"| kl_weight, coop_weight | {s.kl_weight:g}, {s.coop_weight:g} |",
-            f"| covariance, dirichlet, noise | {s.covariance}, {s.dirichlet}, {s.noise} |",
-            f"| monteclora | {VERSION} |",
+            *markdown_table(["setting", "value"], _settings(config, s), names=2).splitlines(),
         ]
     else:
         lines += ["Load it with `peft.PeftModel.from_pretrained(base_model, folder)`."]
     if labels:
         lines += ["", "## Labels", "", *(f"{index}. {name}" for index, name in sorted(labels.items()))]
     return "\n".join(lines) + "\n"
+
+
+def _settings(config: LoraConfig, s: PosteriorSettings) -> list[list[str]]:
+    return [
+        ["rank r, lora_alpha", f"{config.r}, {config.lora_alpha}"],
+        ["mixture components N", f"{s.num_components}"],
+        ["sample_scale", f"{s.sample_scale}"],
+        ["kl_weight, coop_weight", f"{s.kl_weight:g}, {s.coop_weight:g}"],
+        ["covariance, dirichlet, noise", f"{s.covariance}, {s.dirichlet}, {s.noise}"],
+        ["monteclora", VERSION],
+    ]

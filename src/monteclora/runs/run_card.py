@@ -18,6 +18,7 @@ from monteclora.runs.data_facts import DataFacts
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.records import read_evaluations
 from monteclora.runs.run_folder import RunFolder
+from monteclora.system.text_tables import markdown_table
 from monteclora.system.version import VERSION
 from monteclora.tasks.kinds import KINDS
 
@@ -168,7 +169,7 @@ def _metrics(evaluated: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for how, values in _ways(facts):
             rows.append([split, f"{facts['rows']:,}", how, *(_number(values.get(name)) for name in names)])
     labels = [METRICS[name].label for name in names]
-    return ["", "## Metrics", "", *_table(["split", "rows", "prediction", *labels], rows)]
+    return ["", "## Metrics", "", *_table(["split", "rows", "prediction", *labels], rows, names=3)]
 
 
 def _ways(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
@@ -188,7 +189,7 @@ def _calibration(run: RunFolder, evaluated: Mapping[str, Mapping[str, Any]]) -> 
         found = {**(facts.get("posterior") or facts["point"]), **(facts.get("calibration") or {})}
         rows += [[split, words, _number(found[name])] for name, words in _ERRORS.items() if name in found]
     if rows:
-        lines += ["", "## Calibration", "", *_table(["split", "error", "value"], rows)]
+        lines += ["", "## Calibration", "", *_table(["split", "error", "value"], rows, names=2)]
     posterior = _posterior(run)
     stored = None if posterior is None else posterior.calibration
     if stored and "report" in stored:
@@ -212,7 +213,7 @@ def _training(recipe: Recipe) -> list[str]:
         "seed": recipe.seed,
     }
     rows = [[f"`{key}`", f"{value}"] for key, value in given.items() if value is not None]
-    return ["", "## Training", "", *_table(["key of the recipe", "value"], rows)]
+    return ["", "## Training", "", *_table(["key of the recipe", "value"], rows, names=2)]
 
 
 def _results(evaluated: Mapping[str, Mapping[str, Any]], data: DataFacts) -> list[EvalResult]:
@@ -238,6 +239,5 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [list(columns), ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
+    return markdown_table(header, rows, names=names).splitlines()
