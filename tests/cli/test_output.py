@@ -15,6 +15,7 @@ from cyclopts import App
 
 import monteclora
 from monteclora.cli.app import _at_home, app, main
+from monteclora.evaluation.text import TextModel, TextPredictions
 from monteclora.runs.begin import describe_folder
 from monteclora.runs.recipe import load_recipe
 from monteclora.runs.recipe_reference import recipe_keys
@@ -113,16 +114,30 @@ def test_check_escapes_control_characters_and_says_whose_the_folder_is(assets, t
     monkeypatch.chdir(tmp_path)
     rows = [{**row, "text": f"{row['text']} \x1b[31m"} for row in texts(24, 0)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
+    model = shutil.copytree(assets / "bert", tmp_path / "bert")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    words = tokenizer["model"]["vocab"]
+    words["\x1b[31m"] = words.pop("w40")
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"model: {{name: {assets / 'bert'}}}\ndata: {{task: {file}, max_length: 16}}\n"
+        f"model: {{name: {model}}}\ndata: {{task: {file}, max_length: 16}}\n"
         "method: {name: lora}\ntraining: {max_steps: 1}\n"
     )
     assert main(["check", str(recipe)]) == 0
     out, _ = capsys.readouterr()
     assert "runs/r (new)" in out
     assert "the process itself" in out
+    assert r" \x1b[31m" in out
     assert "\x1b" not in out
+
+
+def test_a_completion_is_printed_on_one_line_without_control_characters(trained, monkeypatch, capsys):
+    found = TextPredictions(["w1"], ["a\x1b[31m\nb"], [0.5], [0.7], [0.7], [0.0], None, None)
+    monkeypatch.setattr(TextModel, "predict", lambda *_, **__: found)
+    assert main(["predict", str(trained["pairs"]), "--text", "w1"]) == 0
+    assert capsys.readouterr().out == "a\\x1b[31m b, confidence 0.500, uncertainty 0.700 nats (0.000 epistemic)\n"
 
 
 def test_help_of_train_lists_the_keys_of_a_recipe(capsys):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from monteclora.cli.output import Flag, Json, note, print_json, print_line
-from monteclora.errors import ConfigError
+from monteclora.errors import ConfigError, visible
 
 if TYPE_CHECKING:
     from monteclora.evaluation.prediction import PredictedFile
@@ -202,7 +202,7 @@ def _answer(found: TextPredictions, index: int) -> str:
         likely = [f"{name} {found.probabilities[index][name]:.3f}" for name in found.labels[index]]
         return ", ".join([*(likely or ["no label"]), uncertainty])
     assert found.confidence is not None
-    label = " ".join(found.labels[index].split())
+    label = visible(" ".join(found.labels[index].split()))
     parts = [label, f"confidence {found.confidence[index]:.3f}", uncertainty]
     if found.novelty is not None:
         parts.append(f"novelty {found.novelty[index]:+.2f}")
