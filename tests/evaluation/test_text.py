@@ -4,6 +4,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save as save_arrays
@@ -248,7 +249,13 @@ def test_a_language_model_answers_prompts(trained):
     np.testing.assert_allclose(found.total, np.add(found.aleatoric, found.epistemic), atol=1e-9)
 
 
-@pytest.mark.parametrize("wrong", ["a text", [], [""], [3]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("a text", b"a text", None, 3, {"a text": 1}, {"a text"}, [], [""], [3], [None], [()]),
+        *(np.array("a text"), pd.DataFrame({"text": ["a text"]})),
+    ],
+)
 def test_what_is_no_list_of_texts_is_refused(trained, wrong):
     with pytest.raises(ConfigError, match="takes a list of one text or more"):
         monteclora.load(trained["texts"]).predict(wrong)
@@ -320,6 +327,9 @@ def test_pairs_are_answered_as_predict_file_does(assets, tmp_path):
     path = predict_file(tmp_path / "run", file, tmp_path / "out.jsonl", seed=1, progress=False).path
     written = [json.loads(line) for line in path.read_text().splitlines()]
     np.testing.assert_allclose(found.confidence, [row["confidence"] for row in written], atol=1e-6)
+    again = model.predict(([row["b"], row["a"]] for row in rows[:5]), seed=1)  # lists, and no sequence
+    assert again == found
+    assert again.texts == [(row["b"], row["a"]) for row in rows[:5]]
     swapped = model.predict([(row["a"], row["b"]) for row in rows[:5]], seed=1)
     assert not np.allclose(found.confidence, swapped.confidence, atol=1e-6)
     assert len(found.novelty) == 5

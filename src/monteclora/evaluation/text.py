@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,8 @@ class TextModel:
         calls take what the first one found.
 
         Args:
-            texts: at least one; prompts for a language model; of a classifier of pairs a tuple of two texts each, in
-                the order of ``data.text_columns``.
+            texts: at least one, in a list or anything else in an order; prompts for a language model; of a classifier
+                of pairs a tuple (or list) of two texts each, in the order of ``data.text_columns``.
             num_samples: posterior draws; by default the recipe's number, and 0 for a method without a posterior.
             seed: their stream.
             max_new_tokens: most tokens of a completion.
@@ -144,6 +144,7 @@ class TextModel:
             CheckpointError: what was stored beside the run is damaged.
         """
         kind = KINDS[self.run.kind]
+        texts = _listed(texts)
         columns_of_texts = _checked(self.run, texts)
         given = _completions(self.run, len(texts), completions, answers)
         sampler = self.run.sampler(num_samples=num_samples, seed=seed)
@@ -167,7 +168,7 @@ class TextModel:
         labels = columns["completion" if kind.predicts_tokens else "prediction"]
         by_label = columns["probabilities"].to_pylist() if "label_total" in columns else None
         return TextPredictions(
-            list(texts),
+            texts,
             labels.to_pylist() if isinstance(labels, pa.Array) else np.asarray(labels).tolist(),
             **{"confidence": None, **numbers},
             probabilities=by_label,
@@ -189,17 +190,30 @@ def _completions(run: LoadedRun, count: int, completions: Sequence[str] | None, 
         raise ConfigError(f"{asked[0]} are of language models, and {run.folder} is a classifier", "Leave them out.")
     if completions is None:
         return {}
-    if isinstance(completions, str) or len(completions) != count:
+    listed = isinstance(completions, Sequence) and not isinstance(completions, str)
+    if not listed or len(completions) != count or not all(isinstance(each, str) for each in completions):
         raise ConfigError(f"completions has to be a list of {count} texts, one for each", "Give as many.")
     return {"completion": list(completions)}
 
 
+def _no_texts() -> ConfigError:
+    return ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
+
+
+def _listed(texts: Any) -> list[Text]:
+    """Texts as a list, pairs as tuples. Raises ConfigError for what holds no texts, or holds them in no order."""
+    one_by_one = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
+    if not one_by_one or getattr(texts, "ndim", 1) != 1:  # a table of pandas would give the names of its columns
+        raise _no_texts()
+    return [tuple(text) if isinstance(text, list) else text for text in texts]
+
+
 def _checked(run: LoadedRun, texts: Sequence[Text]) -> dict[str, list[str]]:
     """The columns of texts that the run reads. Raises ConfigError where what was given is something else."""
-    pairs = [text for text in texts if isinstance(text, tuple | list)] if not isinstance(texts, str) else []
-    words = [part for text in texts for part in (text if isinstance(text, tuple | list) else [text])]
-    if isinstance(texts, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
-        raise ConfigError("predict takes a list of one text or more, none of them empty", 'Write ["a text"].')
+    words = [part for text in texts for part in (text if isinstance(text, tuple) else [text])]
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise _no_texts()
+    pairs = [text for text in texts if isinstance(text, tuple)]
     if KINDS[run.kind].predicts_tokens:
         if pairs:
             raise ConfigError(f"{run.folder} is a language model, and a pair of texts was given", "Give prompts.")
