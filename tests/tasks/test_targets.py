@@ -19,11 +19,21 @@ from monteclora.tasks.weights import class_weights, label_weights
 ROWS = ({"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}, {"text": "c", "labels": ["z"]})
 RECIPE = {"name": "x", "model": {"name": "m"}, "data": {"task": "x.csv"}, "method": {"name": "lora"}}
 FLAGS = [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+WRITTEN_FLAGS = (
+    {"text": "a", "labels": [1, 1.0, 0]},
+    {"text": "b", "labels": "[0, 0, 0]"},
+    {"text": "c", "labels": "[0,0,1]"},
+)
 MULTI_LABEL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "a list": ("x.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS), {}),
     "bars": ("x.csv", "text,labels\na,x|y\nb,\nc,z\n", {}),
     "commas": ("x.csv", 'text,tags\na,"y, x"\nb,\nc,z\n', {}),
     "a separator of its own": ("x.csv", "text,labels\na,x/y\nb,\nc,z\n", {"label_separator": "/"}),
+    "a 0 or 1 for each": (
+        "x.jsonl",
+        "".join(json.dumps(row) + "\n" for row in WRITTEN_FLAGS),
+        {"label_names": ["x", "y", "z"]},
+    ),
     "columns of 0 and 1": (
         "x.csv",
         "text,x,y,z\na,1,true,0\nb,0,0.0,False\nc,0,0,1.0\n",
@@ -72,6 +82,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "one score": ("text,score\na,1\nb,1\n", {"kind": "regression"}, "all training rows of x.csv have the score 1"),
     "no label at all": ("text,labels\na,\nb,\n", {"kind": "multi_label"}, "no training row of x.csv has a label"),
     "a missing label": ("text,labels\na,x\nb,n/a\n", {"kind": "multi_label"}, r"line 3 has no label \(n/a\)"),
+    "a 0 or 1 for each of fewer labels": (
+        'text,labels\na,"[0, 1, 0, 0]"\nb,"[0, 1, 0]"\n',
+        {"kind": "multi_label", "label_names": ["x", "y", "z"]},
+        r"line 2 has the labels \[0, 1, 0, 0\], a 0 or 1 for each label: expected names",
+    ),
+    "numbers of two labels, or a 0 or 1 for each": (
+        'text,labels\na,"[0, 1]"\nb,"[1, 1]"\n',
+        {"kind": "multi_label", "label_names": ["x", "y"]},
+        r"line 3 has the labels \[1, 1\].*three or more",
+    ),
     "a missing label among others": ("text,labels\na,x|n/a\nb,x\n", {"kind": "multi_label"}, "line 2 has no label"),
     "another label": (
         "text,labels\na,x|y\nb,w\n",

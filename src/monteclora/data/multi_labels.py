@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 LabelsKey = tuple[str, ...] | str
-"""The labels of a row as :func:`label_key` gives them, or the text that holds them."""
+"""The labels of a row as :func:`label_key` gives them, each once; or a 0 or 1 for each label, some of them alike; or
+the text that holds them."""
 SEPARATORS = ("|", ";", ",")
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
@@ -39,16 +40,16 @@ def read_labels(value: Any) -> LabelsKey:
     """
     listed = written_list(value) if isinstance(value, str) else value
     if isinstance(listed, list | tuple):
-        names = tuple(map(label_key, listed))
-        if len(set(names)) < len(names) and _FLAGS.keys() >= set(names):  # a list of names repeats none
-            raise ValueError(
-                f"has the labels {brief(value)}, a 0 or 1 for each label: expected names, or a column for each label "
-                "(data.label_columns)"
-            )
-        return tuple(dict.fromkeys(names))
+        key = tuple(map(label_key, listed))
+        return key if _are_flags(key) else tuple(dict.fromkeys(key))
     if value is None:
         raise ValueError("has no list of labels (write an empty one where none fits)")
     return label_key(value) if not isinstance(value, str) or value.strip() else ""
+
+
+def _are_flags(key: LabelsKey) -> bool:
+    """Whether a list has a 0 or 1 for each label: one of names repeats none, and one of three labels or more does."""
+    return not isinstance(key, str) and len(set(key)) < len(key) and _FLAGS.keys() >= set(key)
 
 
 def read_flags(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
@@ -89,12 +90,13 @@ class MultiLabelSet:
         names: label names.
         separator: divides labels that are written as one text; "" where each such text is a label, and None where
             that is not known, which is then taken for the same.
-        ids_count: see :class:`LabelSet`.
+        ids_count: see :class:`LabelSet`; whether, likewise, a list of 0 and 1 has one for each of three names or more.
+            Of two, it could be one of ids.
     """
 
     def __init__(self, names: Sequence[str], separator: str | None = None, ids_count: bool = True) -> None:
         self.names = tuple(names)
-        self._one, self.separator = LabelSet(names, ids_count), separator
+        self._one, self.separator, self._flags_count = LabelSet(names, ids_count), separator, ids_count
 
     @classmethod
     def from_keys(cls, keys: Iterable[LabelsKey], separator: str | None) -> MultiLabelSet:
@@ -114,7 +116,9 @@ class MultiLabelSet:
 
     def value_of(self, key: LabelsKey, place: str) -> list[int]:
         """For each label 1 where the row has it, else 0; DataError naming ``place`` for one outside the set."""
-        found = [0] * len(self._one.names)
+        if self._flags_count and len(key) == len(self.names) > 2 and _are_flags(key):
+            return [int(_FLAGS[flag]) for flag in key]
+        found = [0] * len(self.names)
         try:
             parts = _parts(key, self.separator)
         except ValueError as error:
@@ -125,7 +129,14 @@ class MultiLabelSet:
 
 
 def _parts(key: LabelsKey, separator: str | None) -> tuple[str, ...]:
+    """As :func:`label_key` gives them. Raises ValueError for a list of 0 and 1, which does not name them."""
     if not isinstance(key, str):
+        if _are_flags(key):
+            flags = brief(f"[{', '.join(key)}]", quotes=False)
+            raise ValueError(
+                f"has the labels {flags}, a 0 or 1 for each label: expected names, a column for each label "
+                "(data.label_columns), or in data.label_names as many labels in their order, three or more"
+            )
         return key
     parts = key.split(separator) if separator else [key]
     return tuple(label_key(part) for part in parts if part.strip())
