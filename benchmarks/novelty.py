@@ -26,7 +26,7 @@ from datasets import Dataset
 from results import table
 
 from monteclora.data.encoding import encode
-from monteclora.metrics.ood import auroc, nearest_distance, neighbour_distance
+from monteclora.metrics.ood import auroc, neighbour_distance
 from monteclora.prediction.forward import batches
 from monteclora.prediction.novelty import Novelty, Seen, look_at
 from monteclora.runs.loading import LoadedRun, load_run
@@ -54,6 +54,11 @@ def halves(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the texts of each half."""
     order = np.array(sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).digest()))
     return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def third_nearest(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Distances as Sun et al. (2022) have them: what three neighbours have beyond two."""
+    return 3 * neighbour_distance(rows, known, 3) - 2 * neighbour_distance(rows, known, 2)
 
 
 @dataclass(frozen=True)
@@ -137,13 +142,13 @@ def scores_of(
         for view in shown["train"].views:
             at = f"tuned, {view}"
             ours, known = shown[name].views[view], shown["train"].views[view]
-            scores[f"nearest row, {at}"] = nearest_distance(ours, known)
-            scores[f"third nearest, {at}"] = nearest_distance(ours, known, 3)
+            scores[f"nearest row, {at}"] = neighbour_distance(ours, known)
+            scores[f"third nearest, {at}"] = third_nearest(ours, known)
             scores[f"Mahalanobis, {at}"] = mahalanobis(ours, known, labels, relative=False)
             scores[f"relative Mahalanobis, {at}"] = mahalanobis(ours, known, labels, relative=True)
         for at, part in (("mean", slice(width)), ("first token", slice(width, None)), ("both", slice(None))):
             ours, known = seen[name].features[:, part], seen["train"].features[:, part]
-            scores[f"nearest row, pretrained, {at}"] = nearest_distance(ours, known)
+            scores[f"nearest row, pretrained, {at}"] = neighbour_distance(ours, known)
             scores[f"three nearest, pretrained, {at}"] = neighbour_distance(ours, known, 3)
         scores[DEFAULT] = novelty.of(seen[name])
         found[name] = scores

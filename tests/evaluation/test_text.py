@@ -20,7 +20,7 @@ from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.reference import abstention_of, novelty_of, see
 from monteclora.evaluation.run import evaluate
-from monteclora.metrics.ood import nearest_distance, neighbour_distance
+from monteclora.metrics.ood import neighbour_distance
 from monteclora.metrics.selective import abstention_threshold
 from monteclora.prediction.novelty import Novelty
 from monteclora.runs.loading import load_run
@@ -289,7 +289,7 @@ def test_what_an_earlier_version_stored_keeps_its_score(run):
     }
     metadata = {"format": "1", "weights_sha256": made.weights}
     (run / "novelty.safetensors").write_bytes(save_arrays(tensors, metadata=metadata))
-    distance = nearest_distance(new.features[:, :width], tensors["features"])
+    distance = neighbour_distance(new.features[:, :width], tensors["features"])
     expected = (distance - made.centre[0]) / made.spread[0] + (new.energy - made.centre[1]) / made.spread[1] - 0.5
     np.testing.assert_allclose(novelty_of(monteclora.load(run).run).of(new), expected, atol=1e-9)
 

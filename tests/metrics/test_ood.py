@@ -5,7 +5,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from monteclora.errors import ConfigError, DataError
 from monteclora.metrics import ood
-from monteclora.metrics.ood import auroc, fpr95, nearest_distance, neighbour_distance
+from monteclora.metrics.ood import auroc, fpr95, neighbour_distance
 
 
 @pytest.fixture
@@ -28,21 +28,20 @@ def test_fpr95_by_hand():
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_nearest_distance_is_scikit_learns(generator, monkeypatch, k):
+def test_neighbour_distance_is_scikit_learns(generator, monkeypatch, k):
     reference, rows = generator.normal(size=(50, 7)), 3 * generator.normal(size=(23, 7))
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (reference, rows)]
     expected = NearestNeighbors(n_neighbors=k).fit(unit[0]).kneighbors(unit[1])[0]
     for at_once in (ood._AT_ONCE, 120):  # whole, and in parts
         monkeypatch.setattr(ood, "_AT_ONCE", at_once)
-        np.testing.assert_allclose(nearest_distance(rows, reference, k), expected[:, -1], atol=1e-7)
         np.testing.assert_allclose(neighbour_distance(rows, reference, k), expected.mean(1), atol=1e-7)
     np.testing.assert_allclose(neighbour_distance(rows, reference[:2], 9), neighbour_distance(rows, reference[:2], 2))
 
 
 def test_a_row_is_at_no_distance_from_itself_and_a_zero_row_is_no_nan(generator):
     reference = generator.normal(size=(5, 3)).astype(np.float16)
-    np.testing.assert_allclose(nearest_distance(reference, reference), 0, atol=1e-7)
-    assert nearest_distance(np.zeros((1, 3)), reference) == pytest.approx([np.sqrt(2)])
+    np.testing.assert_allclose(neighbour_distance(reference, reference), 0, atol=1e-7)
+    assert neighbour_distance(np.zeros((1, 3)), reference) == pytest.approx([np.sqrt(2)])
 
 
 @pytest.mark.parametrize(
@@ -50,9 +49,9 @@ def test_a_row_is_at_no_distance_from_itself_and_a_zero_row_is_no_nan(generator)
     [
         (lambda: auroc([], [1.0]), DataError),
         (lambda: fpr95([1.0], [np.nan]), DataError),
-        (lambda: nearest_distance([1.0], [[1.0]]), DataError),
-        (lambda: nearest_distance([[1.0]], [[1.0, 2.0]]), DataError),
-        (lambda: nearest_distance([[1.0]], [[1.0]], k=2), ConfigError),
+        (lambda: neighbour_distance([1.0], [[1.0]]), DataError),
+        (lambda: neighbour_distance([[1.0]], [[1.0, 2.0]]), DataError),
+        (lambda: neighbour_distance([[1.0]], [[1.0]], k=0), ConfigError),
     ],
 )
 def test_malformed_arguments_are_refused(call, error):

@@ -5,15 +5,13 @@ A score is float (B,), larger where an example looks less like the training data
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from monteclora.errors import ConfigError, DataError
 from monteclora.metrics.checks import FloatArray, floats
 
-__all__ = ["auroc", "fpr95", "nearest_distance", "neighbour_distance"]
+__all__ = ["auroc", "fpr95", "neighbour_distance"]
 
 _AT_ONCE = 4_000_000  # distances in memory
 
@@ -43,50 +41,38 @@ def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
     return float(np.mean(_group("outside", outside) <= threshold))
 
 
-def nearest_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> FloatArray:
-    """Distance to the k-th nearest reference row after scaling all rows to length 1 (Sun et al., ICML 2022).
+def neighbour_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> FloatArray:
+    """Mean distance to the k nearest reference rows after scaling all rows to length 1 (Sun et al., ICML 2022).
+
+    Theirs is the distance to the k-th alone.
 
     Args:
         features: float (B, D).
-        reference: float (N, D), N >= k.
-        k: which neighbour.
+        reference: float (N, D), N >= 1.
+        k: of how many neighbours; of fewer reference rows, all count.
 
     Returns:
         float64 (B,), in [0, 2].
 
     Raises:
         DataError: an array is malformed.
-        ConfigError: ``k`` is below 1 or above N.
+        ConfigError: ``k`` is below 1.
     """
-    return _over_neighbours(features, reference, k, lambda cosines: _distance(cosines.min(1)))
-
-
-def neighbour_distance(features: ArrayLike, reference: ArrayLike, k: int = 1) -> FloatArray:
-    """The mean distance to the k nearest reference rows, as :func:`nearest_distance` measures it.
-
-    Of fewer reference rows than k, all count. Arguments, result and errors are as there.
-    """
-    most = max(1, len(np.atleast_1d(np.asarray(reference))))
-    return _over_neighbours(features, reference, min(k, most), lambda cosines: _distance(cosines).mean(1))
-
-
-def _over_neighbours(
-    features: ArrayLike, reference: ArrayLike, k: int, reduce: Callable[[FloatArray], FloatArray]
-) -> FloatArray:
-    """What ``reduce`` makes, shape (B,), of the cosines of rows with their k nearest reference rows, shape (B, k)."""
     rows, known = _features("features", features), _features("reference", reference)
     if rows.shape[1] != known.shape[1]:
         raise DataError(
             f"features have {rows.shape[1]} columns and the reference {known.shape[1]}", "Take both from one model."
         )
-    if not 1 <= k <= len(known):
-        raise ConfigError(f"k is {k}; expected 1 to {len(known)}, the number of reference rows", "Use 1.")
+    if k < 1:
+        raise ConfigError(f"k is {k}; expected 1 or more", "Use 1.")
+    count = min(k, len(known))
     rows, known = _unit(rows), _unit(known)
     found = np.empty(len(rows))
     step = max(1, _AT_ONCE // len(known))
     for first in range(0, len(rows), step):
         cosines = rows[first : first + step] @ known.T
-        found[first : first + step] = reduce(np.partition(cosines, len(known) - k, axis=1)[:, len(known) - k :])
+        nearest = np.partition(cosines, len(known) - count, axis=1)[:, len(known) - count :]
+        found[first : first + step] = _distance(nearest).mean(1)
     return found
 
 
