@@ -177,7 +177,7 @@ def _calibration(runs: Sequence[RunReport]) -> Section | None:
         "ECE is the mean distance from the line, weighted by examples."
     )
     if len(curves) == 1:
-        caption = f"{_most_confident(runs[0])} {caption}"
+        caption = f"{_fullest_bin(runs[0])} {caption}"
     if sum(curve is not None for curve in curves.values()) <= _OVERLAID:
         panels = [reliability_diagram(curves)]
     else:
@@ -189,8 +189,8 @@ def _calibration(runs: Sequence[RunReport]) -> Section | None:
     return Section("Calibration", figures=[Figure(panels, caption)])
 
 
-def _most_confident(run: RunReport) -> str:
-    """The best filled bin of confidence, in a sentence that takes no knowledge of calibration."""
+def _fullest_bin(run: RunReport) -> str:
+    """The bin of confidence with the most answers, in a sentence that takes no knowledge of calibration."""
     assert run.evaluation is not None
     assert run.evaluation.reliability is not None
     curve = run.evaluation.reliability
