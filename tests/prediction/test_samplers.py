@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import IA3Config, get_peft_model
 from torch import nn
 
 from monteclora.errors import CheckpointError, ConfigError
@@ -178,9 +179,10 @@ def test_a_copied_model_drops_nothing_twice():
 
 
 def test_a_model_without_dropout_is_refused():
-    model = wrapped(bert)
-    with pytest.raises(ConfigError, match="mc_dropout needs a dropout rate above 0"):
-        found(model, MCDropout(2))
+    with pytest.raises(ConfigError, match=r"mc_dropout needs a dropout rate above 0.*Train with method\.lora_dropout"):
+        found(wrapped(bert), MCDropout(2))
+    with pytest.raises(ConfigError, match=r"has no such layer\. Choose another sampler"):
+        MCDropout(2).check(get_peft_model(bert(), IA3Config(task_type="SEQ_CLS")))
 
 
 # ensembles

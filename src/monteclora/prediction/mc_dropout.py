@@ -78,11 +78,14 @@ class MCDropout:
 
     def check(self, model: nn.Module) -> None:
         """Raises ConfigError for a model without dropout: every draw would be the mean."""
-        if not dropout_layers(model):
-            raise ConfigError(
-                "the sampler mc_dropout needs a dropout rate above 0, and the model has no such layer",
-                "Train with method.lora_dropout above 0, or choose another sampler.",
-            )
+        if dropout_layers(model):
+            return
+        configs: dict[str, Any] = getattr(model, "peft_config", {})
+        may_have = any(hasattr(config, "lora_dropout") for config in configs.values())
+        raise ConfigError(
+            "the sampler mc_dropout needs a dropout rate above 0, and the model has no such layer",
+            f"{'Train with method.lora_dropout above 0, or choose' if may_have else 'Choose'} another sampler.",
+        )
 
     @contextmanager
     def draw(self, model: nn.Module, number: int) -> Iterator[None]:
