@@ -37,6 +37,7 @@ _MEASURED_ROWS = 1000  # whose lengths choose data.max_length
 _COVERED = 0.98  # of the rows are not truncated
 _STEPS = 320  # optimiser steps, within the bounds of the epochs
 _EPOCHS = (3, 30)
+_EVALUATIONS = 12  # at least: with three, on 3,000 rows, the weights that are kept are already overfitted
 _FEW_VALIDATION, _MORE_VALIDATION = 60, 0.2  # below so many rows, this share is set aside instead
 
 
@@ -170,6 +171,7 @@ def _text(
     spec: DataSpec, data: TaskData, model: str, method: str, length: int, epochs: int, settings: _Settings
 ) -> str:
     larger = spec.validation_fraction == _MORE_VALIDATION
+    steps = math.ceil(epochs * len(data.split("train")) / settings.batch_size)
     about = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
     saved = f"\n  modules_to_save: [{', '.join(settings.modules_to_save)}]  # {settings.why}"
     lines = [
@@ -189,14 +191,16 @@ def _text(
         "training:",
         f"  learning_rate: {settings.learning_rate}",
         f"  batch_size: {settings.batch_size}",
-        f"  epochs: {epochs}  # about {math.ceil(epochs * len(data.split('train')) / settings.batch_size)} steps",
+        f"  epochs: {epochs}  # about {steps} steps",
         "  group_by_length: true",
     ]
     if "validation" in data.splits:
-        lines += [
-            "  best_metric: nll  # keep the weights of the evaluation with the best validation likelihood",
-            "  early_stopping_patience: 5  # evaluations, of which each epoch has one",
-        ]
+        lines.append("  best_metric: nll  # keep the weights of the evaluation with the best validation likelihood")
+        if epochs < _EVALUATIONS:
+            every = math.ceil(steps / _EVALUATIONS)
+            lines.append(f"  eval_every: {every}  # steps; the best are often within an epoch")
+        often = "" if epochs < _EVALUATIONS else ", of which each epoch has one"
+        lines.append(f"  early_stopping_patience: 5  # evaluations{often}")
     return "\n".join(lines) + "\n"
 
 
