@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
 
 from monteclora.posterior.settings import PosteriorSettings
 from monteclora.system.atomic import write_file
 from monteclora.system.text_tables import markdown_table
 from monteclora.system.version import VERSION
 
-__all__ = ["add_calibration", "mark_own", "portable_name", "remove_calibration", "without_calibration", "write_card"]
+__all__ = [
+    "add_calibration",
+    "mark_own",
+    "name_base_portably",
+    "portable_name",
+    "remove_calibration",
+    "tags_of",
+    "without_calibration",
+    "write_card",
+]
 
 _BEGIN, _END = "<!-- calibration -->", "<!-- end of calibration -->"
 _OWN = "<!-- this card was written by monteclora calibrate, and goes with calibrate --undo -->"
+_BASE_TAG = "base_model:adapter:"
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -41,8 +54,28 @@ def portable_name(name: str | None) -> str | None:
     return path.name if path.is_absolute() or os.path.isdir(name) else name
 
 
+def name_base_portably(path: Path) -> None:
+    """Replace the base model's name in an ``adapter_config.json`` by its portable one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    portable = portable_name(config.get("base_model_name_or_path"))
+    if portable != config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"] = portable
+        write_file(path, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def tags_of(model: nn.Module) -> set[str]:
+    """What a base model's adapters are found under on the hub: its own tags, and the library it is of."""
+    own = set(getattr(model, "model_tags", None) or ())
+    return own | {"transformers"} if isinstance(model, PreTrainedModel) else own
+
+
 def write_card(
-    folder: Path, config: LoraConfig, settings: PosteriorSettings | None, base: str | None, labels: Mapping[int, str]
+    folder: Path,
+    config: LoraConfig,
+    settings: PosteriorSettings | None,
+    base: str | None,
+    labels: Mapping[int, str],
+    tags: Iterable[str] = (),
 ) -> None:
     """Write ``README.md``; of one that is there the metadata are completed and the text is left as it is.
 
@@ -52,6 +85,7 @@ def write_card(
         settings: of its posterior, None for a plain LoRA.
         base: the base model's name.
         labels: label names of a classifier, by class.
+        tags: those of the base model.
     """
     path = folder / "README.md"
     if path.exists():
@@ -60,9 +94,14 @@ def write_card(
         card = ModelCard("---\n{}\n---\n\n" + _text(config, settings, base, labels))
         card.data = ModelCardData()
     card.data["library_name"] = "peft"
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "peft", *(["monteclora"] if settings else [])})
+    earlier = {tag for tag in card.data.get("tags") or [] if not tag.startswith(_BASE_TAG)}
+    found = earlier | {*tags, "lora", "peft"}
+    if settings is not None:
+        found.add("monteclora")
     if base is not None:
         card.data["base_model"] = base
+        found.add(_BASE_TAG + base)
+    card.data["tags"] = sorted(found)
     if not card.data.get("pipeline_tag") and config.task_type in _PIPELINES:
         card.data["pipeline_tag"] = _PIPELINES[config.task_type]  # a TaskType is a string too
     card.save(path)

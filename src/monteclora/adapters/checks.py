@@ -70,19 +70,21 @@ def check_finite(model_id: str | os.PathLike[str], weights: Mapping[str, Tensor]
 
 
 def check_head(weights: Path, model: nn.Module) -> None:
-    """Check that the layers which an adapter saves whole have the model's shapes.
+    """Check that the layers which an adapter saves whole have the model's shapes, and finite weights.
 
     Args:
         weights: the adapter's.
         model: the base model.
 
     Raises:
-        CheckpointError: a head for another number of labels, or a layer of another shape.
+        CheckpointError: a head for another number of labels, a layer of another shape, or a weight that is not finite.
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safetensors.safe_open(weights, framework="pt") as file:
-            saved = {key.removeprefix(_PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            keys = {key.removeprefix(_PREFIX): key for key in file.keys()}  # noqa: SIM118
+            saved = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
+            whole = {name: file.get_tensor(key) for name, key in keys.items() if name in own}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights} is damaged ({type(error).__name__}: {error})", RESTORE) from error
     labels = getattr(getattr(model, "config", None), "num_labels", None)
@@ -99,3 +101,4 @@ def check_head(weights: Path, model: nn.Module) -> None:
             f"{weights} has {name} of shape {shape}, and the model of shape {there}",
             "Load it onto the base model it was trained on, with the same vocabulary.",
         )
+    check_finite(weights, whole)

@@ -66,7 +66,7 @@ def from_plain(
         missing = wrapped.load_mean(folder, _NAME, is_trainable).missing_keys
         if missing:
             raise CheckpointError(f"{folder / storage.WEIGHTS_FILE} has no {missing[0]}", storage.RESTORE)
-        checks.check_finite(folder, get_peft_model_state_dict(wrapped, adapter_name=_NAME))
+        checks.check_finite(folder, get_peft_model_state_dict(wrapped, adapter_name=_NAME, save_embedding_layers=False))
     return wrapped
 
 

@@ -152,9 +152,12 @@ class MonteCLoRAModel(PeftModel):
             if is_main_process:
                 for name in selected:
                     names.plain_file(_place(folder, name) / storage.WEIGHTS_FILE)
+                    card.name_base_portably(_place(folder, name) / storage.CONFIG_FILE)
                     self._save_posterior(name, _place(folder, name), None if converted else kwargs.get("state_dict"))
-                    if converted:
+                    if path_initial_model_for_weight_conversion is not None:
                         (_place(folder, name) / storage.POSTERIOR_FILE).unlink(missing_ok=True)
+                        # peft writes a configuration there too
+                        card.name_base_portably(Path(path_initial_model_for_weight_conversion) / storage.CONFIG_FILE)
             if is_main_process and tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
         if is_main_process:
@@ -179,12 +182,16 @@ class MonteCLoRAModel(PeftModel):
 
     @contextmanager
     def _plain_configurations(self) -> Iterator[None]:
-        """Have peft see plain LoRA configurations with portable names, which are what it is to write."""
+        """Have peft see plain LoRA configurations with portable patterns, which are what it is to write.
+
+        The base model keeps the name it has here: with its configuration peft finds out whether its vocabulary was
+        resized, and the embeddings have to be saved too.
+        """
         configs = self.base_model.peft_config
         given = dict(configs)
         for name, config in given.items():
             plain = config.plain_lora() if isinstance(config, MonteCLoRAConfig) else copy.copy(config)
-            plain.base_model_name_or_path = card.portable_name(plain.base_model_name_or_path or self._base_name())
+            plain.base_model_name_or_path = plain.base_model_name_or_path or self._base_name()
             names.plain_patterns(plain)
             configs[name] = plain
         try:
@@ -201,7 +208,8 @@ class MonteCLoRAModel(PeftModel):
         posterior = self.base_model.posterior(name)
         settings = None if posterior is None else posterior.settings
         base = card.portable_name(self._base_name())
-        card.write_card(Path(output_dir), self.peft_config[name], settings, base, self._labels())
+        tags = card.tags_of(self.get_base_model())
+        card.write_card(Path(output_dir), self.peft_config[name], settings, base, self._labels(), tags)
         calibration = {} if posterior is None else posterior.calibration or {}
         if "report" in calibration:
             card.add_calibration(Path(output_dir), calibration["report"], calibration["about"])
@@ -242,6 +250,7 @@ class MonteCLoRAModel(PeftModel):
                 result = super().load_adapter(model_id, adapter_name, is_trainable, *args, key_mapping=local, **kwargs)
         finally:
             self._loading = False
+        self._name_base(adapter_name)
         if stored is None:
             return result
         try:
@@ -270,8 +279,15 @@ class MonteCLoRAModel(PeftModel):
                 result = super().load_adapter(str(model_id), adapter_name, is_trainable, key_mapping=local)
         finally:
             self._loading = False
+        self._name_base(adapter_name)
         self.base_model.measure()
         return result
+
+    def _name_base(self, adapter_name: str) -> None:
+        """Give a loaded adapter the name that its base model has here; its file has the portable one."""
+        config, here = self.peft_config[adapter_name], self._base_name()
+        if card.portable_name(config.base_model_name_or_path) == card.portable_name(here):
+            config.base_model_name_or_path = here
 
     def _local_mapping(self, weights: Path | None, key_mapping: dict[str, str] | None) -> dict[str, str] | None:
         """The ``key_mapping`` with which peft finds the tensors of a file in this model."""
@@ -492,7 +508,8 @@ def from_pretrained(
     with unchanged_on_error(model, adapter_name), checks.adapter_errors(model_id):
         wrapped = build(model, config, adapter_name, **options)
         wrapped.load_adapter(model_id, adapter_name, is_trainable, key_mapping=key_mapping, **options, **kwargs)
-        checks.check_finite(model_id, get_peft_model_state_dict(wrapped, adapter_name=adapter_name))
+        state = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
+        checks.check_finite(model_id, state)
     _name_labels(model, stored.labels)
     return wrapped
 
