@@ -156,10 +156,18 @@ def best(runs: Sequence[Run], arm: str) -> dict[int, Run]:
     return by_rate[min(by_rate, key=nll)]
 
 
-def prepared(way: Way, run: Run, members: Sequence[Run], work: Path, draws: int) -> LoadedRun:
-    """A copy of the run, calibrated where that is asked for, loaded."""
+def groups(way: Way, of_arm: Mapping[int, Run]) -> dict[int, list[Run]]:
+    """The runs that predict together, by seed: one each, or five that no other ensemble has, numbered from 0."""
+    if way.sampler != "ensemble":
+        return {seed: [run] for seed, run in of_arm.items()}
+    runs = [of_arm[seed] for seed in sorted(of_arm)]
+    return {number: runs[MEMBERS * number :][:MEMBERS] for number in range(len(runs) // MEMBERS)}
+
+
+def prepared(way: Way, runs: Sequence[Run], work: Path, draws: int) -> LoadedRun:
+    """Copies of the runs, calibrated where that is asked for, loaded."""
     copies = []
-    for each in [run, *(m for m in members if m is not run)] if way.sampler == "ensemble" else [run]:
+    for each in runs:
         copies.append(work / f"{each.arm.replace(' ', '-')}-{each.seed}")
         shutil.copytree(each.folder, copies[-1], ignore=shutil.ignore_patterns("checkpoints", "*.parquet"))
     if way.sampler == "ensemble":
@@ -229,21 +237,25 @@ def measures(found: Predictions, labels: np.ndarray, far: Mapping[str, Predictio
     return record
 
 
-def run_case(name: str, way: Way, run: Run, members: Sequence[Run], args: argparse.Namespace) -> None:
+def run_case(name: str, way: Way, seed: int, runs: Sequence[Run], args: argparse.Namespace) -> None:
     """Measure a case and keep it; one that cannot be measured is kept with the reason."""
-    place = args.out / "cases" / f"{name.replace(' ', '-').replace(',', '')}-{run.seed}.json"
-    chosen = [str(each.folder.name) for each in members] if way.sampler == "ensemble" else [run.folder.name]
-    how = {"runs": chosen, "draws": args.draws, "corrupted": [list(each) for each in args.corrupted]}
+    place = args.out / "cases" / f"{name.replace(' ', '-').replace(',', '')}-{seed}.json"
+    how = {
+        "runs": [run.folder.name for run in runs],
+        "draws": args.draws,
+        "corrupted": [list(each) for each in args.corrupted],
+    }
     if place.exists() and how.items() <= json.loads(place.read_text()).items():
         return
-    print(f"{name}, seed {run.seed} ...", file=sys.stderr, flush=True)
+    print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
     work = args.out / "work"
     shutil.rmtree(work, ignore_errors=True)
-    trained = {"rate": run.rate, "train_seconds": run.seconds, "peak_memory_mb": run.memory / 1e6}
-    record: dict[str, Any] = {"way": name, "seed": run.seed, **trained, **how}
+    trained = {"rate": runs[0].rate, "train_seconds": sum(run.seconds for run in runs)}
+    trained["peak_memory_mb"] = max(run.memory for run in runs) / 1e6
+    record: dict[str, Any] = {"way": name, "seed": seed, **trained, **how}
     try:
         with quiet_libraries():
-            loaded = prepared(way, run, members, work, args.draws)
+            loaded = prepared(way, runs, work, args.draws)
             record["settings"] = measured(way, loaded, args.draws, args.corrupted)
     except MonteCLoRAError as error:
         record["left_out"] = error.message
@@ -338,12 +350,9 @@ def main() -> None:
     runs = list(runs_of(args.study, args.batch_size))
     for name in args.ways:
         way = WAYS[name]
-        of_arm = best(runs, way.arm)
-        members = [of_arm[each] for each in sorted(of_arm)][:MEMBERS]
-        alone = way.sampler == "ensemble"  # one for all seeds
-        for seed in [*args.seeds][:1] if alone else args.seeds:
-            if seed in of_arm and not (alone and len(members) < MEMBERS):
-                run_case(name, way, of_arm[seed], members, args)
+        for seed, together in groups(way, best(runs, way.arm)).items():
+            if seed in args.seeds:
+                run_case(name, way, seed, together, args)
                 write_tables(args.out)
     write_tables(args.out)
     if (args.out / "uncertainty.md").exists():

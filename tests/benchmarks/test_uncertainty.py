@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -74,3 +75,13 @@ def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypa
     place.write_text(json.dumps({**json.loads(place.read_text()), "runs": ["another"]}))
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         uncertainty.main()
+
+
+def test_ensembles_share_no_member():
+    runs = {seed: uncertainty.Run(Path(str(seed)), "lora", seed, 1e-3, 0.5, 1.0, 1.0) for seed in range(11)}
+    single, ensemble = (uncertainty.groups(uncertainty.WAYS[name], runs) for name in ("LoRA", "ensemble of 5 LoRA"))
+    assert single == {seed: [run] for seed, run in runs.items()}
+    assert {number: [run.seed for run in group] for number, group in ensemble.items()} == {
+        0: [0, 1, 2, 3, 4],
+        1: [5, 6, 7, 8, 9],
+    }
