@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,16 +17,25 @@ import tests
 from monteclora.runs.run_folder import RunFolder
 from tests.training.conftest import Recipe
 
-__all__ = ["launch", "losses"]
+__all__ = ["environments", "launch", "losses"]
 
 WORKER = """
-import json, os, signal, sys, torch
+import errno, json, os, signal, sys, torch
 torch.set_num_threads(1)
+from monteclora.errors import CheckpointError
 from monteclora.posterior import AdapterPosterior
-from monteclora.training import run
+from monteclora.training import checkpoint, run
 from monteclora.training.loop import Loop
 original_step, kill_at, fail_at = Loop.step, int(sys.argv[3]), int(sys.argv[4])
-spoil_at = int(sys.argv[5])
+spoil_at, full_at = int(sys.argv[5]), sys.argv[6]
+def full(original):
+    def make(target):
+        if target.name == full_at and os.environ["RANK"] == "0":
+            raise CheckpointError(f"cannot write {target}: {os.strerror(errno.ENOSPC)}", "Make room.")
+        return original(target)
+    return make
+for module in (checkpoint, run):
+    module.new_folder = full(module.new_folder)
 def spoil(loop):
     with torch.no_grad():
         next(p for p in loop.model.parameters() if p.requires_grad).fill_(float("nan"))
@@ -61,6 +71,7 @@ def launch(
     kill_at: int | None = None,
     fail_at: int | None = None,
     spoil_at: int | None = None,
+    full_at: str | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Train a recipe on so many processes; gives what each had in the end.
 
@@ -74,30 +85,41 @@ def launch(
         kill_at: all of them are killed after so many steps.
         fail_at: after so many steps a weight is not finite, unless the run has gone back.
         spoil_at: the same after that step, so that no loss has told of it when the step is saved.
+        full_at: the name of a folder for which the main process finds no room: all must end with that error.
     """
     folder.mkdir()
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
+    started = []
+    for rank, environment in enumerate(environments(processes, sharded=sharded)):
+        command = [sys.executable, "-c", WORKER, str(file), str(folder / f"{rank}.pt")]
+        command += ["-1" if step is None else str(step) for step in (kill_at, fail_at, spoil_at)]
+        command.append(full_at or "")
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    ended = [(process.communicate(timeout=300)[1], process.returncode) for process in started]
+    for errors, code in ended:
+        if full_at is not None:
+            assert code == 1
+            assert re.search(rf"\bCheckpointError: cannot write \S*/{full_at}: No space left", errors), errors[-3000:]
+            continue
+        assert code == (0 if kill_at is None else -signal.SIGKILL), errors[-3000:]
+    return [torch.load(file) for file in sorted(folder.glob("*.pt"))]
+
+
+def environments(processes: int, *, sharded: bool = False) -> list[dict[str, str]]:
+    """Of each of so many processes that train together, as ``accelerate launch`` sets them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     root = Path(tests.__file__).parent.parent
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    if processes > 1:
-        shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared |= {"ACCELERATE_USE_CPU": "true"}
+    if processes == 1:
+        return [shared]
+    shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
     if sharded:
         shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    started = []
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        command = [sys.executable, "-c", WORKER, str(file), str(folder / f"{rank}.pt")]
-        command += ["-1" if step is None else str(step) for step in (kill_at, fail_at, spoil_at)]
-        started.append(subprocess.Popen(command, env={**shared, **place}, stderr=subprocess.PIPE, text=True))
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), errors[-3000:]
-    return [torch.load(file) for file in sorted(folder.glob("*.pt"))]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def losses(recipe: Recipe) -> list[float]:

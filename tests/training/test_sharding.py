@@ -74,6 +74,18 @@ def test_two_processes_resume_to_the_bit(sharded: bool, recipe: MakeRecipe, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("full_at", "sharded"), [("checkpoint-4", False), ("adapter", True)])
+def test_a_full_disk_ends_all_processes(full_at: str, sharded: bool, recipe: MakeRecipe, tmp_path: Path) -> None:
+    """By the error of the main process, which alone writes; the same command goes on when there is room."""
+    options: dict[str, Any] = {"kind": "causal_lm", "micro_batch_size": 2, "save_every": 2, "max_steps": 6}
+    made = recipe(name="run", **options)
+    launch(made, tmp_path / "full", 2, sharded=sharded, full_at=full_at)
+    assert RunFolder(tmp_path / "run").finished is None
+    launch(made, tmp_path / "again", 2, sharded=sharded)
+    assert (RunFolder(tmp_path / "run").finished or {})["step"] == 6
+
+
+@pytest.mark.slow
 def test_sharded_full_fine_tuning_is_that_of_one_process(recipe: MakeRecipe, assets: Path, tmp_path: Path) -> None:
     def made(name: str, **training: Any) -> Recipe:
         found = recipe(name=name, learning_rate=1e-3, max_steps=4, logging_every=1, **training)

@@ -15,8 +15,8 @@ from monteclora.runs.manifest import Checkpoint, discard_later, read_checkpoint
 from monteclora.runs.prepare import PreparedData
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
-from monteclora.system.devices import is_main_process
 from monteclora.tasks.measures import ClassMeasures
+from monteclora.training.agreement import by_main_process
 from monteclora.training.checkpoint import Checkpoints, saved_state
 from monteclora.training.loop import Loop
 from monteclora.training.plans import Phase, warmup_steps
@@ -106,16 +106,21 @@ def begin_again(loop: Loop, run: RunFolder, saver: Checkpoints, back: Return, le
     Raises:
         CheckpointError: the disk refuses it.
     """
-    state, phase = loop.state, back.checkpoint
+    state = loop.state
     state.back_offs, state.tokens, state.seconds, state.skipped = back.number, back.tokens, back.seconds, back.skipped
-    if is_main_process():
-        discard_later(saver.folder, phase.total_step)
-        run.divergence_file.unlink(missing_ok=True)
-        event = {"event": "back_off", "phase": phase.phase, "step": phase.total_step, "number": back.number}
-        left = phase.first_step + back.left_step
-        facts = {"left_step": left, "reason": back.reason, "learning_rate": learning_rate}
-        run.metrics.rewind(phase.total_step, {**event, **facts, "tokens": back.tokens, "seconds": back.seconds})
-        what = "step %d: %s; going back to step %d, at half the learning rate, %g"
-        logger.warning(what, left, back.reason, phase.total_step, learning_rate)
+    by_main_process(lambda: _forget_later(run, saver, back, learning_rate))
     saver.restore_generators()
     saver.save(loop)
+
+
+def _forget_later(run: RunFolder, saver: Checkpoints, back: Return, learning_rate: float) -> None:
+    """Leave nothing of what came after the checkpoint but the line that says so."""
+    phase = back.checkpoint
+    discard_later(saver.folder, phase.total_step)
+    run.divergence_file.unlink(missing_ok=True)
+    event = {"event": "back_off", "phase": phase.phase, "step": phase.total_step, "number": back.number}
+    left = phase.first_step + back.left_step
+    facts = {"left_step": left, "reason": back.reason, "learning_rate": learning_rate}
+    run.metrics.rewind(phase.total_step, {**event, **facts, "tokens": back.tokens, "seconds": back.seconds})
+    what = "step %d: %s; going back to step %d, at half the learning rate, %g"
+    logger.warning(what, left, back.reason, phase.total_step, learning_rate)

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from monteclora.errors import CheckpointError, DivergenceError
 from monteclora.runs.manifest import Checkpoint, checkpoint_folder, rotate, write_manifest
 from monteclora.system.atomic import new_folder
-from monteclora.system.devices import is_main_process, process_count, process_index
+from monteclora.system.devices import process_count, process_index
 from monteclora.system.randomness import generator_states, restore_generators
 from monteclora.system.tree import load_tree, save_tree
 from monteclora.system.version import VERSION
 from monteclora.training import sharding
+from monteclora.training.agreement import by_main_process
 from monteclora.training.loop import Loop
 from monteclora.training.state import TrainingState
 
@@ -40,7 +41,7 @@ class Checkpoints:
     Attributes:
         folder: of all checkpoints of the run.
         keep: how many of the latest stay.
-        recipe_sha256: of the recipe.
+        recipe_sha256: of the recipe; the main process alone needs it.
         phase: name of the phase.
         first_step: steps of the phases before.
         trained: names of the parameters that any phase of the run trains: they are saved.
@@ -67,16 +68,18 @@ class Checkpoints:
         sharding.reshard(model)
         state = _training_state(loop, generators)
         with sharding.gathered(model, self.trained):
-            _check_weights(model, loop)
-            if is_main_process():
-                checkpoint = self._describe(loop)
-                with new_folder(checkpoint.path) as stage:
-                    loop.method.save(model, stage)
-                    save_tree(stage / _STATE, state)
-                    write_manifest(stage, checkpoint)
-                steps = (loop.state.best_step, loop.state.good_step, loop.state.good_best)
-                rotate(self.folder, self.keep, [self.path_of(step) for step in steps if step is not None])
+            by_main_process(lambda: self._write(model, loop, state))
         loop.accelerator.wait_for_everyone()
+
+    def _write(self, model: nn.Module, loop: Loop, state: dict[str, Any]) -> None:
+        _check_weights(model, loop)
+        checkpoint = self._describe(loop)
+        with new_folder(checkpoint.path) as stage:
+            loop.method.save(model, stage)
+            save_tree(stage / _STATE, state)
+            write_manifest(stage, checkpoint)
+        steps = (loop.state.best_step, loop.state.good_step, loop.state.good_best)
+        rotate(self.folder, self.keep, [self.path_of(step) for step in steps if step is not None])
 
     def path_of(self, step: int) -> Path:
         """The folder of the checkpoint of a step of this phase."""
@@ -180,13 +183,11 @@ def _restore_optimizer(loop: Loop, optimizer: dict[str, Any], scheduler: dict[st
 
 
 def _check_weights(model: nn.Module, loop: Loop) -> None:
-    """Raises DivergenceError, on all processes, for what the main process finds: it alone has whole weights."""
-    found = [_divergence(model, loop) if is_main_process() else None]
-    if process_count() > 1:
-        broadcast_object_list(found)
-    if found[0] is not None:
+    """Raises DivergenceError; for the main process, which alone has whole weights."""
+    found = _divergence(model, loop)
+    if found is not None:
         raise DivergenceError(
-            f"{found[0]} after step {loop.state.step}",
+            f"{found} after step {loop.state.step}",
             "Lower training.learning_rate (or training.post_hoc.learning_rate_factor), or set training.max_grad_norm.",
         )
 

@@ -14,7 +14,8 @@ from monteclora.errors import DivergenceError
 from monteclora.runs.prepare import PreparedData
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.atomic import write_file
-from monteclora.system.devices import is_main_process, process_count
+from monteclora.system.devices import process_count
+from monteclora.training.agreement import by_main_process
 from monteclora.training.state import TrainingState
 
 __all__ = ["NonFiniteSteps", "Part"]
@@ -64,12 +65,9 @@ class NonFiniteSteps:
         if state.skipped_in_a_row < self.most_in_a_row:
             state.skipped += 1
             state.skipped_in_a_row += 1
-            if is_main_process():
-                self.run.metrics.append({"event": "skipped", **facts, "rows": rows})
-                logger.warning("the %s is not finite at step %d: skipped", part, facts["step"])
+            by_main_process(lambda: self._skipped({**facts, "rows": rows}))
             return
-        if is_main_process():
-            self._write(facts, indices, rows)
+        by_main_process(lambda: self._write(facts, indices, rows))
         after = f" after {state.skipped_in_a_row} skipped steps" if state.skipped_in_a_row else ""
         raise DivergenceError(
             f"the {part} is not finite at step {facts['step']}{after}; in the batch: training rows {_listed(rows)} "
@@ -77,6 +75,10 @@ class NonFiniteSteps:
             "Look at these rows, lower training.learning_rate, set training.max_grad_norm, or have such steps skipped "
             "(training.non_finite: skip); the last checkpoint is finite.",
         )
+
+    def _skipped(self, facts: dict[str, Any]) -> None:
+        self.run.metrics.append({"event": "skipped", **facts})
+        logger.warning("the %s is not finite at step %d: skipped", facts["part"], facts["step"])
 
     def _write(self, facts: dict[str, Any], indices: Sequence[int], rows: Sequence[int]) -> None:
         dataset = self.data.encoded["train"].dataset

@@ -14,6 +14,7 @@ from monteclora.runs.recipe_paths import started_in
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import is_main_process
+from monteclora.training.agreement import by_main_process
 
 __all__ = ["member_recipes", "train_members"]
 
@@ -53,13 +54,16 @@ def train_members(run: Run, train: Callable[[Recipe], RunResult]) -> dict[str, A
             folder.metrics.append({"event": "members", "step": 0, "seeds": [member.seed for member in members]})
         folder.record_recipe(recipe)  # a change that was accepted: the members write down how
     results = [train(member) for member in members]
-    if is_main_process():
-        # data and versions are the members' own, and the same for all
-        facts = RunFolder(results[0].folder).environment
-        folder.write_environment({**facts, "started_in": folder.started_in, "recipe_sha256": recipe_sha256(recipe)})
-        folder.metrics.append(_conclusion(results))
+    by_main_process(lambda: _conclude(folder, recipe, results))
     PartialState().wait_for_everyone()
     return folder.metrics.read()[-1]
+
+
+def _conclude(folder: RunFolder, recipe: Recipe, results: Sequence[RunResult]) -> None:
+    # data and versions are the members' own, and the same for all
+    facts = RunFolder(results[0].folder).environment
+    folder.write_environment({**facts, "started_in": folder.started_in, "recipe_sha256": recipe_sha256(recipe)})
+    folder.metrics.append(_conclusion(results))
 
 
 def _conclusion(results: Sequence[RunResult]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from monteclora.runs.metrics_log import MetricsLog
+from monteclora.training.agreement import by_main_process
 from monteclora.training.state import TrainingState
 
 __all__ = ["Reporting"]
@@ -112,9 +113,10 @@ class Reporting:
             self._bar = None
 
     def _log(self, event: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        if self.quiet:
-            return
-        total = self.first_step + step
+        # all processes come here: that the disk is full ends each of them
+        by_main_process(lambda: self._write(event, self.first_step + step, epoch, values))
+
+    def _write(self, event: str, total: int, epoch: float, values: Mapping[str, Any]) -> None:
         self.metrics_log.append({"event": event, "phase": self.phase, "step": total, "epoch": epoch, **values})
         if self.accelerator.trackers:
             self.accelerator.log({f"{event}/{name}": value for name, value in values.items()}, step=total)

@@ -29,6 +29,7 @@ from monteclora.system.quiet import quiet_libraries
 from monteclora.system.randomness import preserved_generators
 from monteclora.tasks import load
 from monteclora.training import sharding
+from monteclora.training.agreement import by_main_process
 from monteclora.training.back_off import Return
 from monteclora.training.ensemble import train_members
 from monteclora.training.phases import train_phase
@@ -36,6 +37,7 @@ from monteclora.training.plans import Phase, phases_of
 from monteclora.training.range_test import range_test, recorded
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 __all__ = ["train"]
@@ -99,12 +101,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     checkpoint = run.checkpoint()
     memory = PeakMemory(training_device())
     if is_main_process():
-        folder.divergence_file.unlink(missing_ok=True)
-        facts = describe_environment(recipe, data.task, memory.device)
-        run.note({**facts, **({"start": start} if (start := start_facts(recipe)) else {})}, checkpoint)
-        for note in overrides_of(folder.environment):
-            console.print(f"note: {note}", highlight=False, soft_wrap=True)
-        folder.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
+        _note(run, data, checkpoint, memory.device, console)
     rate = _known_rate(recipe, folder)
     if rate is None:
         rate = _found_rate(recipe, folder, data, fresh.model, console)
@@ -113,16 +110,29 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     _train_phases(recipe, phases, folder, data, fresh, frozenset(trained), checkpoint, console)
     model = fresh.model
     with sharding.gathered(model, trained):
-        if is_main_process():
-            with new_folder(folder.adapter) as stage:
-                get_method(recipe.method.name).save(model, stage)
-    if is_main_process():
-        if recipe.training.post_hoc.adapter is not None:
-            # its weights are saved with the posterior, and were not trained
-            trained = {name: trained[name] for name, each in model.named_parameters() if each.requires_grad}
-        folder.metrics.append(_conclusion(folder, rate, sum(trained.values()), memory))
+        by_main_process(lambda: _save_adapter(folder, recipe, model))
+    if recipe.training.post_hoc.adapter is not None:
+        # its weights are saved with the posterior, and were not trained
+        trained = {name: trained[name] for name, each in model.named_parameters() if each.requires_grad}
+    count = sum(trained.values())
+    by_main_process(lambda: folder.metrics.append(_conclusion(folder, rate, count, memory)))
     PartialState().wait_for_everyone()
     return folder.metrics.read()[-1]
+
+
+def _save_adapter(folder: RunFolder, recipe: Recipe, model: nn.Module) -> None:
+    with new_folder(folder.adapter) as stage:
+        get_method(recipe.method.name).save(model, stage)
+
+
+def _note(run: Run, data: PreparedData, checkpoint: Checkpoint | None, device: torch.device, console: Console) -> None:
+    """Write down what is trained on, and leave of the metrics what the checkpoint has seen."""
+    run.folder.divergence_file.unlink(missing_ok=True)
+    facts = describe_environment(run.recipe, data.task, device)
+    run.note({**facts, **({"start": start} if (start := start_facts(run.recipe)) else {})}, checkpoint)
+    for note in overrides_of(run.folder.environment):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    run.folder.metrics.rewind(0 if checkpoint is None else checkpoint.total_step)
 
 
 def _known_rate(recipe: Recipe, run: RunFolder) -> float | None:
@@ -138,8 +148,8 @@ def _known_rate(recipe: Recipe, run: RunFolder) -> float | None:
 def _found_rate(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Module, console: Console) -> float:
     """The peak learning rate by a range test, whose line is in the metrics afterwards; ``model`` is used up."""
     found = range_test(recipe, run, data, model, console)
-    if is_main_process():
-        run.metrics.append(found.event(phases_of(recipe, len(data.train), found.learning_rate)[0].name))
+    event = found.event(phases_of(recipe, len(data.train), found.learning_rate)[0].name)
+    by_main_process(lambda: run.metrics.append(event))
     console.print(
         f"note: learning rate {found.learning_rate:g}, found by a range test of {found.steps} steps", highlight=False
     )
@@ -177,8 +187,8 @@ def _train_phases(
                 fresh.renew()
             kept = checkpoint_folder(run.checkpoints, outcome.kept_step)
             get_method(recipe.method.name).load(fresh.model, kept)
-        if is_main_process():
-            run.metrics.append({"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)})
+        event = {"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)}
+        by_main_process(partial(run.metrics.append, event))
 
 
 class _FreshModel:
