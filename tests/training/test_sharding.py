@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from monteclora.errors import ConfigError
 from monteclora.evaluation.run import evaluate
+from monteclora.methods import get_method
 from monteclora.runs.run_folder import RunFolder
-from monteclora.training import sharding
+from monteclora.training import run, sharding
 from monteclora.training.run import train
 from tests.models import bert, llama
 from tests.training.conftest import Recipe, adapter_content, quietly
@@ -132,6 +133,28 @@ def test_launches_that_cannot_be_trained_are_refused_by_name(
     with pytest.raises(ConfigError, match=message):
         train(made, progress=False)
     assert not Path(made["output"]).exists()
+
+
+def test_a_model_that_is_made_anew_for_its_best_step_begins_the_phase_too(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sharded model is replaced by, which takes whole weights, is what the method saves."""
+    options: dict[str, Any] = {"best_metric": "nll", "eval_every": 2, "learning_rate": 0.3}
+    plain = quietly(recipe(name="plain", **options))
+    assert plain.kept_step < plain.steps
+    made, begun = [], []
+    prepare, begin = run.prepare_model, type(get_method("monteclora")).begin_phase
+    monkeypatch.setattr(run, "prepare_model", lambda *arguments: made.append(prepare(*arguments)) or made[-1])
+    monkeypatch.setattr(
+        type(get_method("monteclora")),
+        "begin_phase",
+        lambda *arguments: begun.append(arguments[1]) or begin(*arguments),
+    )
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    quietly(recipe(name="anew", **options))
+    assert len(made) == 2
+    assert all(one is other for one, other in zip(made, begun, strict=True))
+    assert adapter_content(tmp_path / "anew") == adapter_content(tmp_path / "plain")
 
 
 def test_one_process_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:

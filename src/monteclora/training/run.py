@@ -33,7 +33,7 @@ from monteclora.training.agreement import by_main_process
 from monteclora.training.back_off import Return
 from monteclora.training.ensemble import train_members
 from monteclora.training.phases import train_phase
-from monteclora.training.plans import Phase, phases_of
+from monteclora.training.plans import Phase, phases_of, plan_of
 from monteclora.training.range_test import range_test, recorded
 
 if TYPE_CHECKING:
@@ -183,10 +183,11 @@ def _train_phases(
             resume = outcome
         first_step = outcome.step
         if outcome.kept_step != outcome.step:
+            method = get_method(recipe.method.name)
             if sharding.is_sharded(fresh.model):  # its parameters take no whole ones any more
                 fresh.renew()
-            kept = checkpoint_folder(run.checkpoints, outcome.kept_step)
-            get_method(recipe.method.name).load(fresh.model, kept)
+                method.begin_phase(fresh.model, plan_of(recipe, phase, len(data.train)))
+            method.load(fresh.model, checkpoint_folder(run.checkpoints, outcome.kept_step))
         event = {"event": "phase", "phase": phase.name, **dataclasses.asdict(outcome)}
         by_main_process(partial(run.metrics.append, event))
 
