@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 import monteclora
@@ -81,6 +81,16 @@ def test_unsupported_layers_are_refused_by_name_and_the_model_is_left_as_it_was(
         warnings.simplefilter("error")
         wrapped_model = monteclora.get_peft_model(model, MonteCLoRAConfig(target_modules=["linear"]))
     wrapped_model(ids).sum().backward()
+
+
+def test_a_layer_that_a_user_registered_with_peft_is_told_from_pefts_own() -> None:
+    class Registered(Linear):
+        pass
+
+    config = config_for(llama, target_modules=["q_proj"])
+    config._register_custom_module({nn.Linear: Registered})
+    with pytest.raises(ConfigError, match=r"q_proj' is a Linear that peft adapts with .*Registered, .* peft's own"):
+        monteclora.get_peft_model(llama(), config)
 
 
 def test_degrees_of_freedom_that_do_not_fit_leave_the_model_as_it_was() -> None:

@@ -225,9 +225,11 @@ class MonteCLoRATuner(LoraModel):
         for name, layer in layers:
             if type(layer) not in supported:
                 base = type(layer.get_base_layer()).__name__
+                # layers that users register with peft, and peft's for Linear with a quantised weight
+                by = f" that peft adapts with {type(layer).__qualname__}" if base in ("Linear", "Conv1D") else ""
                 raise ConfigError(
-                    f"target module '{name}' is a {base}, and MonteCLoRA adapts Linear, Conv1D and bitsandbytes 4-bit "
-                    "and 8-bit layers only",
+                    f"target module '{name}' is a {base}{by}, and MonteCLoRA adapts Linear, Conv1D and bitsandbytes "
+                    "4-bit and 8-bit layers only, with peft's own layers for them",
                     "Take it out of target_modules, or list it in exclude_modules.",
                 )
             if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
