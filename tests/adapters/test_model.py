@@ -270,6 +270,19 @@ def test_two_adapters_active_at_once() -> None:
     assert not torch.equal(both, model(**batch).logits)
 
 
+@pytest.mark.parametrize("kind", ["posterior", "plain"])
+def test_an_adapter_that_is_added_in_evaluation_mode_is_in_that_mode(kind: str) -> None:
+    """peft makes the layers and the dropout of an added adapter in training mode, whatever the model's."""
+    model = wrapped(llama, target_modules=["q_proj"]).eval()
+    config = config_for(llama, target_modules=["q_proj", "k_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model.add_adapter("second", config if kind == "posterior" else config.plain_lora())
+    model.set_adapter("second")
+    batch = batch_for(llama)
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+    model.train()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
+
 def test_deleting_an_adapter_hands_over_to_the_other() -> None:
     model = two_adapters()
     train_step(model)

@@ -56,11 +56,18 @@ class MonteCLoRAModel(PeftModel):
         self._complete = True
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, MonteCLoRA or plain LoRA; takes what ``PeftModel.add_adapter`` takes."""
+        """Add an adapter, MonteCLoRA or plain LoRA; takes what ``PeftModel.add_adapter`` takes.
+
+        What it adds to a model in evaluation mode is in that mode, so that it neither draws nor drops anything.
+        """
         if isinstance(peft_config, MonteCLoRAConfig):
             peft_config = peft_config.of_type(PeftType.LORA)
+        there = set(self.modules())
         with self._others_as_frozen():
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if not self.training:
+            for module in set(self.modules()) - there:
+                module.training = False
 
     @contextmanager
     def _others_as_frozen(self) -> Iterator[None]:
