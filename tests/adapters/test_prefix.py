@@ -8,6 +8,7 @@ import torch
 import monteclora
 from monteclora import posterior_sampling
 from monteclora.adapters.active import drawn_blocks
+from monteclora.adapters.rows import CACHES
 from monteclora.errors import ConfigError
 from tests.models import bert, deberta, gpt2, llama, llama_classifier, t5
 
@@ -175,6 +176,28 @@ def test_keys_and_values_that_are_kept_are_each_draws_own(make):
     for draw, found in enumerate(together.chunk(4)):
         with posterior_sampling(model, 0, first=draw, resample=False, layers=2):
             assert torch.equal(found, model.generate(input_ids=ids, **options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_keys_and_values_that_come_unasked_are_each_draws_own_too(make):
+    """A configuration has use_cache by default: what is returned can be read on from, or is not returned."""
+    model, inputs = wrapped(make, "CAUSAL_LM"), batch(padded=False)
+    ids = inputs["input_ids"].repeat(3, 1)
+    alone = []
+    for draw in range(3):
+        with posterior_sampling(model, 0, first=draw, resample=False, layers=2):
+            alone.append(model(input_ids=inputs["input_ids"]).logits[:, -1])
+    with posterior_sampling(model, 0, num_samples=3, resample=False, layers=2):
+        with pytest.warns(UserWarning, match=r"run for every draw: keys and values are kept.*use_cache=False"):
+            first = model(input_ids=ids[:, :-1])
+        name = next(name for name in CACHES if first.get(name) is not None)
+        second = model(input_ids=ids[:, -1:], **{name: first[name]})
+    torch.testing.assert_close(second.logits[:, -1], torch.cat(alone), atol=1e-5, rtol=1e-5)
+    with posterior_sampling(model, 0, num_samples=3, resample=False, layers=2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared = model(input_ids=ids, use_cache=False)
+    torch.testing.assert_close(shared.logits[:, -1], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_threads_and_copies_do_not_meet():

@@ -178,7 +178,7 @@ class SharedPrefix:
             return  # keys and values that are kept have a row for each draw in every block
         total = batch_tensors(args, kwargs)[0].shape[0]
         # of a single row it could not be seen whether rows are kept apart
-        kind = (call_kind(module, args, kwargs, posteriors), last.first, total == count)
+        kind = (call_kind(module, args, kwargs, posteriors), last.first, total == count, _keeps_by_default(module))
         if kind not in self.plans:
 
             def drawing(number: int) -> None:
@@ -225,6 +225,10 @@ class SharedPrefix:
         drawing(2)
         batch, named = _parts(args, kwargs, count, 2)
         expected = module.forward(*copied(batch), **copied(named))  # a copy: a call may change a cache
+        if isinstance(expected, Mapping) and any(expected.get(name) is not None for name in CACHES):
+            return _Plan(
+                "keys and values are kept, though not asked for (pass use_cache=False where they are not needed)"
+            )
         total = next(iter(batch_tensors(batch, named))).shape[0]
         token = _active.set({**_active.get(), self: _Active(planned, 2, total)})
         try:
@@ -278,6 +282,11 @@ class SharedPrefix:
             return x[: active.total // count] if belongs and x.dim() and x.shape[0] == active.total else x
 
         return _mapped((args, kwargs), first_rows)
+
+
+def _keeps_by_default(module: nn.Module) -> bool:
+    """Whether a call that does not say may return keys and values."""
+    return bool(getattr(getattr(module, "config", None), "use_cache", False))
 
 
 def _parts(

@@ -16,6 +16,7 @@ from monteclora.adapters.row_checks import RowOrderError
 from monteclora.adapters.sampler import Posterior
 from monteclora.errors import ConfigError
 from monteclora.prediction import uncertainty
+from monteclora.prediction.cached import cache_name
 from monteclora.prediction.forward import base_of, placed, text_mask
 from monteclora.prediction.sampler import SharesPasses
 from monteclora.system.modes import evaluating
@@ -81,6 +82,8 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         )
     parameters = inspect.signature(base.forward).parameters
     inputs = placed(base, inputs)
+    if inputs.get(cache_name(model) or "") is None and "use_cache" in parameters:
+        inputs.setdefault("use_cache", False)  # nothing reads on: draws that share blocks need not keep all of them
     mask = text_mask(base, inputs)
     if "logits_to_keep" in parameters:
         # over a large vocabulary, the logits of all positions would take more memory than the model
