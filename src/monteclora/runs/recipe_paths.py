@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, in which two that name the same files in different words are equal."""
     found = recipe
     for key in PATH_KEYS:
-        found = _replaced(found, key.split("."), partial(_absolute, key))
+        path = key.split(".")
+        found = _replaced(found, path, _absolute(key, _value(found, path)))
     return found
 
 
@@ -125,9 +126,9 @@ def kept_words(recipe: Recipe, found: Recipe, written: Recipe, places: Sequence[
         new, old, words = (_value(each, path) for each in (recipe, found, written))
         lost = not from_here and _leads_from_here_alone(key, words, places[1:])
         if _absolute(key, new) == _absolute(key, old) and not lost:
-            recipe = _replaced(recipe, path, lambda _, words=words: words)
+            recipe = _replaced(recipe, path, words)
         elif not from_here:
-            recipe = _replaced(recipe, path, partial(_absolute, key))
+            recipe = _replaced(recipe, path, _absolute(key, new))
     return recipe
 
 
@@ -148,10 +149,10 @@ def _names(key: str) -> frozenset[str]:
     return frozenset(known.get(key, ()))
 
 
-def _replaced(section: Any, path: Sequence[str], change: Callable[[Any], Any]) -> Any:
-    """The section with the value at a path changed."""
-    value, rest = getattr(section, path[0]), path[1:]
-    return dataclasses.replace(section, **{path[0]: _replaced(value, rest, change) if rest else change(value)})
+def _replaced(section: Any, path: Sequence[str], value: Any) -> Any:
+    """The section with another value at a path."""
+    name, *rest = path
+    return dataclasses.replace(section, **{name: _replaced(getattr(section, name), rest, value) if rest else value})
 
 
 def _value(section: Any, path: Sequence[str]) -> Any:
