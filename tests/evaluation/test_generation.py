@@ -86,6 +86,18 @@ def test_wrong_answers_are_told_by_scores_of_their_tokens(run, monkeypatch):
     assert stored["error_detection"] == result.error_detection
 
 
+def test_what_was_judged_is_kept_before_the_answers_are_read_again(run, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "errors_told", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(run, error_detection=True)
+    (kept,) = json.loads((run / "generation.json").read_text())["results"]
+    assert kept["scores"]
+    assert kept.get("error_detection") is None
+
+
 def test_it_goes_on_where_it_stopped(run, monkeypatch):
     expected = texts(quietly(run, batch_size=2, temperature=1.0, samples=2))
     shutil.rmtree(run / "answers")

@@ -9,11 +9,11 @@ import numpy as np
 from datasets import Dataset
 
 from monteclora.evaluation.error_detection import detected
-from monteclora.tasks.kinds import KINDS
+from monteclora.tasks.token_columns import given_texts, token_scores
 
 if TYPE_CHECKING:
     from monteclora.evaluation.answers import Slot
-    from monteclora.tasks.base import Predictor, TokenKind
+    from monteclora.tasks.base import Predictor
     from monteclora.tasks.generation import Problem, Verdict
 
 __all__ = ["ANSWER_SCORES", "errors_told"]
@@ -59,17 +59,18 @@ def errors_told(
         rows = Dataset.from_dict(
             {"prompt": [problems[slot[0]].prompt for slot in slots], "completion": [texts[slot] for slot in slots]}
         )
-        kind: TokenKind = KINDS["causal_lm"]  # type: ignore[assignment]
-        read = kind.predict_tokens(predictor, rows, 1, given=True)
-        sequences, drawn = list(read.columns["sequence"]), predictor.samplers[-1].num_samples > 1
+        read, shortened = given_texts(predictor, rows)
+        with predictor.precision():
+            sequences = [each.sequence() for each in token_scores(predictor, read)]
+        drawn = predictor.samplers[-1].num_samples > 1
         names = [name for name in ANSWER_SCORES if drawn or "epistemic" not in name]
         signs = {"mean_log_probability": -1.0}
-        scores = {name: [signs.get(name, 1.0) * sequence[name] for sequence in sequences] for name in names}
+        scores = {name: [signs.get(name, 1.0) * getattr(sequence, name) for sequence in sequences] for name in names}
         for criterion in next(iter(verdicts.values())).correct:
             told = detected(np.array([verdicts[slot].correct[criterion] for slot in slots]), scores)
             if told is not None:
                 found[criterion] = told
-        notes += read.notes
+        notes += shortened
     if not found:
         notes.append("all answers are right, or all are wrong: nothing can tell them apart")
     return found, tuple(notes)

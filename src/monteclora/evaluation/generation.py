@@ -159,11 +159,6 @@ def generate(
     verdicts = judge(asked.name, asked.generation, problems, answers.texts, slots, progress)
     table = answers.path.with_suffix(".parquet")
     write_verdicts(table, problems, answers.texts, verdicts)
-    told, left_out = None, tuple[str, ...]()
-    if error_detection:
-        reader = loaded.predictor(loaded.sampler(seed=seed), batch_size)
-        reader = replace(reader, max_length=_context(loaded.model, loaded.tokenizer))
-        told, left_out = errors_told(reader, problems, answers.texts, verdicts)
     result = GenerationResult(
         folder=loaded.folder,
         task=asked.name,
@@ -174,7 +169,19 @@ def generate(
         scores=scores(len(problems), verdicts),
         answers=table,
         seconds=time.perf_counter() - started,
-        notes=(*notes, *counted_notes(verdicts), *left_out),
+        notes=(*notes, *counted_notes(verdicts)),
+    )
+    _keep(result, {**about, "samples": samples})
+    if not error_detection:
+        return result
+    # reading the answers again takes long, and what was judged is on disk by now
+    reader = loaded.predictor(loaded.sampler(seed=seed), batch_size)
+    reader = replace(reader, max_length=_context(loaded.model, loaded.tokenizer))
+    told, left_out = errors_told(reader, problems, answers.texts, verdicts)
+    result = replace(
+        result,
+        seconds=time.perf_counter() - started,
+        notes=(*result.notes, *left_out),
         error_detection=told,
     )
     _keep(result, {**about, "samples": samples})

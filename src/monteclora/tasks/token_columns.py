@@ -30,6 +30,7 @@ __all__ = [
     "given_texts",
     "next_token_columns",
     "token_columns",
+    "token_scores",
 ]
 
 _FIRST = ("likeliest", "confidence", "total", "aleatoric", "epistemic")
@@ -76,12 +77,9 @@ def given_texts(predictor: Predictor, rows: Dataset) -> tuple[list[Read], tuple[
     return found, truncated(cut, len(rows), predictor.max_length)
 
 
-def token_columns(predictor: Predictor, texts: Sequence[Read]) -> dict[str, Any]:
-    """``tokens``, a list of records a text, and ``sequence``, a record of the text's scores.
-
-    Also what :func:`next_token_columns` gives, of which the first tokens tell: prompts are read once.
-    """
-    scores = score_tokens(
+def token_scores(predictor: Predictor, texts: Sequence[Read]) -> list[TokenScores]:
+    """How probable and how uncertain each token of the completions is, under the predictor's last sampler."""
+    return score_tokens(
         predictor.model,
         [text.prompt for text in texts],
         [text.completion for text in texts],
@@ -89,6 +87,14 @@ def token_columns(predictor: Predictor, texts: Sequence[Read]) -> dict[str, Any]
         batch_size=predictor.batch_size,
         progress=predictor.progress,
     )
+
+
+def token_columns(predictor: Predictor, texts: Sequence[Read]) -> dict[str, Any]:
+    """``tokens``, a list of records a text, and ``sequence``, a record of the text's scores.
+
+    Also what :func:`next_token_columns` gives, of which the first tokens tell: prompts are read once.
+    """
+    scores = token_scores(predictor, texts)
     first = {name: np.array([getattr(each, name)[0] for each in scores]) for name in _FIRST}
     return {
         "next_token": [predictor.tokenizer.decode([int(each)]) for each in first.pop("likeliest")],
