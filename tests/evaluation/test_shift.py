@@ -61,6 +61,13 @@ def test_scores_tell_outside_rows_as_they_do_by_hand(copied, outside):
     assert stored["ood"] == dict(result.shift.ood)
 
 
+def test_what_was_taken_for_granted_of_the_outside_file_is_noted(copied, tmp_path):
+    file = tmp_path / "strange.csv"
+    file.write_bytes("text\ncafé w1\nw2 w3\n".encode("cp1252"))
+    result = evaluate(copied("texts"), ood=file, progress=False)
+    assert [note.partition(" is ")[0] for note in result.notes] == [f"{file}: the encoding"]
+
+
 def test_the_split_against_itself_is_chance(copied, tmp_path):
     run = copied("texts")
     rows = load_task(monteclora.load(run).run.recipe.data, None).split("test")["text"][:]

@@ -23,6 +23,7 @@ from monteclora.evaluation.run import evaluate
 from monteclora.metrics.ood import neighbour_distance
 from monteclora.metrics.selective import abstention_threshold
 from monteclora.prediction.novelty import Novelty
+from monteclora.prediction.whitening import Whitening
 from monteclora.runs.loading import load_run
 from monteclora.tasks import load as load_task
 from monteclora.training.run import train
@@ -65,13 +66,18 @@ def test_novelty_is_its_definition(run):
     training, held_out, new = (see(model, data.split(name)) for name in ("train", "validation", "test"))
     found = novelty_of(model)
 
+    known = {token for row in see(model, data.split("train")).tokens for token in row}
+
     def parts(seen):
-        return neighbour_distance(seen.features, training.features.astype(np.float16), k=3), seen.energy
+        kept = training.features.astype(np.float16)
+        whiten = Whitening.of(kept)
+        distance = neighbour_distance(whiten(seen.features), whiten(kept), k=3)
+        return distance, seen.energy, np.array([np.mean([token not in known for token in row]) for row in seen.tokens])
 
     expected = [
         sum(
-            share * (of_new - of_held.mean()) / of_held.std()
-            for share, of_new, of_held in zip((2, 1), parts(x), parts(held_out), strict=True)
+            share * (of_new - of_held.mean()) / max(of_held.std(), least)
+            for share, least, of_new, of_held in zip((2, 1, 2), (0, 0, 0.02), parts(x), parts(held_out), strict=True)
         )
         for x in (new, held_out)
     ]
@@ -131,7 +137,8 @@ def test_novelty_of_other_weights_is_measured_anew(trained, tmp_path):
     again = novelty_of(load_run(run))
     assert again.weights != first.weights
     assert again.centre[1] != pytest.approx(first.centre[1])  # the mean energy
-    np.testing.assert_array_equal(again.features, first.features)  # of the pretrained model
+    assert not np.array_equal(again.features, first.features)
+    np.testing.assert_array_equal(again.known, first.known)
 
 
 def test_novelty_outlives_a_new_scale_of_the_posterior(run):
@@ -261,37 +268,45 @@ def test_what_is_no_list_of_texts_is_refused(trained, wrong):
         monteclora.load(trained["texts"]).predict(wrong)
 
 
-def test_features_are_the_pretrained_models_and_energies_the_tuned_ones(run):
-    loaded = monteclora.load(run).run
-    rows = load_task(loaded.recipe.data, None).split("test")
-    seen, batch = see(loaded, rows), loaded.tokenizer(rows["text"][:1], return_tensors="pt")
-    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    logits = loaded.model(**batch).logits
-    assert seen.energy[0] == pytest.approx(-float(logits.logsumexp(-1)), abs=1e-5)
-    with loaded.model.disable_adapter():
-        states = loaded.model(**batch, output_hidden_states=True).hidden_states[-1]
-    views = np.split(seen.features[0], 2)
-    for view, expected in zip(views, (states[0].mean(0).numpy(), states[0, 0].numpy()), strict=True):
-        np.testing.assert_allclose(view, expected / np.linalg.norm(expected), atol=1e-5)
-
-
-def test_what_an_earlier_version_stored_keeps_its_score(run):
-    """The nearest row by the first view, as much as the energy."""
+@pytest.mark.parametrize("stored", [1, 2])
+def test_what_an_earlier_version_stored_keeps_its_score(run, tmp_path, stored):
+    """Nearest rows of the pretrained model, uncentred: one by the first view, or three by both, which count twice."""
     model = monteclora.load(run).run
     data = load_task(model.recipe.data, None)
-    made, new = novelty_of(model), see(model, data.split("test"))
-    width = made.features.shape[1] // 2
+    texts = data.split("test")
+    made = novelty_of(model)
+    earlier = Novelty(made.features, made.centre[:2], made.spread[:2], 0.5)  # compares by the pretrained features
+    training, new = (see(model, rows, novelty=earlier) for rows in (data.split("train"), texts))
+    width = made.features.shape[1] // (2 if stored == 1 else 1)
     tensors = {
-        "features": made.features[:, :width].copy(),
-        "centre": made.centre,
-        "spread": made.spread,
+        "features": training.pretrained[:, :width].astype(np.float16),
+        "centre": made.centre[:2],
+        "spread": made.spread[:2],
         "limit": np.array([0.5]),
+        **({} if stored == 1 else {"how": np.array([3.0, 2.0])}),
     }
-    metadata = {"format": "1", "weights_sha256": made.weights}
+    metadata = {"format": str(stored), "weights_sha256": made.weights}
     (run / "novelty.safetensors").write_bytes(save_arrays(tensors, metadata=metadata))
-    distance = neighbour_distance(new.features[:, :width], tensors["features"])
-    expected = (distance - made.centre[0]) / made.spread[0] + (new.energy - made.centre[1]) / made.spread[1] - 0.5
-    np.testing.assert_allclose(novelty_of(monteclora.load(run).run).of(new), expected, atol=1e-9)
+    k, share = (1, 1) if stored == 1 else (3, 2)
+    distance = neighbour_distance(new.pretrained[:, :width], tensors["features"], k)
+    parts = [(x - made.centre[i]) / made.spread[i] for i, x in enumerate((distance, new.energy))]
+    expected = share * parts[0] + parts[1] - 0.5
+    assert novelty_of(monteclora.load(run).run).needs_pretrained
+    found = monteclora.load(run).predict(texts["text"][:], num_samples=0)
+    np.testing.assert_allclose(found.novelty, expected, atol=1e-5)
+    file = write_rows(tmp_path / "in.jsonl", [{"text": text} for text in texts["text"][:]])
+    path = predict_file(run, file, tmp_path / "out.jsonl", num_samples=0, progress=False).path
+    np.testing.assert_allclose([json.loads(x)["novelty"] for x in path.read_text().splitlines()], expected, atol=1e-5)
+    ood = evaluate(run, ood=file, progress=False).shift.ood["scores"]
+    assert ood["novelty"]["auroc"] == pytest.approx(0.5)  # the same rows on either side
+
+
+def test_novelty_does_not_depend_on_how_the_answers_were_made(run):
+    """It is the mean's, whether the answer's own passes showed it or passes more."""
+    model = monteclora.load(run)
+    np.testing.assert_allclose(
+        model.predict(TEXTS, num_samples=0).novelty, model.predict(TEXTS, num_samples=2).novelty, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("how", ["its data", "a task with a name"])

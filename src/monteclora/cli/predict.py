@@ -68,7 +68,7 @@ def predict(
         level: the probability with which that is promised; by default 0.9.
         tokens: write of each token of a causal LM's completion how probable and how uncertain it is.
         answers: have this many draws of a causal LM write a completion each, and say how far they agree.
-        without_novelty: of a file: leave out novelty, which takes two more forward passes of each row.
+        without_novelty: of a file: leave out novelty, which takes a forward pass more of each row under draws.
         page: with tokens, an .html file that shows the first texts with their tokens shaded by uncertainty.
     """
     if page is not None:

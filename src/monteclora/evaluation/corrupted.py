@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from monteclora.runs.loading import LoadedRun
     from monteclora.tasks.base import Predictor
 
-__all__ = ["TITLES", "check_corruptible", "under_corruption"]
+__all__ = ["TITLES", "check_corruptible", "corrupted_count", "under_corruption"]
 
 TITLES = {"typos": "typos", "words_dropped": "words dropped", "cut": "texts cut", "upper_case": "upper case"}
 """Of the corruptions, for people."""
@@ -29,6 +29,11 @@ def check_corruptible(loaded: LoadedRun) -> None:
             f"{loaded.folder} is a run of {loaded.kind}, and shift corrupts the texts of rows with labels or scores",
             "Leave --shift out.",
         )
+
+
+def corrupted_count(rows: int, samplers: int) -> int:
+    """How many rows a predictor with so many samplers tells :func:`under_corruption` of, by its ``progress``."""
+    return rows * samplers * len(CORRUPTIONS) * len(STRENGTHS)
 
 
 def under_corruption(loaded: LoadedRun, predictor: Predictor, rows: Dataset) -> Sequence[dict[str, Any]]:

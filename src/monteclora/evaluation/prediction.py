@@ -123,7 +123,8 @@ def predict_file(
             :class:`monteclora.evaluation.text.TextPredictions` has them.
         answers: of a causal LM: this many draws write a completion each, into ``answers``, ``answer`` and
             ``agreement``.
-        novelty: of a classifier: whether to write how novel each row is, which takes two forward passes more.
+        novelty: of a classifier: whether to write how novel each row is; of answers under draws it takes a forward pass
+            more.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -147,7 +148,7 @@ def predict_file(
     with quiet_libraries():
         calibrators, fitted = fitted_calibrators(loaded, calibrator, drawn, seed, batch_size)
         judge, left_out = (
-            Judge.of(loaded, drawn, seed, *promised, calibrated=bool(calibrators), with_novelty=novelty)
+            Judge.of(loaded, drawn, seed, *promised, bool(calibrators), with_novelty=novelty, batch_size=batch_size)
             if kind.has_classes
             else (None, ())
         )
@@ -158,13 +159,14 @@ def predict_file(
         _writer(temporary, target.suffix) as write,
         progress_bar(f"{loaded.recipe.name}: {Path(file).name}", len(rows), progress) as advance,
     ):
-        predictor = loaded.predictor(drawn, batch_size, advance, calibrators)
+        looks = judge is not None and judge.novelty is not None
+        predictor = loaded.predictor(drawn, batch_size, advance, calibrators, looks)
         for first in range(0, len(rows), kind.rows_at_once):
             chunk = rows.select(range(first, min(first + kind.rows_at_once, len(rows))))
             found = predict(predictor, chunk)
             notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in found.notes]
             place = {"index": range(first, first + len(chunk)), **_slice(kept, first, len(chunk))}
-            judged = judge.columns(chunk, found.columns["confidence"]) if judge else {}
+            judged = judge.columns(found) if judge else {}
             write(pa.table({**place, **found.columns, **judged}))
     return PredictedFile(
         target,

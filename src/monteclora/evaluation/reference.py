@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import NDArray
 
 from monteclora.adapters.rescaling import posterior_scale
 from monteclora.adapters.sampler import Posterior
@@ -21,7 +22,7 @@ from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.own_rows import FIT_SPLIT, halves, own_rows
 from monteclora.metrics.selective import Abstention, abstention_threshold, check_promise, least_examples
 from monteclora.prediction.ensemble import Members
-from monteclora.prediction.novelty import NOVELTY_FILE, Novelty, Seen, look_at, most_rows
+from monteclora.prediction.novelty import NOVELTY_FILE, Novelty, Seen, look_at, most_rows, with_pretrained
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.calibration import weights_sha256
 from monteclora.runs.documents import read_document, write_document
@@ -34,10 +35,13 @@ from monteclora.tasks.kinds import KINDS
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from monteclora.tasks.base import Predicted
+
 __all__ = ["ABSTENTION_FILE", "LEVEL", "RISK", "Judge", "abstention_of", "novelty_of", "promise", "see"]
 
 ABSTENTION_FILE = "abstention.json"
 RISK, LEVEL = 0.1, 0.9
+_ROWS_AT_ONCE = 10_000
 _FORMAT = 1
 _AGAIN = "Remove it; it is made again when needed."
 
@@ -53,11 +57,13 @@ class Judge:
         novelty: see :func:`novelty_of`; None where it was not asked for.
         abstention: see :func:`abstention_of`; None where the confidences are calibrated, since the calibrator is fitted
             to the validation rows that the threshold would be chosen on.
+        batch_size: rows per forward pass; None for the recipe's ``training.eval_batch_size``.
     """
 
     loaded: LoadedRun
     novelty: Novelty | None
     abstention: Abstention | None
+    batch_size: int | None = None
 
     @classmethod
     def of(
@@ -69,6 +75,7 @@ class Judge:
         level: float = LEVEL,
         calibrated: bool = False,
         with_novelty: bool = True,
+        batch_size: int | None = None,
     ) -> tuple[Judge | None, tuple[str, ...]]:
         """What judges the answers of a run, as far as it has it, and in words what must be known of it.
 
@@ -77,7 +84,8 @@ class Judge:
         Args:
             loaded, sampler, seed, risk, level: see :func:`abstention_of`.
             calibrated: whether a calibrator corrects the confidences.
-            with_novelty: whether to tell how novel rows are, which takes two more forward passes of each.
+            with_novelty: whether to tell how novel rows are; of answers under draws it takes a forward pass more.
+            batch_size: rows per forward pass, by default the recipe's ``training.eval_batch_size``.
 
         Raises:
             CheckpointError: a stored file is damaged.
@@ -85,25 +93,30 @@ class Judge:
         """
         rows = cache(partial(own_rows, loaded.folder, loaded.recipe.data, "train", FIT_SPLIT))
         try:
-            novelty = novelty_of(loaded, rows) if with_novelty else None
+            novelty = novelty_of(loaded, rows, batch_size) if with_novelty else None
         except DataError as error:
             return None, (f"novelty and abstain are left out: {error}",)
         if calibrated:
             why = "a calibrator was fitted to the validation rows that its threshold is chosen on"
-            return cls(loaded, novelty, None), (f"abstain is left out: {why}",)
+            return cls(loaded, novelty, None, batch_size), (f"abstain is left out: {why}",)
         try:
-            found = abstention_of(loaded, sampler, seed, risk, level, rows)
+            found = abstention_of(loaded, sampler, seed, risk, level, rows, batch_size)
         except DataError as error:
-            return cls(loaded, novelty, None), (f"abstain is left out: {error}",)
-        return cls(loaded, novelty, found), (*_unpromised(found), *_chosen_on(loaded))
+            return cls(loaded, novelty, None, batch_size), (f"abstain is left out: {error}",)
+        return cls(loaded, novelty, found, batch_size), (*_unpromised(found), *_chosen_on(loaded))
 
-    def columns(self, rows: Dataset, confidence: ArrayLike) -> dict[str, list[Any]]:
-        """``novelty``, and ``abstain`` where there is a threshold, of rows answered with this confidence, (B,)."""
+    def columns(self, answered: Predicted) -> dict[str, list[Any]]:
+        """``novelty``, and ``abstain`` where there is a threshold, of rows that were answered.
+
+        What the answers' own forward passes showed is used where they were made at the mean by a predictor that looked.
+        """
         found: dict[str, list[Any]] = {}
         if self.novelty is not None:
-            found["novelty"] = self.novelty.of(see(self.loaded, rows)).tolist()
+            assert answered.inputs is not None  # a kind with classes hands them over
+            seen = _seen(self.loaded, answered.inputs, self.batch_size, self.novelty.needs_pretrained, answered.seen)
+            found["novelty"] = self.novelty.of(seen).tolist()
         if self.abstention is not None:
-            found["abstain"] = self.abstention.abstains(confidence).tolist()
+            found["abstain"] = self.abstention.abstains(answered.columns["confidence"]).tolist()
         return found
 
 
@@ -124,18 +137,35 @@ def promise(loaded: LoadedRun, risk: float | None, level: float | None) -> tuple
     return found
 
 
-def see(loaded: LoadedRun, rows: Dataset) -> Seen:
-    """Features and energies of rows of texts; see :func:`monteclora.prediction.novelty.look_at`.
+def see(loaded: LoadedRun, rows: Dataset, batch_size: int | None = None, novelty: Novelty | None = None) -> Seen:
+    """What forward passes at the mean show of rows of texts; of an ensemble, the first member's.
 
-    Of an ensemble they are the first member's.
+    Args:
+        loaded: the run.
+        rows: with the columns of texts.
+        batch_size: rows per forward pass, by default the recipe's ``training.eval_batch_size``.
+        novelty: will score what is seen: of an earlier version, it needs the pretrained model's features too.
     """
     encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset.to_list()
+    return _seen(loaded, encoded, batch_size, novelty is not None and novelty.needs_pretrained)
+
+
+def _seen(
+    loaded: LoadedRun,
+    encoded: Sequence[dict[str, Any]],
+    batch_size: int | None,
+    pretrained: bool,
+    seen: Seen | None = None,
+) -> Seen:
+    """As :func:`see`, of rows in tokens; ``seen`` is what is known of them already."""
     model = loaded.model.members[0] if isinstance(loaded.model, Members) else loaded.model
+    size = loaded.recipe.training.eval_batch_size if batch_size is None else batch_size
     with loaded.precision():
-        return look_at(model, encoded, loaded.collate, loaded.recipe.training.eval_batch_size)
+        found = look_at(model, encoded, loaded.collate, size) if seen is None else seen
+        return with_pretrained(model, found, encoded, loaded.collate, size) if pretrained else found
 
 
-def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) -> Novelty:
+def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None, batch_size: int | None = None) -> Novelty:
     """The run's reference for novelty, from its folder, or made of its training and validation rows and stored there.
 
     What is stored is taken where it was measured with the weights that the run has now. Training rows beyond a few MB
@@ -145,6 +175,7 @@ def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) ->
         loaded: the run.
         rows: loads its training and validation rows, by default :func:`monteclora.evaluation.own_rows.own_rows`; for
             callers that need them again.
+        batch_size: rows per forward pass, by default the recipe's ``training.eval_batch_size``.
 
     Raises:
         CheckpointError: the stored file is damaged.
@@ -156,11 +187,18 @@ def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None) ->
         return stored
     data = rows() if rows else own_rows(loaded.folder, loaded.recipe.data, "train", FIT_SPLIT)
     held_out = _validation(loaded, data)
-    width = see(loaded, held_out.select(range(1))).features.shape[1]
-    training = see(loaded, subset(data.split("train"), most_rows(width), seed=0))
-    found = Novelty.fit(training, see(loaded, held_out), weights)
+    own, training = see(loaded, held_out, batch_size), data.split("train")
+    kept = see(loaded, subset(training, most_rows(own.features.shape[1]), seed=0), batch_size)
+    found = Novelty.fit(kept, own, weights, _tokens_of(loaded, training))
     _store(path, lambda: found.save(path))
     return found
+
+
+def _tokens_of(loaded: LoadedRun, rows: Dataset) -> NDArray[np.int64]:
+    """The ids of all tokens of the rows, each once."""
+    encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset
+    parts = (np.concatenate(batch["input_ids"]) for batch in encoded.with_format("numpy").iter(_ROWS_AT_ONCE))
+    return reduce(np.union1d, parts)
 
 
 def abstention_of(
@@ -170,6 +208,7 @@ def abstention_of(
     risk: float,
     level: float,
     rows: Callable[[], TaskData] | None = None,
+    batch_size: int | None = None,
 ) -> Abstention:
     """The confidence above which answers keep the promise, chosen on validation rows and stored in the run folder.
 
@@ -181,7 +220,7 @@ def abstention_of(
         sampler: of the draws; None for the mean.
         seed: of the draws.
         risk, level: the promise, see :func:`monteclora.metrics.selective.abstention_threshold`.
-        rows: as for :func:`novelty_of`.
+        rows, batch_size: as for :func:`novelty_of`.
 
     Raises:
         CheckpointError: the stored file is damaged.
@@ -207,7 +246,7 @@ def abstention_of(
     judged_by = _validation(loaded, data)
     if halved:
         _, judged_by = halves(judged_by, data.name)
-    predictor = loaded.predictor(sampler)
+    predictor = loaded.predictor(sampler, batch_size)
     (predictions,), _ = classify(predictor, judged_by, predictor.samplers[-1:])
     confidence, correct = predictions.probs.max(1), predictions.probs.argmax(1) == judged_by["label"][:]
     found = abstention_threshold(confidence, correct, risk, level)

@@ -19,11 +19,11 @@ from monteclora.data.splitting import subset
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibration_errors import calibration_errors
 from monteclora.evaluation.calibrators import fitted_calibrators
-from monteclora.evaluation.corrupted import check_corruptible, under_corruption
+from monteclora.evaluation.corrupted import check_corruptible, corrupted_count, under_corruption
 from monteclora.evaluation.error_detection import error_detection
 from monteclora.evaluation.laplace import prepare_sampler
 from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
-from monteclora.evaluation.shift import Shift, outside_rows
+from monteclora.evaluation.shift import Outside, Shift, outside_rows
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.cost import Meter, Metered, metered
 from monteclora.prediction.ensemble import ENSEMBLE
@@ -39,14 +39,14 @@ from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
 from monteclora.system.version import VERSION
 from monteclora.tasks import DataSpec, SplitSource, TaskData, check_pair, get_task, load
-from monteclora.tasks.base import Scored
+from monteclora.tasks.base import Predictor, Scored
 from monteclora.tasks.kinds import KINDS
 from monteclora.tasks.local import looks_like_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["EvaluationResult", "evaluate", "evaluate_loaded"]
+__all__ = ["EvaluationResult", "evaluate", "evaluate_loaded", "keep_facts"]
 
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 _UNCERTAINTIES = ("total", "aleatoric", "epistemic")
@@ -271,12 +271,33 @@ def evaluate_loaded(
     asked = _asked(loaded, split, task, rows)
     calibrators, fitted = _correctors(loaded, calibrator, drawn, seed, batch_size, asked.own)
     scored, meter = _scored(loaded, asked, drawn, calibrators, batch_size, progress=progress)
-    # another predictor: bar and meter are those of the split's rows
-    again = loaded.predictor(drawn, batch_size, None, calibrators)
-    with quiet_libraries():
-        ranked = Shift.of(loaded, again, scored, asked.rows, asked.own, ood, outside)
-        corrupted = under_corruption(loaded, again, asked.rows) if shift else ()
-    result = EvaluationResult(
+    found = _result(loaded, asked, drawn, scored, meter, (*prepared, *fitted), calibrator, seed)
+    if keep:
+        _keep(loaded, found)
+    if outside is None and not shift:
+        return found
+    # what follows takes long, and what was measured is on disk by now
+    found = _further(loaded, found, asked.own, loaded.predictor(drawn, batch_size, None, calibrators), outside)
+    if shift:
+        found = _corrupted(loaded, found, loaded.predictor(drawn, batch_size, None, calibrators), progress=progress)
+    if keep:
+        keep_facts(loaded, found)
+    return found
+
+
+def _result(
+    loaded: LoadedRun,
+    asked: _Asked,
+    drawn: Sampler | None,
+    scored: Scored,
+    meter: Meter,
+    notes: tuple[str, ...],
+    calibrator: str | None,
+    seed: int,
+) -> EvaluationResult:
+    """What the predictions of the split tell."""
+    kind = KINDS[loaded.kind]
+    return EvaluationResult(
         folder=loaded.folder,
         kind=loaded.kind,
         split=asked.name,
@@ -291,19 +312,34 @@ def evaluate_loaded(
         rows=asked.rows,
         seconds=meter.seconds,
         unfinished=loaded.unfinished,
-        notes=(*asked.notes, *prepared, *fitted, *scored.notes, *ranked.notes),
-        shift=ranked,
-        calibration=calibration_errors(scored, classes=KINDS[loaded.kind].has_classes, bins=again.bins),
+        notes=(*asked.notes, *notes, *scored.notes),
+        shift=Shift.ranked(loaded, scored),
+        calibration=calibration_errors(scored, classes=kind.has_classes, bins=loaded.recipe.evaluation.bins),
         members=loaded.members,
         layers=getattr(drawn, "layers", None),
         error_detection=error_detection(scored),
-        corrupted=corrupted,
         weights_sha256=None if loaded.is_base else loaded.weights_sha256(),
         split_rows=asked.split_rows,
     )
-    if keep:
-        _keep(loaded, result)
-    return result
+
+
+def _further(
+    loaded: LoadedRun, found: EvaluationResult, own: str | None, predictor: Predictor, outside: Outside | None
+) -> EvaluationResult:
+    """The same with how outside rows are told from those of the split, where there are any."""
+    if outside is None:
+        return found
+    with quiet_libraries():
+        shift = Shift.of(loaded, predictor, found.scored, found.rows, own, outside)
+    return dataclasses.replace(found, shift=shift, notes=(*found.notes, *shift.notes))
+
+
+def _corrupted(loaded: LoadedRun, found: EvaluationResult, predictor: Predictor, *, progress: bool) -> EvaluationResult:
+    """The same with metrics of its rows under corruption."""
+    total = corrupted_count(len(found.rows), len(predictor.samplers))
+    with quiet_libraries(), progress_bar(f"{loaded.recipe.name}: corrupted {found.split}", total, progress) as advance:
+        told = dataclasses.replace(predictor, progress=advance)
+        return dataclasses.replace(found, corrupted=under_corruption(loaded, told, found.rows))
 
 
 def _correctors(
@@ -431,6 +467,11 @@ def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:
     columns = {**{name: pa.array([value] * count) for name, value in place.items()}, "index": pa.array(range(count))}
     table = pa.table({**columns, **{name: result.scored.table[name] for name in result.scored.table.column_names}})
     add_predictions(loaded.folder, table)
+    keep_facts(loaded, result)
+
+
+def keep_facts(loaded: LoadedRun, result: EvaluationResult) -> None:
+    """Put all but the rows' predictions into the run folder, in the place of the last evaluation of the same kind."""
     about = {
         "run": loaded.recipe.name,
         "recipe_sha256": recipe_sha256(loaded.recipe),
@@ -438,4 +479,4 @@ def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:
         "base_model": loaded.recipe.model.name,
         "method": loaded.recipe.method.name,
     }
-    add_evaluation(loaded.folder, about, **place, facts=result.facts())
+    add_evaluation(loaded.folder, about, split=result.split, model=result.variant, facts=result.facts())

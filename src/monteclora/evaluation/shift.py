@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from monteclora.metrics.checks import FloatArray
-    from monteclora.prediction.novelty import Seen
+    from monteclora.prediction.novelty import Novelty, Seen
     from monteclora.runs.loading import LoadedRun
     from monteclora.tasks.base import Predictor, Scored
 
-__all__ = ["COVERAGE", "SCORES", "Shift", "outside_rows"]
+__all__ = ["COVERAGE", "SCORES", "Outside", "Shift", "outside_rows"]
 
 COVERAGE = 0.8
 SCORES: Mapping[str, str] = {
@@ -37,6 +37,21 @@ SCORES: Mapping[str, str] = {
     "novelty": "novelty",
 }
 """What tells outside rows, by name, with what people call it."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Rows that are to be distinguished from those of a split.
+
+    Attributes:
+        file: where they come from, as it was given.
+        rows: its texts.
+        notes: what was left out or taken for granted when it was read, in words.
+    """
+
+    file: str
+    rows: Dataset
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,21 @@ class Shift:
     notes: tuple[str, ...] = field(default=())
 
     @classmethod
+    def ranked(cls, loaded: LoadedRun, scored: Scored) -> Shift:
+        """How well the run ranks its answers, of a split's predictions; nothing where rows have no class each."""
+        found = scored.predictions
+        if not KINDS[loaded.kind].has_classes or not isinstance(found, Predictions):
+            return cls()
+        curve = risk_coverage(found.probs.max(1), found.probs.argmax(1) == found.labels)
+        return cls(
+            {
+                "aurc": curve.aurc,
+                "aurc_excess": curve.excess,
+                f"accuracy_at_{COVERAGE}": curve.accuracy_at(COVERAGE),
+            }
+        )
+
+    @classmethod
     def of(
         cls,
         loaded: LoadedRun,
@@ -62,10 +92,9 @@ class Shift:
         scored: Scored,
         inside: Dataset,
         split: str | None,
-        file: str | Path | None,
-        outside: Dataset | None,
+        outside: Outside,
     ) -> Shift:
-        """Measure.
+        """How well the run ranks its answers, and tells outside rows.
 
         Probability, entropy and mutual information are those of the evaluated predictions, under draws where there are
         any; energy, logit and novelty are taken at the mean.
@@ -76,38 +105,18 @@ class Shift:
             scored: the split's predictions.
             inside: the split's rows.
             split: of the run's own data that these are; None for rows of another task.
-            file: where the outside rows come from.
-            outside: rows to be distinguished from the split's; see :func:`outside_rows`.
+            outside: what is to be distinguished from them; see :func:`outside_rows`.
         """
-        found = scored.predictions
-        if not KINDS[loaded.kind].has_classes or not isinstance(found, Predictions):
-            return cls()
-        curve = risk_coverage(found.probs.max(1), found.probs.argmax(1) == found.labels)
-        selective = {
-            "aurc": curve.aurc,
-            "aurc_excess": curve.excess,
-            f"accuracy_at_{COVERAGE}": curve.accuracy_at(COVERAGE),
-        }
-        if outside is None:
-            return cls(selective)
-        (other,), shortened = classify(predictor, outside, predictor.samplers[-1:])
-        seen, seen_outside = see(loaded, inside), see(loaded, outside)
-        low, high = _scores(found, seen), _scores(other, seen_outside)
-        notes = [f"{Path(str(file)).name}: {note}" for note in shortened]
-        if split == "train":
-            notes.append("novelty is left out: it is the distance to the train rows, which are evaluated here")
-        else:
-            try:
-                if loaded.unfinished:  # what is stored for an unfinished run would be taken for the finished one's
-                    raise DataError("the run is unfinished", "Let it finish.")
-                novelty = novelty_of(loaded)
-                low["novelty"], high["novelty"] = novelty.of(seen), novelty.of(seen_outside)
-                if split == FIT_SPLIT:
-                    notes.append("novelty was fitted to these rows: its numbers are better than on new ones")
-            except DataError as error:
-                notes.append(f"novelty is left out: {error}")
+        ranked, found = cls.ranked(loaded, scored), scored.predictions
+        assert isinstance(found, Predictions)  # outside rows are of classifiers
+        (other,), shortened = classify(predictor, outside.rows, predictor.samplers[-1:])
+        novelty, left_out = _novelty(loaded, split, predictor.batch_size)
+        name = Path(outside.file).name
+        notes = (*outside.notes, *(f"{name}: {note}" for note in shortened), *left_out)
+        seen = [see(loaded, rows, predictor.batch_size, novelty) for rows in (inside, outside.rows)]
+        low, high = _scores(found, seen[0], novelty), _scores(other, seen[1], novelty)
         scores = {name: {"auroc": auroc(low[name], high[name]), "fpr95": fpr95(low[name], high[name])} for name in low}
-        return cls(selective, {"file": str(file), "rows": len(outside), "scores": scores}, tuple(notes))
+        return replace(ranked, ood={"file": outside.file, "rows": len(outside.rows), "scores": scores}, notes=notes)
 
     def facts(self) -> dict[str, Any]:
         """For JSON: ``selective`` and ``ood``, where there are any."""
@@ -115,7 +124,7 @@ class Shift:
         return {name: dict(part) for name, part in parts.items() if part is not None}
 
 
-def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Dataset | None:
+def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Outside | None:
     """The rows of a file that are to be distinguished from those of a split; labels are not read.
 
     Raises:
@@ -127,13 +136,28 @@ def outside_rows(loaded: LoadedRun, file: str | Path | None) -> Dataset | None:
     loaded.check_single("ood")
     if not KINDS[loaded.kind].has_classes:
         raise ConfigError(f"{loaded.folder} is a run of {loaded.kind}, and ood is for classifiers", "Leave --ood out.")
-    rows, _ = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
-    return rows
+    rows, notes = load_inputs(file, loaded.recipe.data, loaded.kind, loaded.columns)
+    return Outside(str(file), rows, tuple(notes))
 
 
-def _scores(found: Predictions, seen: Seen) -> dict[str, FloatArray]:
+def _novelty(loaded: LoadedRun, split: str | None, batch_size: int) -> tuple[Novelty | None, tuple[str, ...]]:
+    """What measures novelty, where it may, and in words what must be known of it."""
+    if split == "train":
+        return None, ("novelty is left out: it is the distance to the train rows, which are evaluated here",)
+    if loaded.unfinished:  # what is stored for an unfinished run would be taken for the finished one's
+        return None, ("novelty is left out: the run is unfinished. Let it finish.",)
+    try:
+        found = novelty_of(loaded, batch_size=batch_size)
+    except DataError as error:
+        return None, (f"novelty is left out: {error}",)
+    fitted = ("novelty was fitted to these rows: its numbers are better than on new ones",)
+    return found, fitted if split == FIT_SPLIT else ()
+
+
+def _scores(found: Predictions, seen: Seen, novelty: Novelty | None) -> dict[str, FloatArray]:
     """Scores of rows by name, float64 (B,), larger for rows less like the training rows."""
     scores = {"max_probability": -found.probs.max(1), "entropy": found.total}
     if found.num_samples > 1:
         scores["mutual_information"] = found.epistemic
-    return {**scores, "energy": seen.energy, "max_logit": -seen.max_logit}
+    scores |= {"energy": seen.energy, "max_logit": -seen.max_logit}
+    return scores if novelty is None else {**scores, "novelty": novelty.of(seen)}

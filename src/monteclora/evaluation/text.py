@@ -150,19 +150,14 @@ class TextModel:
         sampler = self.run.sampler(num_samples=num_samples, seed=seed)
         rows = Dataset.from_dict({**columns_of_texts, **given})
         with quiet_libraries():
-            predictor = self.run.predictor(sampler)
+            judge, left_out = self._judge(sampler, seed) if kind.has_classes else (None, ())
+            predictor = self.run.predictor(sampler, looks=judge is not None and judge.novelty is not None)
             if isinstance(kind, TokenKind):
                 answered = kind.predict_tokens(predictor, rows, max_new_tokens, answers=answers, given=bool(given))
             else:
                 answered = kind.predict(predictor, rows, max_new_tokens)
-            columns, notes, judged = answered.columns, answered.notes, dict[str, list[Any]]()
-            if kind.has_classes:
-                key = (sampler, seed)
-                if key not in self._judges:
-                    self._judges[key] = Judge.of(self.run, sampler, seed, self.risk, self.level)
-                judge, left_out = self._judges[key]
-                judged = judge.columns(rows, columns["confidence"]) if judge else {}
-                notes += left_out
+            columns, notes = answered.columns, (*answered.notes, *left_out)
+            judged = judge.columns(answered) if judge else {}
         names = ("confidence", "total", "aleatoric", "epistemic", "std", "low", "high")
         numbers = {name: np.asarray(columns[name]).tolist() for name in names if name in columns}
         labels = columns["completion" if kind.predicts_tokens else "prediction"]
@@ -181,6 +176,12 @@ class TextModel:
             answer=columns.get("answer"),
             agreement=columns.get("agreement"),
         )
+
+    def _judge(self, sampler: Sampler | None, seed: int) -> tuple[Judge | None, tuple[str, ...]]:
+        key = (sampler, seed)
+        if key not in self._judges:
+            self._judges[key] = Judge.of(self.run, sampler, seed, self.risk, self.level)
+        return self._judges[key]
 
 
 def _completions(run: LoadedRun, count: int, completions: Sequence[str] | None, answers: int) -> dict[str, list[str]]:

@@ -1,14 +1,15 @@
-"""How unlike its training rows a row is: the energy of its logits and the distance to the nearest training rows.
+"""How unlike its training rows a row is, from what the forward pass that answers it shows.
 
-The energy is that of the tuned model at its mean. Features are two views of the last hidden states of the model without
-its adapter, which training has not pulled towards the training rows' labels: their mean over the tokens of a row, and
-that of the token in which a head would read the row.
+The parts are the distance to the nearest training rows in the last hidden states of the tuned model, the energy of its
+logits, and the share of the row's tokens that no training row has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,138 +18,171 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import save
-from torch import nn
+from torch import Tensor, nn
 
 from monteclora.errors import DataError
 from monteclora.metrics.ood import neighbour_distance
+from monteclora.prediction.classes import collect
 from monteclora.prediction.fitted_file import fitted_file
 from monteclora.prediction.forward import Collate, FloatArray, base_of, batches, placed, to_device
-from monteclora.prediction.predictive import evaluating
+from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.predictive import class_logits, evaluating
+from monteclora.prediction.sampler import MEAN
+from monteclora.prediction.states import mean_of_tokens, views, watching
+from monteclora.prediction.whitening import Whitening
 from monteclora.system.atomic import write_file
+from monteclora.system.progress import Progress
 
-__all__ = ["MOST_BYTES", "NOVELTY_FILE", "Novelty", "Seen", "look_at", "most_rows", "pretrained_features"]
+__all__ = [
+    "MOST_BYTES",
+    "NOVELTY_FILE",
+    "Novelty",
+    "Seen",
+    "look_at",
+    "most_rows",
+    "predict_and_look",
+    "pretrained_features",
+    "with_pretrained",
+]
 
 NOVELTY_FILE = "novelty.safetensors"
 MOST_BYTES = 4_000_000
 """Of reference features: callers subsample the training rows to :func:`most_rows` of this size."""
-_FORMAT = 2
-_NEIGHBOURS, _SHARE = 3, 2.0  # see docs/abstaining.md for what was measured
+_FORMAT = 3
+_NEIGHBOURS = 3
+_SHARES = (2.0, 1.0, 2.0)  # see docs/abstaining.md for what was measured
+_LEAST_SPREAD = (1e-12, 1e-12, 0.02)  # where every held-out token is known, one new token of fifty is no sensation
 _QUANTILE = 0.95
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What forward passes show of B rows.
+    """What forward passes of a model at its mean show of B rows.
 
     Attributes:
-        features: float64 (B, 2 D), of the last hidden states without the adapter, D numbers each: the mean over a row's
-            tokens, and the first token, of a model that reads from left to right the last one; each scaled to length 1.
-            A model that was trained whole has no states without an adapter, and its own are taken.
+        features: float32 (B, 2 D), of the last hidden states, D numbers each: the mean over a row's tokens, and the
+            first token, of a model that reads from left to right the last one; each scaled to length 1.
         energy: float64 (B,), minus the log-sum-exp of the logits (Liu et al., NeurIPS 2020).
         max_logit: float64 (B,), the largest logit (Hendrycks et al., ICML 2022).
+        tokens: the ids of each row's tokens.
+        pretrained: float64 (B, 2 D), the features of the model without its adapter, which files of earlier versions
+            need; None where they were not asked for. A model that was trained whole has its own there.
     """
 
-    features: FloatArray
+    features: NDArray[np.float32]
     energy: FloatArray
     max_logit: FloatArray
+    tokens: Sequence[Sequence[int]]
+    pretrained: FloatArray | None = None
+
+
+def predict_and_look(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[Predictions, Seen]:
+    """Class probabilities of encoded rows at the mean, and what the same forward passes show besides.
+
+    Args:
+        model: a classifier of transformers, whole or with an adapter.
+        rows, collate, batch_size, progress: see :func:`monteclora.prediction.classes.predict_classes`.
+
+    Raises:
+        ConfigError: the model gives no hidden states.
+        DataError: there is no row.
+    """
+    inputs, features = _unlabelled(rows), list[tuple[list[int], FloatArray]]()
+
+    def score(indices: list[int]) -> Tensor:
+        batch = _batch(model, inputs, indices, collate)
+        logits = class_logits(model, {**batch, **watched.arguments}).double()
+        states = watched.states(batch["input_ids"].shape[1])
+        features.append((indices, views(model, states, batch).float().cpu().numpy()))
+        return torch.cat([logits.log_softmax(-1), logits.logsumexp(-1, True), logits.amax(-1, True)], -1)
+
+    with watching(model) as watched:
+        found = collect(model, inputs, score, MEAN, batch_size=batch_size, progress=progress)
+    tokens = [row["input_ids"] for row in inputs]
+    seen = Seen(_in_order(features), -found[0, :, -2], found[0, :, -1].copy(), tokens)
+    return Predictions(np.ascontiguousarray(found[:, :, :-2])), seen
 
 
 def look_at(model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64) -> Seen:
-    """The features and energies of encoded rows.
+    """As :func:`predict_and_look`, without the probabilities."""
+    return predict_and_look(model, rows, collate, batch_size=batch_size)[1]
 
-    The adapter is switched off for part of the call: no other thread may use the model.
 
-    Args:
-        model: a classifier that returns ``hidden_states``, as every model of transformers does.
-        rows: with ``input_ids`` and ``attention_mask``; ``labels`` are ignored.
-        collate: pads a list of rows to a batch.
-        batch_size: rows per forward pass.
+def with_pretrained(
+    model: nn.Module, seen: Seen, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64
+) -> Seen:
+    """What was seen of rows, with the features of the pretrained model, in a forward pass more of each.
 
-    Raises:
-        DataError: there is no row.
+    The adapter is switched off for the call: no other thread may use the model.
     """
-    features: list[tuple[list[int], FloatArray]] = []
-    energy, max_logit = np.empty(len(rows)), np.empty(len(rows))
-    with evaluating(model):
-        for indices, batch in _placed_batches(model, rows, collate, batch_size):
-            found = model(**batch, output_hidden_states=not isinstance(model, PeftModel))
-            states = _pretrained_states(model, batch) if isinstance(model, PeftModel) else found.hidden_states[-1]
-            features.append((indices, _views(model, states, batch)))
-            logits = found.logits.double()
-            energy[indices] = -torch.logsumexp(logits, -1).cpu().numpy()
-            max_logit[indices] = logits.amax(-1).cpu().numpy()
-    return Seen(_in_order(features), energy, max_logit)
+    return replace(seen, pretrained=_without(model, rows, collate, batch_size, views))
 
 
 def pretrained_features(
-    model: PeftModel, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int = 64
 ) -> FloatArray:
-    """The mean over the tokens of each row, float64 (B, D), in one forward pass a batch; see :func:`look_at`."""
-    features = []
-    with evaluating(model):
-        for indices, batch in _placed_batches(model, rows, collate, batch_size):
-            features.append((indices, _pooled(_pretrained_states(model, batch), batch)))
-    return _in_order(features)
+    """The mean over the tokens of each row without the adapter, float64 (B, D); see :func:`with_pretrained`."""
+    return _without(model, rows, collate, batch_size, mean_of_tokens)
 
 
-def _placed_batches(
-    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Collate, batch_size: int
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Batches of rows of about the same length, on the model's device, with the rows' numbers."""
+def _without(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    batch_size: int,
+    view: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor],
+) -> FloatArray:
+    """What ``view`` makes of the last hidden states (B, T, D) without the adapter, in the order of the rows."""
+    inputs, parts = _unlabelled(rows), []
+    with evaluating(model), _without_adapter(model) as pretrained, watching(pretrained) as watched:
+        for indices in batches(inputs, batch_size):
+            batch = _batch(model, inputs, indices, collate)
+            pretrained(**batch, **watched.arguments)
+            states = watched.states(batch["input_ids"].shape[1])
+            parts.append((indices, view(model, states, batch).cpu().numpy()))
+    return _in_order(parts)
+
+
+def _unlabelled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if not rows:
         raise DataError("there are no rows to look at", "Give at least one.")
-    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-    for indices in batches(inputs, batch_size):
-        yield indices, placed(base_of(model), to_device(collate([inputs[i] for i in indices]), model))
+    return [{key: value for key, value in row.items() if key != "labels"} for row in rows]
 
 
-def _pooled(states: torch.Tensor, batch: dict[str, Any]) -> FloatArray:
-    """The mean of hidden states (B, T, D) over the tokens of each row, float64 (B, D)."""
-    mask = batch["attention_mask"].unsqueeze(-1).double()
-    pooled: FloatArray = ((states.double() * mask).sum(1) / mask.sum(1)).cpu().numpy()
-    return pooled
+def _batch(model: nn.Module, rows: Sequence[dict[str, Any]], indices: list[int], collate: Collate) -> dict[str, Any]:
+    """Some rows as the model takes them, on its device."""
+    return placed(base_of(model), to_device(collate([rows[i] for i in indices]), model))
 
 
-def _views(model: nn.Module, states: torch.Tensor, batch: dict[str, Any]) -> FloatArray:
-    """The features of :class:`Seen`, float64 (B, 2 D), of hidden states (B, T, D)."""
-    places = torch.arange(states.shape[1], device=states.device)
-    mask = batch["attention_mask"].bool()
-    if _reads_both_ways(model):
-        read = torch.where(mask, places, states.shape[1]).amin(1)
-    else:
-        read = torch.where(mask, places, -1).amax(1)
-    token = states[torch.arange(len(states), device=states.device), read].double().cpu().numpy()
-    parts = (_pooled(states, batch), token)
-    return np.concatenate([part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts], 1)
-
-
-def _reads_both_ways(model: nn.Module) -> bool:
-    """Whether the first token's state depends on those after it: the model is an encoder, or no text model we know."""
-    import transformers
-
-    config = getattr(base_of(model), "config", None)
-    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    return encoder or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _in_order(parts: Sequence[tuple[list[int], FloatArray]]) -> FloatArray:
+def _in_order(parts: Sequence[tuple[list[int], NDArray[Any]]]) -> NDArray[Any]:
     order = np.concatenate([indices for indices, _ in parts])
     return np.concatenate([found for _, found in parts])[np.argsort(order)]
 
 
-def _pretrained_states(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """The model whose hidden states are the pretrained one's, in the block; one without an adapter as it is."""
+    if not isinstance(model, PeftModel):
+        yield model
+        return
     if model.active_peft_config.is_prompt_learning:
         # virtual tokens are put before what the base model reads, and peft leaves that model as it is
-        found: torch.Tensor = model.get_base_model()(**batch, output_hidden_states=True).hidden_states[-1]
-        return found
+        yield model.get_base_model()
+        return
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
-            states: torch.Tensor = model(**batch, output_hidden_states=True).hidden_states[-1]
+            yield model.get_base_model()
     finally:
         for parameter, required in trainable:  # peft makes the adapter trainable when it switches it on again
             parameter.requires_grad_(required)
-    return states
 
 
 @dataclass(frozen=True)
@@ -156,12 +190,15 @@ class Novelty:
     """Scores rows against training rows; see :meth:`fit`.
 
     Attributes:
-        features: of training rows, float16 (N, 2 D), or (N, D) of the first view alone.
-        centre, spread: float64 (2,), mean and standard deviation of distance and energy over held-out rows.
+        features: of training rows, float16 (N, 2 D); in files of format 1 (N, D), of the first view alone.
+        centre, spread: float64 (K,), mean and standard deviation over held-out rows of the K parts: distance, energy
+            and new tokens.
         limit: 0.95 quantile of the held-out rows' scores.
         weights: the checksum of the model's weights that these were measured with; empty where it is not known.
+        known: int64 (V,), the ids of all tokens of training rows, sorted. None for a score that an earlier version
+            stored: its features are those of the pretrained model, not whitened, and there is no part of new tokens.
         neighbours: training rows whose mean distance counts.
-        share: how often the distance counts as much as the energy.
+        shares: float64 (K,), how much each part counts.
     """
 
     features: NDArray[np.float16]
@@ -169,42 +206,70 @@ class Novelty:
     spread: FloatArray
     limit: float
     weights: str = ""
+    known: NDArray[np.int64] | None = None
     neighbours: int = _NEIGHBOURS
-    share: float = _SHARE
+    shares: FloatArray = field(default_factory=lambda: np.array(_SHARES))
 
     @classmethod
-    def fit(cls, training: Seen, held_out: Seen, weights: str = "") -> Novelty:
-        """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are."""
+    def fit(cls, training: Seen, held_out: Seen, weights: str = "", known: NDArray[np.int64] | None = None) -> Novelty:
+        """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are.
+
+        Args:
+            training: rows, all or some, whose features are kept.
+            held_out: rows that were not learned.
+            weights: the checksum of the model's.
+            known: the ids of the tokens of all training rows; by default those of ``training``.
+        """
         kept = training.features.astype(np.float16)
-        without = cls(kept, np.zeros(2), np.ones(2), 0.0, weights)
+        tokens = np.unique(np.concatenate(training.tokens)) if known is None else np.unique(known)
+        without = cls(kept, np.zeros(3), np.ones(3), 0.0, weights, tokens.astype(np.int64))
         parts = without.parts_of(held_out)
-        centre, spread = parts.mean(1), np.maximum(parts.std(1), 1e-12)
-        unlimited = replace(without, centre=centre, spread=spread)
+        unlimited = replace(without, centre=parts.mean(1), spread=np.maximum(parts.std(1), _LEAST_SPREAD))
         return replace(unlimited, limit=float(np.quantile(unlimited.of(held_out), _QUANTILE, method="inverted_cdf")))
 
     def of(self, seen: Seen) -> FloatArray:
         """The novelty of rows, float64 (B,): above 0 where a row is more novel than 95 % of the held-out rows.
 
-        The standardised mean distance to the nearest training rows, times its share, and the standardised energy, minus
-        the limit.
+        The sum of the standardised parts, each times its share, minus the limit.
         """
-        distance, energy = (self.parts_of(seen) - self.centre[:, None]) / self.spread[:, None]
-        found: FloatArray = self.share * distance + energy - self.limit
-        return found
+        found: FloatArray = self.shares @ ((self.parts_of(seen) - self.centre[:, None]) / self.spread[:, None])
+        return found - self.limit
 
     def parts_of(self, seen: Seen) -> FloatArray:
-        """Distance and energy, float64 (2, B)."""
-        views = seen.features[:, : self.features.shape[1]]
-        return np.stack([neighbour_distance(views, self.features, self.neighbours), seen.energy])
+        """Distance, energy and share of new tokens, float64 (3, B); of an earlier version's score the first two.
+
+        The distance is the mean of those to the nearest training rows, after all features are whitened by these, and
+        scaled to length 1: training pulls states towards few directions, which tell only labels apart.
+        """
+        if self.known is None:
+            assert seen.pretrained is not None  # callers look at needs_pretrained
+            own = seen.pretrained[:, : self.features.shape[1]]
+            return np.stack([neighbour_distance(own, self.features, self.neighbours), seen.energy])
+        whiten, reference = self._whitened
+        distance = neighbour_distance(whiten(seen.features), reference, self.neighbours)
+        return np.stack([distance, seen.energy, _new_tokens(seen.tokens, self.known)])
+
+    @cached_property
+    def _whitened(self) -> tuple[Whitening, FloatArray]:
+        """What whitens features, and the training rows' own, float64 (N, 2 D)."""
+        found = Whitening.of(self.features)
+        return found, found(self.features)
+
+    @property
+    def needs_pretrained(self) -> bool:
+        """Whether :attr:`Seen.pretrained` is what rows are compared by."""
+        return self.known is None
 
     def save(self, path: Path) -> None:
         """Write the reference; raises CheckpointError where the disk refuses."""
+        assert self.known is not None  # what an earlier version stored is only read
         tensors: dict[str, NDArray[Any]] = {
             "features": self.features,
             "centre": self.centre,
             "spread": self.spread,
             "limit": np.array([self.limit]),
-            "how": np.array([self.neighbours, self.share]),
+            "how": np.array([self.neighbours, *self.shares]),
+            "known": self.known.astype(np.int32),
         }
         write_file(path, save(tensors, metadata={"format": str(_FORMAT), "weights_sha256": self.weights}))
 
@@ -217,14 +282,27 @@ class Novelty:
         """
         with fitted_file(path, "np", _FORMAT, "Remove it; it is made again when needed.") as (about, found):
             features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
+            known = found["known"].astype(np.int64) if int(about.get("format", "1")) > 2 else None
             how = found.get("how", np.array([1.0, 1.0]))  # format 1: the nearest row, by the first view
-            pairs = (centre, spread, how)
-            if features.ndim != 2 or limit.shape != (1,) or any(each.shape != (2,) for each in pairs):
+            # the first formats have the distance's share alone
+            shares = np.array([how[1], 1.0]) if known is None else how[1:]
+            parts = (2,) if known is None else (3,)
+            wrong = any(each.shape != parts for each in (centre, spread, shares))
+            if features.ndim != 2 or limit.shape != (1,) or wrong or (known is not None and known.ndim != 1):
                 raise ValueError("its tensors have other shapes")
             if not all(np.isfinite(values).all() for values in found.values()):
                 raise ValueError("it holds numbers that are not finite")
-        known = about.get("weights_sha256", "")
-        return cls(features, centre, spread, float(limit[0]), known, int(how[0]), float(how[1]))
+            weights = about.get("weights_sha256", "")
+            return cls(features, centre, spread, float(limit[0]), weights, known, int(how[0]), shares)
+
+
+def _new_tokens(rows: Sequence[Sequence[int]], known: NDArray[np.int64]) -> FloatArray:
+    """The share of each row's tokens that are not known, float64 (B,)."""
+    lengths = np.array([len(row) for row in rows])
+    new = ~np.isin(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]), known)
+    counts = np.bincount(np.repeat(np.arange(len(rows)), lengths), new, len(rows))
+    found: FloatArray = counts / np.maximum(lengths, 1)
+    return found
 
 
 def most_rows(width: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
+from monteclora.evaluation.run import EvaluationResult, evaluate_loaded, keep_facts
 from monteclora.metrics.registry import METRICS
 from monteclora.prediction.labels import LabelPredictions
 from monteclora.prediction.predictions import Predictions
@@ -34,6 +34,7 @@ __all__ = ["PAGE", "environment_facts", "training_curve", "write_run_report"]
 PAGE = "report.html"
 _EXAMPLES = 12
 _TEXTS, _LONGEST = 3, 48
+_SAME = ("sha256", "rows", "weights_sha256", "sampler", "members", "calibrator", "num_samples", "layers", "seed")
 _VERSIONS = ("torch", "transformers", "peft")
 
 
@@ -50,7 +51,8 @@ def write_run_report(
     Args:
         folder: made by ``monteclora train``.
         split: by default test where it has labels, else validation.
-        ood, shift: as for :func:`monteclora.evaluate`; what the last evaluation of the split had is measured again.
+        ood, shift: as for :func:`monteclora.evaluate`. Outside rows that the last evaluation of the split had are
+            measured again; what it found under corruption, which takes long, is kept if it is of the same predictions.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -60,8 +62,12 @@ def write_run_report(
     """
     loaded = load_run(folder)
     run = RunFolder(folder)
-    ood, shift = _asked_before(folder, split, ood, shift)
+    before = _before(folder, split)
+    file = before.get("ood", {}).get("file")
+    ood = ood or (file if file and Path(file).is_file() else None)
     result = evaluate_loaded(loaded, split, ood=ood, shift=shift, progress=progress)
+    if not shift and "corrupted" in before:
+        result = _with_corrupted(loaded, result, before)
     finished: Mapping[str, Any] = run.finished or {}
     predictions = result.scored.predictions
     evaluation = _evaluation(predictions)
@@ -91,7 +97,7 @@ def write_run_report(
             f"monteclora train {quote(str(run.recipe_file))}",
             f"monteclora report {quote(str(folder))} --split {quote(result.split)}"
             + (f" --ood {quote(str(ood))}" if ood else "")
-            + (" --shift" if shift else ""),
+            + (" --shift" if result.corrupted else ""),
         ],
     )
     scale = scale_section(read_calibration(folder).get("posterior_scale"))
@@ -99,14 +105,24 @@ def write_run_report(
     return write_page(folder / PAGE, replace(page, sections=[*page.sections, *trusted, *written]))
 
 
-def _asked_before(
-    folder: Path, split: str | None, ood: str | Path | None, shift: bool
-) -> tuple[str | Path | None, bool]:
-    """What is measured beside the metrics: what is asked for now, and what the evaluation that is replaced measured."""
+def _before(folder: Path, split: str | None) -> Mapping[str, Any]:
+    """The facts of the evaluation that the report's own one replaces; none where there was none."""
     stored = read_evaluations(folder)
-    before = stored.get(split or ("test" if "test" in stored else "validation"), {}).get("adapter", {})
-    file = before.get("ood", {}).get("file")
-    return ood or (file if file and Path(file).is_file() else None), shift or "corrupted" in before
+    found: Mapping[str, Any] = stored.get(split or ("test" if "test" in stored else "validation"), {}).get(
+        "adapter", {}
+    )
+    return found
+
+
+def _with_corrupted(loaded: LoadedRun, result: EvaluationResult, before: Mapping[str, Any]) -> EvaluationResult:
+    """With what was found under corruption before, where these are the same predictions of the same rows."""
+    facts = result.facts()
+    if any(before.get(name) != facts.get(name) for name in _SAME):
+        why = "corrupted rows are left out: they were measured of other rows, weights or draws. Add --shift"
+        return replace(result, notes=(*result.notes, why))
+    found = replace(result, corrupted=before["corrupted"])
+    keep_facts(loaded, found)
+    return found
 
 
 def _written(loaded: LoadedRun, result: EvaluationResult) -> tuple[list[Section], Sequence[str]]:

@@ -189,6 +189,7 @@ class LoadedRun:
         batch_size: int | None = None,
         progress: Progress | None = None,
         calibrators: Mapping[str, Calibrator] | None = None,
+        looks: bool = False,
     ) -> Predictor:
         """What a task needs to predict with this run.
 
@@ -197,6 +198,7 @@ class LoadedRun:
             batch_size: sequences per forward pass; by default the recipe's ``training.eval_batch_size``.
             progress: called with the number of rows done, by each sampler.
             calibrators: by the name of the sampler whose predictions they correct.
+            looks: see :class:`~monteclora.tasks.base.Predictor`.
 
         Raises:
             ConfigError: ``batch_size`` is below 1.
@@ -216,6 +218,7 @@ class LoadedRun:
             progress=progress,
             calibrators=calibrators or {},
             scale=self.scale,
+            looks=looks,
         )
 
     def precision(self) -> AbstractContextManager[Any]:

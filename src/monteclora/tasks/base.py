@@ -24,6 +24,7 @@ from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.completions import CompletionScores
 from monteclora.prediction.forward import Collate
 from monteclora.prediction.labels import LabelPredictions
+from monteclora.prediction.novelty import Seen
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.prediction.scores import ScorePredictions
@@ -66,6 +67,7 @@ class Predictor:
         at_mean: keeps what is predicted at the mean, for predictors that score the same rows under other draws; None
             keeps nothing.
         scale: on which scores were learned; None for other kinds.
+        looks: whether predictions of classes at the mean keep what their forward passes show of each row.
     """
 
     model: nn.Module
@@ -82,6 +84,7 @@ class Predictor:
     calibrators: Mapping[str, Calibrator] = field(default_factory=dict)
     at_mean: list[Any] | None = None
     scale: ScoreScale | None = None
+    looks: bool = False
 
     @property
     def samplers(self) -> tuple[Sampler, ...]:
@@ -130,10 +133,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predictions of rows without labels: columns by name, and what was truncated, in words."""
+    """Predictions of rows without labels.
+
+    Attributes:
+        columns: by name.
+        notes: what was truncated, in words.
+        inputs: the rows in tokens, where they have classes.
+        seen: what the predictions' own forward passes show of the rows, where the predictor looked.
+    """
 
     columns: Mapping[str, Any]
     notes: tuple[str, ...]
+    inputs: Sequence[dict[str, Any]] | None = None
+    seen: Seen | None = None
 
 
 class TaskKind(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow as pa
 from monteclora.data.kinds import Kind
 from monteclora.metrics.registry import Scoring
 from monteclora.prediction.classes import predict_classes
+from monteclora.prediction.novelty import predict_and_look
 from monteclora.prediction.predictions import Predictions
-from monteclora.prediction.sampler import Sampler
+from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.tasks.base import Predicted, Predictor, Scored, TextKind, encoded_texts, scored, texts_of, uncertainties
 from monteclora.tasks.measures import ClassMeasures, Measures
 from monteclora.tasks.weights import ClassWeights, class_weights
@@ -57,13 +59,20 @@ class Classification(TextKind):
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The most probable label of each text, with the probability of every label."""
-        (found,), notes = classify(predictor, rows, predictor.samplers[-1:])
+        inputs, notes = encoded_texts(rows, predictor)
+        sampler, seen = predictor.samplers[-1], None
+        if sampler is MEAN and predictor.looks:
+            with predictor.precision():
+                found, seen = predict_and_look(predictor.model, inputs, **predictor.arguments())
+            found = predictor.calibrated(found, sampler)
+        else:
+            (found,) = _under(predictor, inputs, (sampler,))
         columns = {
             **{name: rows[name][:] for name in rows.column_names},
             **_chosen(predictor, found),
             **uncertainties(found),
         }
-        return Predicted(columns, notes)
+        return Predicted(columns, notes, inputs, seen)
 
 
 def classify(
@@ -71,13 +80,17 @@ def classify(
 ) -> tuple[list[Predictions], tuple[str, ...]]:
     """The classes of rows of texts under each sampler; also what was truncated, in words."""
     inputs, notes = encoded_texts(rows, predictor)
+    return _under(predictor, inputs, samplers), notes
+
+
+def _under(predictor: Predictor, inputs: Sequence[dict[str, Any]], samplers: tuple[Sampler, ...]) -> list[Predictions]:
+    """The classes of rows in tokens under each sampler."""
 
     def predict(sampler: Sampler) -> Predictions:
         return predict_classes(predictor.model, inputs, sampler=sampler, **predictor.arguments())
 
     with predictor.precision():
-        found = [predictor.calibrated(predictor.once(sampler, predict), sampler) for sampler in samplers]
-    return found, notes
+        return [predictor.calibrated(predictor.once(sampler, predict), sampler) for sampler in samplers]
 
 
 def _chosen(predictor: Predictor, found: Predictions) -> dict[str, Any]:
