@@ -1,34 +1,38 @@
 """Scores that tell messages out of scope, and random keystrokes, from helpdesk's test messages.
 
-    python benchmarks/novelty.py RUN RUN ... [--draws 8] [--out FILE]
+    python benchmarks/novelty.py RUN RUN ... [--draws 8] [--halves 20] [--out FILE]
 
 Takes finished runs of the task helpdesk, which are only read. Test and out-of-scope messages are divided in halves by
 their content. The table has the AUROC of each score on either half, a mean over the runs of a method, so that whoever
-chooses a score by the first half can report the second. Random keystrokes count as found where their score is above the
-95th percentile of all test messages. A score is fitted to training rows and standardised by validation rows alone.
+chooses a score by the first half can report the second. ``--halves`` repeats choice and report on so many random
+divisions. Random keystrokes count as found where their score is above the 95th percentile of all test messages. A score
+is fitted to training rows and standardised by validation rows alone. Scores of the pretrained model's features take a
+forward pass of their own, the others none. ``--from FILE`` shows what an earlier call wrote.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import string
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from results import table
 
 from monteclora.data.encoding import encode
 from monteclora.metrics.ood import auroc, neighbour_distance
-from monteclora.prediction.forward import batches
-from monteclora.prediction.novelty import Novelty, Seen, look_at
+from monteclora.prediction.novelty import Novelty, Seen, predict_and_look, with_pretrained
+from monteclora.prediction.predictions import Predictions
+from monteclora.prediction.whitening import Whitening
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.system.atomic import write_file
 from monteclora.system.quiet import quiet_libraries
@@ -37,7 +41,10 @@ from monteclora.tasks.classification import classify
 from monteclora.tasks.helpdesk import out_of_scope
 
 Scores = dict[str, np.ndarray]
+Halves = tuple[np.ndarray, np.ndarray]
 DEFAULT = "novelty (the default)"
+NEW = "share of new tokens"
+EARLIER = "energy + 2 x three nearest, pretrained, both views"
 
 
 def keystrokes(count: int = 100) -> list[str]:
@@ -56,58 +63,55 @@ def halves(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
-def third_nearest(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Distances as Sun et al. (2022) have them: what three neighbours have beyond two."""
-    return 3 * neighbour_distance(rows, known, 3) - 2 * neighbour_distance(rows, known, 2)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What the tuned model shows of B rows at its mean: logits, and two views of its last hidden states."""
-
-    logits: np.ndarray
-    views: dict[str, np.ndarray]
-
-
-@torch.no_grad()
-def tuned(loaded: LoadedRun, rows: Sequence[dict]) -> Tuned:
-    """Of encoded rows."""
-    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-    logits, means, firsts, order = [], [], [], []
-    for indices in batches(inputs, 64):
-        batch = loaded.collate([inputs[i] for i in indices])
-        found = loaded.model(**batch, output_hidden_states=True)
-        states, mask = found.hidden_states[-1].double(), batch["attention_mask"].unsqueeze(-1).double()
-        logits.append(found.logits.double().numpy())
-        means.append(((states * mask).sum(1) / mask.sum(1)).numpy())
-        firsts.append(states[:, 0].numpy())
-        order += indices
-    back = np.argsort(order)
-    parts = [np.concatenate(each)[back] for each in (logits, means, firsts)]
-    return Tuned(parts[0], {"mean": parts[1], "first token": parts[2]})
-
-
 def seen_by(
-    loaded: LoadedRun, rows: Sequence[dict], found: Tuned, pretrained: dict[str, np.ndarray], name: str
-) -> Seen:
-    """As ``look_at`` sees them; the features are the pretrained model's, so that the first run's stand for all."""
+    loaded: LoadedRun, rows: Sequence[dict], pretrained: dict[str, np.ndarray], name: str
+) -> tuple[Predictions, Seen]:
+    """At the mean, with the pretrained model's features, which are measured with the first run and stand for all."""
+    predictions, found = predict_and_look(loaded.model, rows, loaded.collate)
     if name not in pretrained:
-        pretrained[name] = look_at(loaded.model, rows, loaded.collate).features
-    return Seen(pretrained[name], -np.logaddexp.reduce(found.logits, axis=1), found.logits.max(1))
+        shown = with_pretrained(loaded.model, found, rows, loaded.collate).pretrained
+        assert shown is not None
+        pretrained[name] = shown
+    return predictions, replace(found, pretrained=pretrained[name])
+
+
+def views(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Of a row's two views, each and both."""
+    mean, token = np.split(features, 2, axis=1)
+    return {"mean": mean, "first token": token, "both views": features}
+
+
+def distances(ours: np.ndarray, known: np.ndarray, at: str) -> Scores:
+    """Of rows to the training rows by one view: as it is, without the training rows' mean, and whitened by them."""
+    middle = known.mean(0)
+    by_ridge = {ridge: Whitening.of(known, ridge) for ridge in (0.1, 1, 10)}
+    return {
+        f"nearest row, {at}": neighbour_distance(ours, known),
+        f"three nearest, {at}": neighbour_distance(ours, known, 3),
+        f"nearest row, {at}, centred": neighbour_distance(ours - middle, known - middle),
+        f"three nearest, {at}, centred": neighbour_distance(ours - middle, known - middle, 3),
+        **{
+            f"three nearest, {at}, whitened (ridge {ridge})": neighbour_distance(whiten(ours), whiten(known), 3)
+            for ridge, whiten in by_ridge.items()
+        },
+    }
 
 
 def mahalanobis(rows: np.ndarray, known: np.ndarray, labels: np.ndarray, *, relative: bool) -> np.ndarray:
     """To the nearest class mean (Lee et al. 2018); relative: less that to the mean of all rows (Ren et al. 2021)."""
-    means = np.stack([known[labels == label].mean(0) for label in np.unique(labels)])
-    of_row = np.searchsorted(np.unique(labels), labels)
+    kinds, of_row = np.unique(labels, return_inverse=True)
+    means = np.stack([known[labels == label].mean(0) for label in kinds])
 
-    def squares(centred: np.ndarray, deviations: np.ndarray) -> np.ndarray:
+    def whitening(deviations: np.ndarray) -> np.ndarray:
         covariance = deviations.T @ deviations / len(deviations)
         covariance += 0.1 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        return (centred @ np.linalg.inv(covariance) * centred).sum(1)
+        return np.linalg.cholesky(np.linalg.inv(covariance))
 
-    found = np.min([squares(rows - mean, known - means[of_row]) for mean in means], 0)
-    return found - squares(rows - known.mean(0), known - known.mean(0)) if relative else found
+    within = whitening(known - means[of_row])
+    found = np.min([(((rows - mean) @ within) ** 2).sum(1) for mean in means], 0)
+    if not relative:
+        return found
+    return found - (((rows - known.mean(0)) @ whitening(known - known.mean(0))) ** 2).sum(1)
 
 
 def scores_of(
@@ -121,108 +125,173 @@ def scores_of(
     encoded = {
         n: encode(rows, loaded.kind, loaded.tokenizer, length).dataset.to_list() for n, rows in known_rows.items()
     }
-    shown = {name: tuned(loaded, rows) for name, rows in encoded.items()}
-    seen = {name: seen_by(loaded, rows, shown[name], pretrained, name) for name, rows in encoded.items()}
+    shown = {name: seen_by(loaded, rows, pretrained, name) for name, rows in encoded.items()}
+    train = shown["train"][1]
+    assert train.pretrained is not None
     sampler = loaded.sampler(None, draws if loaded.has_posterior else None)
     found: dict[str, Scores] = {}
-    width = seen["train"].features.shape[1] // 2
-    novelty = Novelty.fit(seen["train"], seen["validation"])
+    novelty = Novelty.fit(train, shown["validation"][1])
     for name, rows in sets.items():
-        predictor = loaded.predictor(sampler)
-        (predictions,), _ = classify(predictor, rows, predictor.samplers[-1:])
+        predictions, seen = shown[name]
+        assert seen.pretrained is not None
         scores = {
             "maximum probability": -predictions.probs.max(1),
             "entropy": predictions.total,
-            "mutual information": predictions.epistemic,
-            "maximum logit": -seen[name].max_logit,
-            "energy": seen[name].energy,
+            "maximum logit": -seen.max_logit,
+            "energy": seen.energy,
+            NEW: novelty.parts_of(seen)[2],
         }
-        if sampler is None:
-            del scores["mutual information"]
-        for view in shown["train"].views:
-            at = f"tuned, {view}"
-            ours, known = shown[name].views[view], shown["train"].views[view]
-            scores[f"nearest row, {at}"] = neighbour_distance(ours, known)
-            scores[f"third nearest, {at}"] = third_nearest(ours, known)
-            scores[f"Mahalanobis, {at}"] = mahalanobis(ours, known, labels, relative=False)
-            scores[f"relative Mahalanobis, {at}"] = mahalanobis(ours, known, labels, relative=True)
-        for at, part in (("mean", slice(width)), ("first token", slice(width, None)), ("both", slice(None))):
-            ours, known = seen[name].features[:, part], seen["train"].features[:, part]
-            scores[f"nearest row, pretrained, {at}"] = neighbour_distance(ours, known)
-            scores[f"three nearest, pretrained, {at}"] = neighbour_distance(ours, known, 3)
-        scores[DEFAULT] = novelty.of(seen[name])
+        if sampler is not None:
+            (drawn,), _ = classify(loaded.predictor(sampler), rows, (sampler,))
+            scores["mutual information"] = drawn.epistemic
+        of_tuned = views(train.features)
+        for view, ours in views(seen.features).items():
+            scores |= distances(ours, of_tuned[view], f"tuned, {view}")
+            if view != "both views":
+                for relative, kind in ((False, "Mahalanobis"), (True, "relative Mahalanobis")):
+                    scores[f"{kind}, tuned, {view}"] = mahalanobis(ours, of_tuned[view], labels, relative=relative)
+        of_pretrained = views(train.pretrained)
+        for view, ours in views(seen.pretrained).items():
+            scores |= distances(ours, of_pretrained[view], f"pretrained, {view}")
+        scores[DEFAULT] = novelty.of(seen)
         found[name] = scores
     combined(found)
     return found
 
 
 def combined(found: dict[str, Scores]) -> None:
-    """Add sums of standardised scores: an output's with a distance, once or twice."""
-    distances = [name for name in found["test"] if ", pretrained" in name or "tuned" in name]
+    """Add sums of standardised scores: an output's with a distance, once or twice, and with new tokens or without."""
+    near = [name for name in found["test"] if name.startswith(("nearest row", "three nearest"))]
     held_out = found["validation"]
-    for output in ("energy", "maximum logit", "entropy"):
-        for distance in distances:
-            for share in (1, 2):
-                name = f"{output} + {'2 x ' if share == 2 else ''}{distance}"
-                for scores in found.values():
-                    parts = [(scores[n] - held_out[n].mean()) / held_out[n].std() for n in (output, distance)]
-                    scores[name] = parts[0] + share * parts[1]
+    spread = {name: (held_out[name].mean(), held_out[name].std()) for name in held_out}
+
+    def of(scores: Scores, name: str) -> np.ndarray:
+        centre, scale = spread[name]
+        return (scores[name] - centre) / scale
+
+    for output, distance in itertools.product(("energy", "maximum logit", "entropy"), near):
+        for share, new in itertools.product((1, 2), (0, 1, 2)):
+            name = f"{output} + {times(share)}{distance}" + (f" + {times(new)}{NEW}" if new else "")
+            for scores in found.values():
+                scores[name] = of(scores, output) + share * of(scores, distance) + new * of(scores, NEW)
 
 
-def measures(found: dict[str, Scores], half: dict[str, tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, dict]]:
+def times(share: int) -> str:
+    return f"{share} x " if share > 1 else ""
+
+
+def measures(found: dict[str, Scores], halved: Sequence[dict[str, Halves]]) -> Iterator[tuple[str, dict]]:
+    """Of each score: AUROC by half, of the first of the divisions and of all of them, of all rows, and keystrokes."""
     for name, inside in found["test"].items():
         outside, keys = found["outside"][name], found["keystrokes"][name]
         limit = np.quantile(inside, 0.95, method="inverted_cdf")
-        by_half = [auroc(inside[half["test"][i]], outside[half["outside"][i]]) for i in (0, 1)]
-        yield name, {"halves": by_half, "all": auroc(inside, outside), "keystrokes": float(np.mean(keys > limit))}
+        by_half = [
+            [round(auroc(inside[half["test"][i]], outside[half["outside"][i]]), 4) for i in (0, 1)] for half in halved
+        ]
+        about = {"halves": by_half[0], "all": auroc(inside, outside), "keystrokes": float(np.mean(keys > limit))}
+        yield name, {**about, "divisions": by_half[1:]}
 
 
-def chosen(records: Sequence[dict], method: str, names: Sequence[str]) -> str:
-    """The score with the largest mean AUROC over a method's runs on the first half."""
-    of = [record["scores"] for record in records if record["method"] == method]
-    known = [name for name in names if name != DEFAULT and all(name in scores for scores in of)]
-    return max(known, key=lambda name: float(np.mean([scores[name]["halves"][0] for scores in of])))
+def divisions(texts: dict[str, Sequence[str]], count: int) -> list[dict[str, Halves]]:
+    """By content, then at random so many times."""
+    found = [{name: halves(of) for name, of in texts.items()}]
+    for seed in range(count):
+        generator = np.random.default_rng(seed)
+        orders = {name: generator.permutation(len(of)) for name, of in texts.items()}
+        found.append({name: (order[: len(order) // 2], order[len(order) // 2 :]) for name, order in orders.items()})
+    return found
+
+
+def free(name: str) -> bool:
+    """Whether the forward pass that answers a row gives its score."""
+    return "pretrained" not in name and "mutual" not in name
+
+
+def of_all(records: Sequence[dict]) -> list[str]:
+    """The scores that every run has, besides the default, which is one of them under another name."""
+    first = records[0]["scores"]
+    return [name for name in first if name != DEFAULT and all(name in record["scores"] for record in records)]
+
+
+def chosen(records: Sequence[dict], names: Sequence[str], values: Callable[[dict], float]) -> str:
+    """The score with the largest mean over the runs of what ``values`` takes from its measures."""
+    return max(names, key=lambda name: float(np.mean([values(record["scores"][name]) for record in records])))
 
 
 def report(records: Sequence[dict]) -> str:
-    """The table: a method's mean on the first half chooses, its runs on the second half are what is reported."""
+    """The table: the mean over all runs on the first half chooses, a method's runs on the second are reported."""
     methods = list(dict.fromkeys(record["method"] for record in records))
-    names = list(dict.fromkeys(name for record in records for name in record["scores"]))
-
-    plain = [name for name in names if " + " not in name]
-    best = {method: chosen(records, method, names) for method in methods}
+    names = of_all(records)
+    best = {
+        "any": chosen(records, names, lambda score: score["halves"][0]),
+        "without a pass of its own": chosen(records, [n for n in names if free(n)], lambda score: score["halves"][0]),
+    }
     header = ["score"]
     for method in methods:
         seeds = ", ".join(str(record["seed"]) for record in records if record["method"] == method)
         header += [f"{method}, choosing half", f"other half, mean (seeds {seeds})", "all", "keystrokes"]
-    body = []
-    for name in [*plain, *dict.fromkeys(best.values())]:
-        cells = [name]
-        for method in methods:
-            of = [r["scores"][name] for r in records if r["method"] == method and name in r["scores"]]
-            if not of:
-                cells += [""] * 4
-                continue
-            other = [s["halves"][1] for s in of]
-            cells += [
-                f"{np.mean([s['halves'][0] for s in of]):.3f}",
-                f"{np.mean(other):.3f} ({', '.join(f'{value:.3f}' for value in other)})",
-                f"{np.mean([s['all'] for s in of]):.3f}",
-                f"{100 * np.mean([s['keystrokes'] for s in of]):.0f} %",
-            ]
-        body.append(cells)
-    lines = [f"best of {len(names)} on the choosing half, {method}: {name}" for method, name in best.items()]
-    return "\n".join([table(header, body), "", *lines])
+    plain = dict.fromkeys(name for record in records for name in record["scores"] if " + " not in name)
+    shown = dict.fromkeys([*plain, EARLIER, *best.values()])
+    body = [[name, *(cell for method in methods for cell in cells(records, method, name))] for name in shown]
+    lines = [f"best of {len(names)} on the choosing half, {what}: {name}" for what, name in best.items()]
+    return "\n".join([table(header, body), "", *lines, *over_divisions(records, names)])
+
+
+def cells(records: Sequence[dict], method: str, name: str) -> list[str]:
+    of = [r["scores"][name] for r in records if r["method"] == method and name in r["scores"]]
+    if not of:
+        return [""] * 4
+    other = [s["halves"][1] for s in of]
+    return [
+        f"{np.mean([s['halves'][0] for s in of]):.3f}",
+        f"{np.mean(other):.3f} ({', '.join(f'{value:.3f}' for value in other)})",
+        f"{np.mean([s['all'] for s in of]):.3f}",
+        f"{100 * np.mean([s['keystrokes'] for s in of]):.0f} %",
+    ]
+
+
+def over_divisions(records: Sequence[dict], names: Sequence[str]) -> Iterator[str]:
+    """What choosing anew on each random division gives on the half that had no part in it, and the default there."""
+    count = len(records[0]["scores"][DEFAULT]["divisions"])
+    if not count:
+        return
+    kinds = {"any score": names, "scores without a pass of their own": [name for name in names if free(name)]}
+    for what, candidates in kinds.items():
+        picked = [chosen(records, candidates, lambda s, i=i: s["divisions"][i][0]) for i in range(count)]
+        often = ", ".join(f"{number} x {name}" for name, number in Counter(picked).most_common(3))
+        yield f"{count} random divisions, chosen anew among {what}: {spread_of(records, picked)}; {often}"
+    for what, name in (("the default", DEFAULT), ("the earlier default", EARLIER)):
+        yield f"{count} random divisions, {what}: {spread_of(records, [name] * count)}"
+
+
+def spread_of(records: Sequence[dict], picked: Sequence[str]) -> str:
+    """The AUROC on the other half: mean over runs and divisions, standard deviation over divisions, mean by run."""
+    found = np.array([[r["scores"][n]["divisions"][i][1] for i, n in enumerate(picked)] for r in records])
+    by_run = ", ".join(f"{r['method']} {r['seed']}: {m:.3f}" for r, m in zip(records, found.mean(1), strict=True))
+    return f"{found.mean():.3f}, standard deviation {found.mean(0).std(ddof=1):.3f} ({by_run})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="finished runs of helpdesk")
+    parser.add_argument("runs", type=Path, nargs="*", help="finished runs of helpdesk")
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--halves", type=int, default=0, help="random divisions, with a choice made anew on each")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "novelty.json")
+    parser.add_argument("--from", type=Path, dest="stored", help="show what an earlier call wrote to --out")
     args = parser.parse_args()
-    records, pretrained = [], {}
-    for folder in args.runs:
+    if bool(args.runs) == bool(args.stored):
+        parser.error("give finished runs, or --from FILE")
+    records = (
+        json.loads(args.stored.read_text()) if args.stored else measured(args.runs, args.draws, args.halves, args.out)
+    )
+    print(report(records))
+
+
+def measured(runs: Sequence[Path], draws: int, count: int, out: Path) -> list[dict]:
+    """A record of each run; what is found is written after each."""
+    records: list[dict] = []
+    pretrained: dict[str, np.ndarray] = {}
+    for folder in runs:
         print(f"{folder} ...", file=sys.stderr, flush=True)
         with quiet_libraries():
             loaded = load_run(folder)
@@ -230,12 +299,12 @@ def main() -> None:
             texts = {"outside": list(out_of_scope()), "keystrokes": keystrokes()}
             sets = {name: own.split(name) for name in ("validation", "test")}
             sets |= {name: Dataset.from_dict({"text": each}) for name, each in texts.items()}
-            found = scores_of(loaded, sets, args.draws, pretrained)
-        half = {"test": halves(sets["test"]["text"][:]), "outside": halves(texts["outside"])}
+            found = scores_of(loaded, sets, draws, pretrained)
+        halved = divisions({"test": sets["test"]["text"][:], "outside": texts["outside"]}, count)
         about = {"run": folder.name, "method": loaded.recipe.method.name, "seed": loaded.recipe.seed}
-        records.append({**about, "scores": dict(measures(found, half))})
-        write_file(args.out, (json.dumps(records, indent=1) + "\n").encode())
-    print(report(records))
+        records.append({**about, "scores": dict(measures(found, halved))})
+        write_file(out, (json.dumps(records) + "\n").encode())
+    return records
 
 
 if __name__ == "__main__":
