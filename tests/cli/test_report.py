@@ -24,6 +24,12 @@ def test_the_page_of_a_run(run: str, trained: dict[str, Path], capsys: pytest.Ca
     assert "<svg" in page
     assert ("An answer, token by token (1)" in page) is (run in ("questions", "pairs"))
     assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+    assert ("Label by label" in page) is (run in ("texts", "lora"))
+    assert ("Sure and wrong" in page) is (run != "pairs")
+    assert "Validation NLL" in page
+    assert "alidation NLL was" in page
+    assert "training.max_steps" in page  # a setting that is not at its default
+    assert "training.adam_epsilon" not in page
 
 
 def test_what_is_no_run_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

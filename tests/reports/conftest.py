@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from monteclora.reports.figures import TrainingCurve
-from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from monteclora.reports.results import FINISHED, Evaluation, Example, RunReport, Uncertainty
 from tests.finished_runs import assets, trained  # noqa: F401
 
 
@@ -46,7 +46,7 @@ def runs(training) -> list[RunReport]:
             "in-scope": Uncertainty(spread / 2, spread / 20),
             "out-of-scope": Uncertainty(spread, spread / 10),
         },
-        uncertain_examples=[UncertainExample("it broke again", "", "login", 0.31, 1.42, 0.25)],
+        uncertain_examples=[Example("it broke again", "", "login", 0.31, 1.42, 0.25)],
         seconds=50.0,
         peak_bytes=1.1e9,
         trained_parameters=1024,

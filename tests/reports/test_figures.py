@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -115,6 +116,14 @@ class TestTrainingCurves:
         assert path.count("M") == 2
         assert "nan" not in svg
         assert "inf" not in svg
+
+    def test_the_validation_curve_marks_the_step_that_was_kept(self):
+        curve = TrainingCurve([1, 2, 3], [3.0, 2.0, 1.0], None, None, [2, 4, 6], [1.0, 0.5, 0.9], kept_step=4)
+        _, validation = training_curves({"LoRA": curve})
+        assert count(group(validation, "kept-0"), "path") == 1
+        assert "Validation NLL" in texts(validation)
+        _, unmarked = training_curves({"LoRA": replace(curve, kept_step=None)})
+        assert count(group(unmarked, "kept-0"), "path") == 0
 
     def test_a_single_logged_step_is_a_dot(self):
         (svg,) = training_curves({"LoRA": TrainingCurve([10], [1.5])})

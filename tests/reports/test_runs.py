@@ -5,7 +5,7 @@ import pytest
 
 from monteclora.errors import DataError
 from monteclora.reports.page import Page, render, write_page
-from monteclora.reports.results import RunReport, UncertainExample
+from monteclora.reports.results import Example, RunReport
 from monteclora.reports.runs import demo_page, run_page
 from tests.reports.test_page import Document
 
@@ -146,7 +146,7 @@ HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 
 def test_what_comes_out_of_data_and_recipes_stays_text(runs, tmp_path):
     """A label, a text, a file name and a recipe's name are no markup, wherever the page shows them."""
-    example = UncertainExample(HOSTILE, HOSTILE, HOSTILE, 0.3, 1.0, 0.2)
+    example = Example(HOSTILE, HOSTILE, HOSTILE, 0.3, 1.0, 0.2)
     uncertainty = {HOSTILE: runs[1].uncertainty["in-scope"]}
     hostile = replace(runs[1], name=HOSTILE, method=HOSTILE, uncertain_examples=[example], uncertainty=uncertainty)
     about = {

@@ -15,7 +15,7 @@ from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
 from monteclora.prediction.predictions import Predictions
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Page, Row, Section, Table
-from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from monteclora.reports.results import FINISHED, Evaluation, Example, RunReport, Uncertainty
 from monteclora.reports.run_report import environment_facts, training_curve
 from monteclora.reports.runs import demo_page
 from monteclora.runs.loading import load_run
@@ -134,7 +134,7 @@ def _report(contender: Contender) -> RunReport:
     )
 
 
-def _most_uncertain(contender: Contender) -> list[UncertainExample]:
+def _most_uncertain(contender: Contender) -> list[Example]:
     """Of all groups; an ambiguous message has both its labels, one out of scope none."""
     names = contender.label_names
     labels = contender.groups[IN_SCOPE].labels
@@ -145,7 +145,7 @@ def _most_uncertain(contender: Contender) -> list[UncertainExample]:
         OUT_OF_SCOPE: [""] * len(contender.texts[OUT_OF_SCOPE]),
     }
     examples = [
-        UncertainExample(text, label, names[int(probs.argmax())], float(probs.max()), float(total), float(epistemic))
+        Example(text, label, names[int(probs.argmax())], float(probs.max()), float(total), float(epistemic))
         for group, found in contender.groups.items()
         for text, label, probs, total, epistemic in zip(
             contender.texts[group], right[group], found.probs, found.total, found.epistemic, strict=True

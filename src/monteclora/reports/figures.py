@@ -35,6 +35,7 @@ _HISTOGRAM_BINS = 24
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
 _PANELS = {
     "loss": "Task loss",
+    "validation_nll": "Validation NLL",
     "kl": "KL to the prior (nats a layer)",
     "pi_norm_squared": "‖π‖², concentration of the weights",
 }
@@ -50,12 +51,18 @@ class TrainingCurve:
         loss: task loss.
         kl: KL divergence of the posterior from the prior, mean over layers, in nats; None for a plain method.
         pi_norm_squared: ||pi||^2, mean over layers, in [1/N, 1]; None for a plain method.
+        validation_steps: at which validation rows were predicted, ascending, float (V,).
+        validation_nll: their negative log-likelihood, float (V,).
+        kept_step: whose weights the run ended with; None where that is not marked.
     """
 
     steps: Sequence[float]
     loss: Sequence[float]
     kl: Sequence[float] | None = None
     pi_norm_squared: Sequence[float] | None = None
+    validation_steps: Sequence[float] = ()
+    validation_nll: Sequence[float] = ()
+    kept_step: float | None = None
 
 
 @house_style()
@@ -93,24 +100,27 @@ def reliability_diagram(curves: Mapping[str, ReliabilityCurve | None]) -> Svg:
 
 
 def training_curves(runs: Mapping[str, TrainingCurve | None]) -> tuple[Svg, ...]:
-    """Up to three panels over optimiser steps: task loss, and KL and ||pi||^2 for the runs that have them.
+    """Panels over optimiser steps: task loss, and validation NLL, KL and ||pi||^2 of the runs that have them.
 
-    A loss of 50 logged values or more is drawn thin, with its moving mean over 1/25 of them drawn thick.
+    A loss of 50 logged values or more is drawn thin, with its moving mean over 1/25 of them drawn thick. A ring marks
+    the evaluation of the step that was kept.
     """
     _drawn(runs, "training curve")
     panels = []
     for quantity, title in _PANELS.items():
         curves = {name: _points(name, run, quantity) if run else None for name, run in runs.items()}
         if any(curves.values()):
-            panels.append(_curve_panel(title, curves, smooth=quantity == "loss"))
+            kept = [run.kept_step if run and quantity == "validation_nll" else None for run in runs.values()]
+            panels.append(_curve_panel(title, curves, kept, smooth=quantity == "loss"))
     return tuple(panels)
 
 
 def _points(name: str, run: TrainingCurve, quantity: str) -> Points | None:
     values = getattr(run, quantity)
-    if values is None:
+    if values is None or (quantity == "validation_nll" and not len(values)):
         return None
-    x, y = np.asarray(run.steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    steps = run.validation_steps if quantity == "validation_nll" else run.steps
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if len(x) != len(y) or len(x) == 0:
         raise DataError(
             f"the {quantity} of {name} has {len(y)} values for {len(x)} steps; expected one each",
@@ -120,7 +130,7 @@ def _points(name: str, run: TrainingCurve, quantity: str) -> Points | None:
 
 
 @house_style()
-def _curve_panel(title: str, curves: Mapping[str, Points | None], smooth: bool) -> Svg:
+def _curve_panel(title: str, curves: Mapping[str, Points | None], kept: Sequence[float | None], smooth: bool) -> Svg:
     drawn = _drawn(curves, "training curve")
     figure = new_figure(2.9 + _LEGEND_ROW * len(drawn))
     axes = figure.add_subplot(title=title, xlabel="optimiser step")
@@ -140,6 +150,8 @@ def _curve_panel(title: str, curves: Mapping[str, Points | None], smooth: bool) 
             label=label(name),
             gid=f"curve-{index}",
         )
+        here = x == kept[index]
+        axes.scatter(x[here], y[here], s=60, facecolors="none", edgecolors=colour, linewidths=1.4, gid=f"kept-{index}")
     axes.grid(True)
     axes.locator_params(axis="x", integer=True, nbins=6)
     axes.yaxis.set_major_formatter("{x:g}")

@@ -15,7 +15,7 @@ from monteclora.metrics.registry import measure
 from monteclora.metrics.regression import gaussian_nll_per_example
 from monteclora.reports.figures import TrainingCurve
 
-__all__ = ["FINISHED", "Evaluation", "RunReport", "UncertainExample", "Uncertainty"]
+__all__ = ["FINISHED", "Evaluation", "Example", "RunReport", "Uncertainty"]
 
 FINISHED = "finished"
 
@@ -70,8 +70,8 @@ class Uncertainty:
 
 
 @dataclass(frozen=True)
-class UncertainExample:
-    """An example the model is unsure of.
+class Example:
+    """A row, and what the model made of it.
 
     Attributes:
         text: as the model saw it.
@@ -102,6 +102,7 @@ class RunReport:
         training: what it logged.
         uncertainty: of each group of examples, by the group's name.
         uncertain_examples: the most uncertain ones, most uncertain first.
+        worst_errors: those with a wrong answer, the surest first.
         seconds: wall time of training.
         peak_bytes: peak memory of training.
         trained_parameters: how many parameters training changed.
@@ -115,7 +116,8 @@ class RunReport:
     evaluation: Evaluation | None = None
     training: TrainingCurve | None = None
     uncertainty: Mapping[str, Uncertainty] = field(default_factory=dict)
-    uncertain_examples: Sequence[UncertainExample] = ()
+    uncertain_examples: Sequence[Example] = ()
+    worst_errors: Sequence[Example] = ()
     seconds: float | None = None
     peak_bytes: float | None = None
     trained_parameters: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,21 @@ from shlex import quote
 from typing import Any
 
 from monteclora.evaluation.run import EvaluationResult, evaluate_loaded, keep_facts
+from monteclora.evaluation.verdict import Verdict, verdict
 from monteclora.metrics.registry import METRICS
 from monteclora.prediction.labels import LabelPredictions
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.scores import ScorePredictions
+from monteclora.reports.answers import label_section
 from monteclora.reports.figures import TrainingCurve
-from monteclora.reports.page import Section, write_page
-from monteclora.reports.results import FINISHED, Evaluation, RunReport, UncertainExample, Uncertainty
+from monteclora.reports.page import Column, Row, Section, Table, write_page
+from monteclora.reports.results import FINISHED, Evaluation, Example, RunReport, Uncertainty
 from monteclora.reports.runs import run_page
 from monteclora.reports.texts import text_sections
 from monteclora.reports.trust import scale_section, trust_sections
 from monteclora.runs.calibration import read_calibration
 from monteclora.runs.loading import LoadedRun, load_run
-from monteclora.runs.recipe import Recipe
+from monteclora.runs.recipe import Recipe, settings
 from monteclora.runs.records import read_evaluations
 from monteclora.runs.result import learning_rate_found
 from monteclora.runs.run_folder import RunFolder
@@ -72,6 +75,7 @@ def write_run_report(
     predictions = result.scored.predictions
     evaluation = _evaluation(predictions)
     examples = [] if evaluation is None else _most_uncertain(result)
+    judged = _judged(run)
     report = RunReport(
         name=loaded.recipe.name,
         method=loaded.recipe.method.name,
@@ -80,10 +84,11 @@ def write_run_report(
         training=None if run.members else training_curve(run),
         uncertainty={result.split: Uncertainty(predictions.total, predictions.epistemic)},
         uncertain_examples=examples,
+        worst_errors=[] if evaluation is None else _worst(result),
         seconds=finished["seconds"],
         peak_bytes=finished["peak_memory_bytes"],
         trained_parameters=finished["trained_parameters"],
-        notes=result.notes,
+        notes=(*result.notes, *judged.warnings),
         unit="score²" if isinstance(predictions, ScorePredictions) else "nats",
     )
     written, left_out = _written(loaded, result)
@@ -100,9 +105,30 @@ def write_run_report(
             + (" --shift" if result.corrupted else ""),
         ],
     )
-    scale = scale_section(read_calibration(folder).get("posterior_scale"))
-    trusted = [*([scale] if scale else []), *trust_sections(result)]
-    return write_page(folder / PAGE, replace(page, sections=[*page.sections, *trusted, *written]))
+    further = [
+        label_section(predictions, loaded.label_names or ()),
+        scale_section(read_calibration(folder).get("posterior_scale")),
+        *trust_sections(result),
+        *written,
+        _settings(loaded.recipe),
+    ]
+    sections = [*page.sections, *(section for section in further if section is not None)]
+    findings = [f"{finding[0].upper()}{finding[1:]}." for finding in judged.findings]
+    return write_page(folder / PAGE, replace(page, summary=[*page.summary, *findings], sections=sections))
+
+
+def _judged(run: RunFolder) -> Verdict:
+    """What training said of the run at its end, but for the comparison with frozen features."""
+    if run.members or "metrics" not in (run.finished or {}):
+        return Verdict((), ())
+    return verdict(run.path, baseline=False)
+
+
+def _settings(recipe: Recipe) -> Section:
+    shown = settings(recipe)
+    rows = [Row([key, json.dumps(value, ensure_ascii=False)]) for key, value in shown.items()]
+    caption = "All other keys have their defaults. Paths lead from the folder in which the run was started."
+    return Section("Settings", tables=[Table([Column("Key"), Column("Value")], rows, caption)])
 
 
 def _before(folder: Path, split: str | None) -> Mapping[str, Any]:
@@ -158,13 +184,18 @@ def _evaluation(found: AnyPredictions) -> Evaluation | None:
 
 def training_curve(run: RunFolder) -> TrainingCurve:
     """What a run logged of its training."""
-    logged = [event for event in run.metrics.read() if event["event"] == "train"]
+    events = run.metrics.read()
+    logged = [event for event in events if event["event"] == "train"]
     drawn = bool(logged) and all("kl" in event for event in logged)
+    validated = [event for event in events if event["event"] == "eval" and "nll" in event]
     return TrainingCurve(
         steps=[event["step"] for event in logged],
         loss=[event["loss"] for event in logged],
         kl=[event["kl"] for event in logged] if drawn else None,
         pi_norm_squared=[event["pi_squared_norm"] for event in logged] if drawn else None,
+        validation_steps=[event["step"] for event in validated],
+        validation_nll=[event["nll"] for event in validated],
+        kept_step=(run.finished or {}).get("kept_step"),
     )
 
 
@@ -202,11 +233,23 @@ def _rate(recipe: Recipe, finished: Mapping[str, Any]) -> str:
     return found or f"{recipe.training.learning_rate:g}"
 
 
-def _most_uncertain(result: EvaluationResult) -> list[UncertainExample]:
-    """The rows with the largest total uncertainty, as their table has them."""
-    rows = sorted(result.scored.table.to_pylist(), key=lambda row: -row["total"])[:_EXAMPLES]
+def _most_uncertain(result: EvaluationResult) -> list[Example]:
+    """The rows with the largest total uncertainty."""
+    return _examples(sorted(result.scored.table.to_pylist(), key=lambda row: -row["total"]))
+
+
+def _worst(result: EvaluationResult) -> list[Example]:
+    """The rows with a wrong answer, the most confident first; of scores, those that are farthest off."""
+    rows = [row for row in result.scored.table.to_pylist() if row["label"] != row["prediction"]]
+    if isinstance(result.scored.predictions, ScorePredictions):
+        return _examples(sorted(rows, key=lambda row: -abs(row["label"] - row["prediction"])))
+    return _examples(sorted(rows, key=lambda row: (-(row.get("confidence") or 0.0), row["total"])))
+
+
+def _examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+    """The first rows as their table has them."""
     return [
-        UncertainExample(
+        Example(
             text=" / ".join(str(row[name]) for name in ("text", "text_pair", "prompt") if row.get(name)),
             label=_shown(row["label"]),
             prediction=_shown(row["prediction"]),
@@ -214,7 +257,7 @@ def _most_uncertain(result: EvaluationResult) -> list[UncertainExample]:
             total=row["total"],
             epistemic=row["epistemic"],
         )
-        for row in rows
+        for row in rows[:_EXAMPLES]
     ]
 
 

@@ -16,7 +16,7 @@ from monteclora.reports.figures import (
 )
 from monteclora.reports.formats import count, decimals, duration, signed, size
 from monteclora.reports.page import Column, Figure, Row, Section, Table
-from monteclora.reports.results import Evaluation, RunReport
+from monteclora.reports.results import Evaluation, Example, RunReport
 
 __all__ = ["measured", "summary", "warnings"]
 
@@ -70,9 +70,7 @@ def summary(runs: Sequence[RunReport]) -> list[str]:
         f"{METRICS[name].label.partition(' (')[0]} {first.metrics[name]:.3f}{' nats' if name == 'nll' else ''}"
         for name in _leading(first)
     ]
-    sentences = [
-        f"{reference.name}: {', '.join(leading[:-1])} and {leading[-1]} on {count(len(first.nll))} test examples."
-    ]
+    sentences = [f"{reference.name}: {', '.join(leading[:-1])} and {leading[-1]} on {count(len(first.nll))} examples."]
     for run in others:
         if run.name in finished:
             sentences.append(_comparison(run.name, finished[run.name], reference.name, first))
@@ -113,7 +111,7 @@ def _cost(run: RunReport, reference: RunReport) -> list[str]:
 
 
 def measured(runs: Sequence[RunReport]) -> list[Section]:
-    """Results, repetitions, calibration, training, uncertainty and the most uncertain examples."""
+    """Results, repetitions, calibration, training, uncertainty, the most uncertain examples and the worst errors."""
     candidates = (
         _results(runs),
         _repetitions(runs),
@@ -121,6 +119,7 @@ def measured(runs: Sequence[RunReport]) -> list[Section]:
         _training(runs),
         _uncertainty(runs),
         _uncertain_examples(runs),
+        _worst_errors(runs),
     )
     return [section for section in candidates if section is not None]
 
@@ -207,6 +206,11 @@ def _training(runs: Sequence[RunReport]) -> Section | None:
         "The loss is how wrong the model is on the rows it learns from: it should fall. Of a long loss curve, the thin "
         "line is what was logged and the thick one its moving mean."
     )
+    if any(curve and len(curve.validation_nll) for curve in curves.values()):
+        caption += (
+            " Validation NLL is how wrong it is on rows that it does not learn from: where it rises while the loss "
+            "falls, the rows are learned by heart. The ring is the step whose weights were kept."
+        )
     if any(curve and curve.kl is not None for curve in curves.values()):
         caption += (
             " KL is how far the posterior has moved from the prior. ‖π‖² is 1 when one component of the "
@@ -237,15 +241,21 @@ def _uncertainty(runs: Sequence[RunReport]) -> Section | None:
 
 def _uncertain_examples(runs: Sequence[RunReport]) -> Section | None:
     tables = [
-        Table(
-            _example(run.unit),
-            [
-                Row((e.text, e.label or None, e.prediction, e.confidence, e.total, e.epistemic))
-                for e in run.uncertain_examples
-            ],
-            caption=f"{run.title}. A dash stands for an example without a right answer.",
+        _examples(
+            run.uncertain_examples, run.unit, f"{run.title}. A dash stands for an example without a right answer."
         )
         for run in runs
         if run.uncertain_examples
     ]
     return Section("Most uncertain examples", tables=tables) if tables else None
+
+
+def _worst_errors(runs: Sequence[RunReport]) -> Section | None:
+    caption = "Wrong answers, the surest first: look here for wrong labels, and for what the model has not understood."
+    tables = [_examples(run.worst_errors, run.unit, f"{run.title}. {caption}") for run in runs if run.worst_errors]
+    return Section("Sure and wrong", tables=tables) if tables else None
+
+
+def _examples(examples: Sequence[Example], unit: str, caption: str) -> Table:
+    rows = [Row((e.text, e.label or None, e.prediction, e.confidence, e.total, e.epistemic)) for e in examples]
+    return Table(_example(unit), rows, caption)

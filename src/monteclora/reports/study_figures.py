@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from monteclora.errors import DataError
+from monteclora.reports.cells import draw_cells
 from monteclora.reports.figures import TrainingCurve
 from monteclora.reports.svg import INK, MARKERS, SERIES, Svg, house_style, label, new_figure, to_svg
 
@@ -24,7 +25,6 @@ __all__ = ["Dot", "HeatMap", "heat_map", "loss_curves", "scatter_plot", "strip_p
 
 _LEGEND_ROW = 0.21  # inches
 _CROSS: dict[str, Any] = {"marker": "x", "c": INK, "linewidths": 1.2}  # a diverged trial
-_HEAT = "viridis"
 
 
 @dataclass(frozen=True)
@@ -118,25 +118,17 @@ def heat_map(grid: HeatMap, low: float, high: float) -> Svg:
     height = 1.15 + 0.42 * len(grid.rows)
     figure = new_figure(height)
     axes = figure.add_subplot(title=label(grid.title), xlabel=grid.x, ylabel=grid.y)
-    # rectangles, not an image, which the page's Content-Security-Policy would not load
-    edges = [np.arange(size + 1) - 0.5 for size in grid.values.shape]
-    masked = np.ma.masked_invalid(grid.values)
-    axes.pcolormesh(edges[1], edges[0], masked, cmap=_HEAT, vmin=low, vmax=high, edgecolors="none")
-    axes.invert_yaxis()
-    for row, column in np.ndindex(grid.values.shape):
-        value = grid.values[row, column]
-        shown = "\N{EN DASH}" if np.isnan(value) else f"{value:.3f}"
-        if grid.diverged[row, column]:
-            shown += " \N{MULTIPLICATION SIGN}"
-        bright = np.isfinite(value) and high > low and (value - low) / (high - low) > 0.6
-        colour = INK if np.isnan(value) else ("#000000" if bright else "#ffffff")
-        axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(len(grid.columns)), grid.columns)
-    axes.set_yticks(range(len(grid.rows)), grid.rows)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    texts = [
+        [_shown(value, diverged) for value, diverged in zip(*row, strict=True)]
+        for row in zip(grid.values, grid.diverged, strict=True)
+    ]
+    draw_cells(axes, grid.values, texts, grid.columns, grid.rows, low, high)
     return to_svg(figure, f"{grid.title}: values over {grid.x} and {grid.y}")
+
+
+def _shown(value: float, diverged: bool) -> str:
+    shown = "\N{EN DASH}" if np.isnan(value) else f"{value:.3f}"
+    return f"{shown} \N{MULTIPLICATION SIGN}" if diverged else shown
 
 
 @house_style()

@@ -34,6 +34,7 @@ __all__ = [
     "load_recipe",
     "recipe_content",
     "recipe_sha256",
+    "settings",
 ]
 
 logger = logging.getLogger(__name__)
@@ -369,6 +370,11 @@ def recipe_sha256(recipe: Recipe) -> str:
     changed = _changed(_resolved(recipe))
     changed["method"] = {**changed.get("method", {}), "name": recipe.method.name}
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The values of the dotted keys that determine the result and are not at their defaults."""
+    return dict(_flat(_changed(recipe)))
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
