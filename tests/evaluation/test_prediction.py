@@ -17,6 +17,7 @@ from monteclora.prediction.generation import Decoding, complete, encode_prompts
 from monteclora.runs.loading import load_run
 from monteclora.tasks import load_inputs
 from monteclora.tasks.classification import Classification
+from monteclora.tasks.kinds import KINDS
 from tests.finished_runs import LABELS, questions, texts, write_rows
 
 
@@ -199,13 +200,22 @@ def test_a_prompt_is_the_tokens_of_training(trained, tmp_path):
 
     loaded = load_run(trained["pairs"])
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "w1 w2"}])
-    (prompt,), notes = encode_prompts(
+    (prompt,), cut = encode_prompts(
         load_inputs(file, loaded.recipe.data, loaded.kind)[0], loaded.tokenizer, loaded.recipe.data.max_length, 4
     )
     whole = Encoder(loaded.tokenizer).options("w1 w2", ["w9"], 16)[0][0]
     learned = next(i for i, label in enumerate(whole["labels"]) if label != -100)
     assert prompt["input_ids"] == whole["input_ids"][:learned]
-    assert notes == ()
+    assert cut.notes == ()
+
+
+def test_one_note_says_how_many_rows_of_a_file_were_cut(trained, tmp_path, monkeypatch):
+    """Whatever the number of parts that it is predicted in."""
+    monkeypatch.setattr(KINDS["classification"], "rows_at_once", 2)
+    long = " ".join(f"w{i}" for i in range(30))
+    file = write_rows(tmp_path / "in.jsonl", [{"text": text} for text in (long, "w1", "w2", long, long)])
+    found = quietly(trained["texts"], file, tmp_path / "out.jsonl", num_samples=0, novelty=False)
+    assert [note for note in found.notes if "truncated" in note] == ["3 of 5 rows were truncated to 16 tokens"]
 
 
 def test_a_completion_that_has_no_room_is_refused(trained, tmp_path):

@@ -7,12 +7,41 @@ template's own tokens and the system prompt stay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-__all__ = ["Kept", "Tokens", "Truncation", "prompt_excess", "truncate"]
+__all__ = ["Kept", "Tokens", "Truncated", "Truncation", "prompt_excess", "truncate"]
 
 Truncation = Literal["prompt_start", "prompt_end", "completion", "drop"]
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """How many texts were cut.
+
+    Attributes:
+        count: of them.
+        of: so many.
+        what: these are, in the plural.
+        max_length: most tokens of one.
+    """
+
+    count: int
+    of: int
+    what: str
+    max_length: int
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.of} {self.what} were truncated to {self.max_length} tokens"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That in words, for people; nothing where none was cut."""
+        return (str(self),) if self.count else ()
+
+    def __add__(self, other: Truncated) -> Truncated:
+        """Of both, which were cut to the same length."""
+        return replace(self, count=self.count + other.count, of=self.of + other.of)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def errors_told(
         rows = Dataset.from_dict(
             {"prompt": [problems[slot[0]].prompt for slot in slots], "completion": [texts[slot] for slot in slots]}
         )
-        read, shortened = given_texts(predictor, rows)
+        read, cut = given_texts(predictor, rows)
         with predictor.precision():
             sequences = [each.sequence() for each in token_scores(predictor, read)]
         drawn = predictor.samplers[-1].num_samples > 1
@@ -70,7 +70,7 @@ def errors_told(
             told = detected(np.array([verdicts[slot].correct[criterion] for slot in slots]), scores)
             if told is not None:
                 found[criterion] = told
-        notes += shortened
+        notes += cut.notes
     if not found:
         notes.append("all answers are right, or all are wrong: nothing can tell them apart")
     return found, tuple(notes)

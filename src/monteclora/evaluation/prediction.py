@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import listed
 from monteclora.data.parts import open_files
+from monteclora.data.truncation import Truncated
 from monteclora.errors import ConfigError, DataError
 from monteclora.evaluation.calibrators import fitted_calibrators
 from monteclora.evaluation.laplace import prepare_sampler
@@ -160,11 +162,11 @@ def predict_file(
         progress_bar(f"{loaded.recipe.name}: {Path(file).name}", len(rows), progress) as advance,
     ):
         looks = judge is not None and judge.novelty is not None
-        predictor = loaded.predictor(drawn, batch_size, advance, calibrators, looks)
+        predictor, cut = loaded.predictor(drawn, batch_size, advance, calibrators, looks), list[Truncated]()
         for first in range(0, len(rows), kind.rows_at_once):
             chunk = rows.select(range(first, min(first + kind.rows_at_once, len(rows))))
             found = predict(predictor, chunk)
-            notes += [f"rows {first} to {first + len(chunk) - 1}: {note}" for note in found.notes]
+            cut.append(found.truncated)
             place = {"index": range(first, first + len(chunk)), **_slice(kept, first, len(chunk))}
             judged = judge.columns(found) if judge else {}
             write(pa.table({**place, **found.columns, **judged}))
@@ -172,7 +174,7 @@ def predict_file(
         target,
         len(rows),
         drawn.num_samples if drawn else 0,
-        tuple(notes),
+        (*notes, *reduce(add, cut).notes),
         drawn.name if drawn else MEAN.name,
         calibrator or NO_CALIBRATOR,
     )

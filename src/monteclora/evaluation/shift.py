@@ -109,10 +109,10 @@ class Shift:
         """
         ranked, found = cls.ranked(loaded, scored), scored.predictions
         assert isinstance(found, Predictions)  # outside rows are of classifiers
-        (other,), shortened = classify(predictor, outside.rows, predictor.samplers[-1:])
+        (other,), cut = classify(predictor, outside.rows, predictor.samplers[-1:])
         novelty, left_out = _novelty(loaded, split, predictor.batch_size)
         name = Path(outside.file).name
-        notes = (*outside.notes, *(f"{name}: {note}" for note in shortened), *left_out)
+        notes = (*outside.notes, *(f"{name}: {note}" for note in cut.notes), *left_out)
         seen = [see(loaded, rows, predictor.batch_size, novelty) for rows in (inside, outside.rows)]
         low, high = _scores(found, seen[0], novelty), _scores(other, seen[1], novelty)
         scores = {name: {"auroc": auroc(low[name], high[name]), "fpr95": fpr95(low[name], high[name])} for name in low}

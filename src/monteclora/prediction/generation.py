@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monteclora.data.encoding import Encoder
-from monteclora.data.truncation import Truncation
+from monteclora.data.truncation import Truncated, Truncation
 from monteclora.errors import ConfigError
 from monteclora.prediction.predictive import evaluating
 from monteclora.prediction.sampler import Batched, Sampler
@@ -29,8 +29,8 @@ def encode_prompts(
     max_length: int,
     max_new_tokens: int,
     truncation: Truncation = "prompt_start",
-) -> tuple[list[dict[str, list[int]]], tuple[str, ...]]:
-    """The tokens up to where the answer begins, exactly as training had them; also what was cut, in words.
+) -> tuple[list[dict[str, list[int]]], Truncated]:
+    """The tokens up to where the answer begins, exactly as training had them; also what was cut.
 
     Args:
         rows: with ``prompt``; or ``messages``, whose last answer, if they end with one, is what is asked for.
@@ -53,7 +53,7 @@ def encode_prompts(
     found = [encoder.prompt(row, max_length, truncation) for row in rows]
     prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in found]
     cut = sum(is_cut for _, is_cut in found)
-    return prompts, (f"{cut} of {len(rows)} prompts were truncated to {max_length} tokens",) if cut else ()
+    return prompts, Truncated(cut, len(rows), "prompts", max_length)
 
 
 @dataclass(frozen=True)

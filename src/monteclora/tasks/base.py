@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from monteclora.data.encoding import encode
 from monteclora.data.kinds import Kind
 from monteclora.data.scores import ScoreScale
-from monteclora.data.truncation import Truncation
+from monteclora.data.truncation import Truncated, Truncation
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.completions import CompletionScores
@@ -137,15 +137,20 @@ class Predicted:
 
     Attributes:
         columns: by name.
-        notes: what was truncated, in words.
+        truncated: what was.
         inputs: the rows in tokens, where they have classes.
         seen: what the predictions' own forward passes show of the rows, where the predictor looked.
     """
 
     columns: Mapping[str, Any]
-    notes: tuple[str, ...]
+    truncated: Truncated
     inputs: Sequence[dict[str, Any]] | None = None
     seen: Seen | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was truncated, in words."""
+        return self.truncated.notes
 
 
 class TaskKind(Protocol):
@@ -264,7 +269,7 @@ def scored(
     found: Sequence[Predictions],
     labels: NDArray[np.int64],
     columns: Mapping[str, Any],
-    notes: tuple[str, ...],
+    cut: Truncated,
 ) -> Scored:
     """The metrics of class or option probabilities, at the mean (the first of ``found``) and under draws (the second).
 
@@ -274,7 +279,7 @@ def scored(
         found: for each of the predictor's samplers.
         labels: shape (B,).
         columns: of the table, without the uncertainties.
-        notes: what was truncated.
+        cut: what was truncated.
     """
     metrics = [measure(scoring, each.probs, labels, bins=predictor.bins) for each in found]
     labelled = [replace(each, labels=labels) for each in found]
@@ -284,15 +289,15 @@ def scored(
         predictions=labelled[-1],
         at_mean=labelled[0],
         table=pa.table({**columns, **uncertainties(found[-1])}),
-        notes=notes,
+        notes=cut.notes,
     )
 
 
-def encoded_texts(rows: Dataset, predictor: Predictor) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """Rows of texts in tokens, without labels, and what was truncated, in words."""
+def encoded_texts(rows: Dataset, predictor: Predictor) -> tuple[list[dict[str, Any]], Truncated]:
+    """Rows of texts in tokens, without labels, and what was truncated."""
     unlabelled = rows.remove_columns("label") if "label" in rows.column_names else rows
     encoded = encode(unlabelled, "classification", predictor.tokenizer, predictor.max_length)
-    return encoded.dataset.to_list(), truncated(encoded.shortened, len(rows), predictor.max_length)
+    return encoded.dataset.to_list(), Truncated(encoded.shortened, len(rows), "rows", predictor.max_length)
 
 
 def texts_of(rows: Dataset) -> dict[str, Any]:
@@ -303,8 +308,3 @@ def texts_of(rows: Dataset) -> dict[str, Any]:
 def uncertainties(found: AnyPredictions) -> dict[str, NDArray[np.float64]]:
     """Total, aleatoric and epistemic uncertainty of each row: nats; of scores variances, in their unit squared."""
     return {name: getattr(found, name) for name in ("total", "aleatoric", "epistemic")}
-
-
-def truncated(count: int, rows: int, max_length: int) -> tuple[str, ...]:
-    """The note on rows that were too long; none where none was."""
-    return (f"{count} of {rows} rows were truncated to {max_length} tokens",) if count else ()

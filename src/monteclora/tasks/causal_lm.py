@@ -11,14 +11,14 @@ import pyarrow as pa
 
 from monteclora.data.encoding import IGNORED, Encoder, encode
 from monteclora.data.kinds import Kind
-from monteclora.data.truncation import Truncation
+from monteclora.data.truncation import Truncated, Truncation
 from monteclora.errors import DataError
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.completions import CompletionScores, score_completions
 from monteclora.prediction.generation import encode_prompts
 from monteclora.prediction.options import OptionRow, OptionScores, score_options
 from monteclora.prediction.sampler import Sampler
-from monteclora.tasks.base import Predicted, Predictor, Scored, scored, truncated, uncertainties
+from monteclora.tasks.base import Predicted, Predictor, Scored, scored, uncertainties
 from monteclora.tasks.commonsense import option_completions
 from monteclora.tasks.measures import Measures, TokenMeasures
 from monteclora.tasks.token_columns import (
@@ -104,9 +104,9 @@ class CausalLM:
         tokenizer, sampler = predictor.tokenizer, predictor.samplers[-1]
         check_answers(sampler, answers)
         if given:
-            texts, notes = given_texts(predictor, rows)
+            texts, cut = given_texts(predictor, rows)
         else:
-            prompts, notes = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens, predictor.truncation)
+            prompts, cut = encode_prompts(rows, tokenizer, predictor.max_length, max_new_tokens, predictor.truncation)
             writer = replace(predictor, progress=None) if tokens else predictor  # reading S times takes longer
             with predictor.precision():
                 texts = generated_texts(writer, [each["input_ids"] for each in prompts], max_new_tokens)
@@ -119,7 +119,7 @@ class CausalLM:
             "completion": tokenizer.batch_decode([text.completion for text in texts], skip_special_tokens=True),
             **more,
         }
-        return Predicted(columns, notes)
+        return Predicted(columns, cut)
 
 
 def _score_options(predictor: Predictor, rows: Dataset, *, per_byte: bool) -> Scored:
@@ -159,8 +159,8 @@ def _score_options(predictor: Predictor, rows: Dataset, *, per_byte: bool) -> Sc
         "confidence": probs.max(1),
         "probabilities": [p[: len(row)].tolist() for p, row in zip(probs, choices, strict=True)],
     }
-    notes = truncated(cut, len(rows), predictor.max_length)
-    result = scored(predictor, "options", found, np.asarray(labels), columns, notes)
+    shortened = Truncated(cut, len(rows), "rows", predictor.max_length)
+    result = scored(predictor, "options", found, np.asarray(labels), columns, shortened)
     if not per_byte:
         return result
     weighed = [measure("options_per_byte", each.predictions(lengths).probs, np.asarray(labels)) for each in scores]
@@ -212,5 +212,5 @@ def _score_completions(predictor: Predictor, rows: Dataset) -> Scored:
         predictions=found[-1],
         at_mean=found[0],
         table=pa.table({**columns, **uncertainties(found[-1])}),
-        notes=truncated(encoded.shortened, len(rows), predictor.max_length),
+        notes=Truncated(encoded.shortened, len(rows), "rows", predictor.max_length).notes,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Truncated
 from monteclora.metrics.registry import Scoring
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.novelty import predict_and_look
@@ -48,18 +49,18 @@ class Classification(TextKind):
 
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Class probabilities against labels."""
-        found, notes = classify(predictor, rows, predictor.samplers)
+        found, cut = classify(predictor, rows, predictor.samplers)
         labels, names = np.asarray(rows["label"][:]), predictor.label_names
         columns = {
             **texts_of(rows),
             "label": [names[i] for i in labels],
             **_chosen(predictor, found[-1]),
         }
-        return scored(predictor, "classes", found, labels, columns, notes)
+        return scored(predictor, "classes", found, labels, columns, cut)
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The most probable label of each text, with the probability of every label."""
-        inputs, notes = encoded_texts(rows, predictor)
+        inputs, cut = encoded_texts(rows, predictor)
         sampler, seen = predictor.samplers[-1], None
         if sampler is MEAN and predictor.looks:
             with predictor.precision():
@@ -72,15 +73,13 @@ class Classification(TextKind):
             **_chosen(predictor, found),
             **uncertainties(found),
         }
-        return Predicted(columns, notes, inputs, seen)
+        return Predicted(columns, cut, inputs, seen)
 
 
-def classify(
-    predictor: Predictor, rows: Dataset, samplers: tuple[Sampler, ...]
-) -> tuple[list[Predictions], tuple[str, ...]]:
-    """The classes of rows of texts under each sampler; also what was truncated, in words."""
-    inputs, notes = encoded_texts(rows, predictor)
-    return _under(predictor, inputs, samplers), notes
+def classify(predictor: Predictor, rows: Dataset, samplers: tuple[Sampler, ...]) -> tuple[list[Predictions], Truncated]:
+    """The classes of rows of texts under each sampler; also what was truncated."""
+    inputs, cut = encoded_texts(rows, predictor)
+    return _under(predictor, inputs, samplers), cut
 
 
 def _under(predictor: Predictor, inputs: Sequence[dict[str, Any]], samplers: tuple[Sampler, ...]) -> list[Predictions]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Truncated
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.prediction.classes import predict_outputs
 from monteclora.prediction.labels import LabelPredictions, decision_log_probs
@@ -46,7 +47,7 @@ class MultiLabel(TextKind):
 
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Probabilities of labels against those that rows have."""
-        found, notes = _predicted(predictor, rows, predictor.samplers)
+        found, cut = _predicted(predictor, rows, predictor.samplers)
         labels = np.asarray(rows["label"][:], dtype=np.int64)
         known = [each.labelled(labels) for each in found]
         metrics = [measure("labels", each.probs, labels, bins=predictor.bins) for each in known]
@@ -57,20 +58,20 @@ class MultiLabel(TextKind):
             predictions=known[-1],
             at_mean=known[0],
             table=pa.table({**texts_of(rows), "label": names, **_columns(predictor, known[-1])}),
-            notes=notes,
+            notes=cut.notes,
         )
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The labels of each text that are more probable than not, and the probability of each label."""
-        (found,), notes = _predicted(predictor, rows, predictor.samplers[-1:])
-        return Predicted({**{name: rows[name][:] for name in rows.column_names}, **_columns(predictor, found)}, notes)
+        (found,), cut = _predicted(predictor, rows, predictor.samplers[-1:])
+        return Predicted({**{name: rows[name][:] for name in rows.column_names}, **_columns(predictor, found)}, cut)
 
 
 def _predicted(
     predictor: Predictor, rows: Dataset, samplers: tuple[Sampler, ...]
-) -> tuple[list[LabelPredictions], tuple[str, ...]]:
-    """Labels of rows of texts under each sampler; also what was truncated, in words."""
-    inputs, notes = encoded_texts(rows, predictor)
+) -> tuple[list[LabelPredictions], Truncated]:
+    """Labels of rows of texts under each sampler; also what was truncated."""
+    inputs, cut = encoded_texts(rows, predictor)
     count = len(predictor.label_names)
 
     def predict(sampler: Sampler) -> LabelPredictions:
@@ -79,7 +80,7 @@ def _predicted(
 
     with predictor.precision():
         found = [(sampler, predictor.once(sampler, predict).decisions) for sampler in samplers]
-    return [LabelPredictions(predictor.calibrated(each, sampler), count) for sampler, each in found], notes
+    return [LabelPredictions(predictor.calibrated(each, sampler), count) for sampler, each in found], cut
 
 
 def _named(flags: Any, names: Any) -> list[str]:

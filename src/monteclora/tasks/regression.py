@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from monteclora.data.kinds import Kind
+from monteclora.data.truncation import Truncated
 from monteclora.errors import DataError
 from monteclora.metrics.registry import Scoring, measure
 from monteclora.metrics.regression import INTERVAL, gaussian_nll_per_example
@@ -68,7 +69,7 @@ class Regression(TextKind):
 
     def score(self, predictor: Predictor, rows: Dataset) -> Scored:
         """Predicted distributions against scores."""
-        found, notes = _predicted(predictor, rows, predictor.samplers)
+        found, cut = _predicted(predictor, rows, predictor.samplers)
         scores = np.asarray(rows["label"][:], dtype=np.float64)
         known = [ScorePredictions(each.means, each.variances, scores) for each in found]
         metrics = [measure("scores", each.mean, each.total, scores) for each in known]
@@ -79,22 +80,22 @@ class Regression(TextKind):
             predictions=known[-1],
             at_mean=known[0],
             table=pa.table({**texts_of(rows), "label": scores, "nll": nll, **_columns(known[-1])}),
-            notes=notes,
+            notes=cut.notes,
         )
 
     def predict(self, predictor: Predictor, rows: Dataset, max_new_tokens: int) -> Predicted:
         """The mean of each score, its standard deviation, and the ends of its 90 % interval."""
-        (found,), notes = _predicted(predictor, rows, predictor.samplers[-1:])
-        return Predicted({**{name: rows[name][:] for name in rows.column_names}, **_columns(found)}, notes)
+        (found,), cut = _predicted(predictor, rows, predictor.samplers[-1:])
+        return Predicted({**{name: rows[name][:] for name in rows.column_names}, **_columns(found)}, cut)
 
 
 def _predicted(
     predictor: Predictor, rows: Dataset, samplers: tuple[Sampler, ...]
-) -> tuple[list[ScorePredictions], tuple[str, ...]]:
-    """Scores of rows of texts under each sampler, in their unit; also what was truncated, in words."""
+) -> tuple[list[ScorePredictions], Truncated]:
+    """Scores of rows of texts under each sampler, in their unit; also what was truncated."""
     assert predictor.scale is not None
     centre, spread = predictor.scale.centre, predictor.scale.spread
-    inputs, notes = encoded_texts(rows, predictor)
+    inputs, cut = encoded_texts(rows, predictor)
 
     def normal(outputs: Tensor) -> Tensor:
         return torch.stack(mean_and_variance(outputs), -1)
@@ -104,7 +105,7 @@ def _predicted(
 
     with predictor.precision():
         found = [predictor.once(sampler, predict) for sampler in samplers]
-    return [ScorePredictions(each[..., 0] * spread + centre, each[..., 1] * spread**2) for each in found], notes
+    return [ScorePredictions(each[..., 0] * spread + centre, each[..., 1] * spread**2) for each in found], cut
 
 
 def _columns(found: ScorePredictions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from monteclora.data.encoding import Encoder
-from monteclora.data.truncation import truncate
+from monteclora.data.truncation import Truncated, truncate
 from monteclora.errors import ConfigError, DataError
 from monteclora.prediction.agreement import agreement
 from monteclora.prediction.classes import predict_classes
@@ -17,7 +17,7 @@ from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete_by_draws, complete_tokens, token_texts
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.prediction.tokens import TokenScores, score_tokens
-from monteclora.tasks.base import Predictor, truncated, uncertainties
+from monteclora.tasks.base import Predictor, uncertainties
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,8 +57,8 @@ def generated_texts(predictor: Predictor, prompts: Sequence[list[int]], max_new_
     return [found[i] for i in range(len(rows))]
 
 
-def given_texts(predictor: Predictor, rows: Dataset) -> tuple[list[Read], tuple[str, ...]]:
-    """Rows with ``prompt`` and ``completion`` in tokens, as training has them; also what was truncated, in words.
+def given_texts(predictor: Predictor, rows: Dataset) -> tuple[list[Read], Truncated]:
+    """Rows with ``prompt`` and ``completion`` in tokens, as training has them; also what was truncated.
 
     Raises:
         DataError: a completion has no token, or none within ``max_length``.
@@ -74,7 +74,7 @@ def given_texts(predictor: Predictor, rows: Dataset) -> tuple[list[Read], tuple[
         start = max(kept.learned.index(True), 1)  # the first token has no predecessor that could predict it
         found.append(Read(kept.ids[:start], kept.ids[start:]))
         cut += len(kept.ids) < len(whole.ids)
-    return found, truncated(cut, len(rows), predictor.max_length)
+    return found, Truncated(cut, len(rows), "rows", predictor.max_length)
 
 
 def token_scores(predictor: Predictor, texts: Sequence[Read]) -> list[TokenScores]:
