@@ -48,6 +48,7 @@ def test_columns_that_their_names_do_not_tell_are_guessed_and_said(tmp_path: Pat
     assert recipe.model.name == "minilm"
     assert recipe.method.modules_to_save == ["pooler"]  # type: ignore[attr-defined]
     assert recipe.training.best_metric == "nll"
+    assert (recipe.training.learning_rate, recipe.training.back_off) == ("auto", 2)
     assert recipe.data.max_length == 32  # 20-odd tokens a row
 
 
@@ -72,6 +73,7 @@ def test_prompts_with_completions_get_a_language_model(tmp_path: Path) -> None:
     recipe = loaded(new_recipe(file).text, tmp_path)
     assert recipe.model.name == "smollm2"
     assert (recipe.data.prompt_column, recipe.data.completion_column) == ("prompt", "completion")
+    assert recipe.training.learning_rate == 0.001
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
