@@ -25,11 +25,11 @@ class Watched:
     """
 
     arguments: dict[str, Any]
-    _kept: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
 
     def states(self, length: int) -> Tensor:
         """The last hidden states of the latest pass, (B, T, D), without virtual tokens before the row's T."""
-        return self._kept.pop()[:, -length:]
+        return self.kept.pop()[:, -length:]
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def watching(model: nn.Module) -> Iterator[Watched]:
     watched = Watched({} if below else {"output_hidden_states": True})
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        watched._kept[:] = [_last(output, below, type(base).__name__)]
+        watched.kept[:] = [_last(output, below, type(base).__name__)]
 
     handle = (body if below else base).register_forward_hook(keep)
     try:
