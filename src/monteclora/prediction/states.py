@@ -22,6 +22,7 @@ class Watched:
 
     Attributes:
         arguments: what the model's inputs need besides, for its hidden states to be seen.
+        kept: these states, until :meth:`states` is asked for them.
     """
 
     arguments: dict[str, Any]
