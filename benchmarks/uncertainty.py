@@ -1,12 +1,13 @@
 """Ways to train, predict and calibrate side by side: on test rows, on corrupted ones, and on messages out of scope.
 
-    python benchmarks/uncertainty.py --study STUDY --out FOLDER [--draws 8] [--corrupted typos:2 cut:2]
+    python benchmarks/uncertainty.py --study STUDY [STUDY] --out FOLDER [--draws 8] [--corrupted typos:2 cut:2]
 
-Takes the finished runs of a study of a classification task that kept their adapters, without label noise. Each method
-has the learning rate whose validation NLL, averaged over seeds, is the smallest; all else is fitted to validation rows
-too. Every case (a way of predicting and a seed) has a file of its own, so that the same command resumes where it
-stopped, and takes in runs that were finished since. ``uncertainty.parquet`` has a row for each case, with and without
-a temperature, and each corruption; ``uncertainty.md`` the means over seeds. The study's folder is only read.
+Takes the finished runs of studies of a classification task that kept their adapters, without label noise. Each method
+has the learning rate whose validation NLL is the smallest, averaged over the seeds that tried all rates; all else is
+fitted to validation rows too. So one study may try the rates, and a second one more seeds at the best. Every case (a
+way of predicting and a seed) has a file of its own, so that the same command resumes where it stopped, and takes in
+runs that were finished since. ``uncertainty.parquet`` has a row for each case, with and without a temperature, and
+each corruption; ``uncertainty.md`` the means over seeds. The study's folder is only read.
 
 This is the protocol of Ovadia et al. 2019: fit to clean validation rows, report on clean and on corrupted test rows.
 """
@@ -333,7 +334,9 @@ def corruption(text: str) -> tuple[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", type=Path, required=True, help="folder of a study whose trials kept their adapters")
+    parser.add_argument(
+        "--study", type=Path, nargs="+", required=True, help="folders of studies whose trials kept their adapters"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "uncertainty")
     parser.add_argument("--batch-size", type=int, help="of the runs to take; by default all")
     parser.add_argument("--draws", type=int, default=16)
@@ -347,7 +350,7 @@ def main() -> None:
         metavar="NAME:STRENGTH",
     )
     args = parser.parse_args()
-    runs = list(runs_of(args.study, args.batch_size))
+    runs = [run for study in args.study for run in runs_of(study, args.batch_size)]
     for name in args.ways:
         way = WAYS[name]
         for seed, together in groups(way, best(runs, way.arm)).items():
