@@ -53,7 +53,18 @@ from monteclora.tasks.helpdesk import ambiguous, out_of_scope
 
 MEMBERS = 5
 CLEAN = ("none", 0)
-MEASURES = ("accuracy", "mcc", "nll", "brier", "ece", "aurc", "ood_entropy", "ood_mutual_information")
+MEASURES = (
+    "accuracy",
+    "mcc",
+    "nll",
+    "brier",
+    "ece",
+    "aurc",
+    "error_entropy",
+    "error_mutual_information",
+    "ood_entropy",
+    "ood_mutual_information",
+)
 TITLES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
@@ -224,11 +235,16 @@ def _unchanged(found: Predictions) -> Predictions:
 
 
 def measures(found: Predictions, labels: np.ndarray, far: Mapping[str, Predictions]) -> dict[str, float]:
-    """Of predictions of labelled rows, and of telling out-of-scope messages from them."""
+    """Of predictions of labelled rows; AUROCs of telling wrong from right ones, and out-of-scope messages from all."""
     scores = dict(measure("classes", found.probs, labels))
-    curve = risk_coverage(found.probs.max(1), found.probs.argmax(1) == labels)
+    right = found.probs.argmax(1) == labels
+    curve = risk_coverage(found.probs.max(1), right)
     record = {name: float(scores[name]) for name in ("accuracy", "mcc", "nll", "brier", "ece")}
     record |= {"aurc": float(curve.aurc), "epistemic": float(np.median(found.epistemic))}
+    if 0 < right.sum() < len(right):
+        record["error_entropy"] = auroc(found.total[right], found.total[~right])
+        if found.num_samples > 1:
+            record["error_mutual_information"] = auroc(found.epistemic[right], found.epistemic[~right])
     record |= {name: float(np.median(each.epistemic)) for name, each in far.items()}
     if far:
         other = far["epistemic_outside"]
