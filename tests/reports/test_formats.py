@@ -18,6 +18,7 @@ def plain(text: str) -> str:
         (decimals(3)(math.inf), "not finite"),
         (signed(0.05), "+0.050"),
         (signed(-0.05), "-0.050"),
+        (signed(-1e-17), "+0.000"),
         (count(1234567), "1 234 567"),
         (count(12), "12"),
         (duration(0.04), "0.0 s"),

@@ -57,6 +57,10 @@ def test_verdict_claims_what_the_interval_over_seeds_shows(tmp_path: Path) -> No
     found = result_of({**narrow, **wide}, tmp_path)
     headline, _ = verdict(found.plan, found.outcomes, found.summaries)
     assert headline == "w against n: less robust, judged by the spread."
+    low = {("l", rate, seed): 0.3 + 0.01 * rate for rate, seed in cells}  # bad everywhere, and so with a small spread
+    found = result_of({**wide, **low}, tmp_path)
+    headline, _ = verdict(found.plan, found.outcomes, found.summaries)
+    assert headline == "l against w: more robust, judged by the spread; there it is worse on average."
 
 
 def test_verdict_makes_no_claim_it_cannot(tmp_path: Path) -> None:
@@ -70,6 +74,12 @@ def test_verdict_makes_no_claim_it_cannot(tmp_path: Path) -> None:
     )
     one = result_of({key: value for key, value in TABLE.items() if key[2] == 0}, tmp_path)
     assert "one seed, so no claim" in verdict(one.plan, one.outcomes, one.summaries)[0]
+    seeds_alone = {(arm, 1, seed): 0.1 * seed + 0.2 * (arm == "b") for arm in ("a", "b") for seed in (0, 1, 2)}
+    found = result_of(seeds_alone, tmp_path)
+    headline, evidence = verdict(found.plan, found.outcomes, found.summaries)
+    assert headline == "b against a: one setting for each seed, so no spread to compare."
+    assert evidence == "b against a, on 3 shared cells: the mean of accuracy differs by +0.200 (+0.200 to +0.200)."
+    assert "spread 0" not in render(study_page(found))
     alone = result_of({key: value for key, value in TABLE.items() if key[0] == "a"}, tmp_path)
     assert verdict(alone.plan, alone.outcomes, alone.summaries) == [
         "a: median accuracy 0.750, spread 0.300 over 6 trials."
@@ -220,10 +230,11 @@ def test_the_page_has_the_view_around_each_arms_best_value(tmp_path: Path) -> No
 
 
 def test_figures_mark_diverged_trials_and_hold_their_numbers() -> None:
-    strip = strip_plot({"a": [Dot(0.5), Dot(0.9, diverged=True)], "empty": []}, "accuracy", reference=0.3)
+    strip = strip_plot({"a": [Dot(0.5), Dot(0.9, diverged=True)], "empty": []}, "accuracy", {"a": 0.35}, reference=0.3)
     assert 'id="diverged-0"' in strip
     assert 'id="reference"' in strip
-    assert "spread 0.400" in strip
+    assert "spread 0.350" in strip  # what the table says, over the settings of a seed
+    assert "spread" not in strip_plot({"a": [Dot(0.5), Dot(0.9)]}, "accuracy", {})
     values = np.array([[0.25, np.nan], [0.5, 0.75]])
     grid = HeatMap("a", "rate", "batch", ["1", "2"], ["8", "32"], values, np.array([[False, False], [False, True]]))
     drawn = heat_map(grid, 0.25, 0.75)
@@ -234,7 +245,7 @@ def test_figures_mark_diverged_trials_and_hold_their_numbers() -> None:
 
 def test_nothing_to_draw_is_said() -> None:
     for draw in (
-        lambda: strip_plot({"a": []}, "accuracy"),
+        lambda: strip_plot({"a": []}, "accuracy", {}),
         lambda: scatter_plot({"a": [Dot(float("nan"))]}, "x", "y"),
         lambda: loss_curves("a", [], 0, 1.0),
     ):

@@ -61,6 +61,7 @@ def test_paired_comparison_of_a_toy_study() -> None:
     # a - b, seed 0: 0.2, 0.1, 0.0; seed 1: 0.2, 0.0, -0.2
     assert (found.cells, found.better, found.worse) == (6, 3, 1)
     assert found.difference.value == pytest.approx(0.05)
+    assert found.spread_difference is not None
     assert found.spread_difference.value == pytest.approx((0.4 - 0.2 + 0.2 - 0.2) / 2)
 
 
@@ -94,6 +95,28 @@ def test_seeds_with_fewer_settings_do_not_narrow_a_spread() -> None:
     assert [after.trials for after in cut] == [7, 8]
     before, after = compare(*made()), compare(*made({**TABLE, **partial}))
     assert after == before
+
+
+def test_arms_are_compared_on_the_largest_block_that_is_done() -> None:
+    """A study that is not done: what one seed alone has does not keep the others from being compared."""
+    cells = [(rate, seed) for seed in (0, 1, 2) for rate in (1, 2)] + [(3, 0)]
+    table = {(arm, rate, seed): 0.1 * rate * (1 + (arm == "a")) for arm in ("a", "b") for rate, seed in cells}
+    (found,) = compare(*made(table))
+    assert (found.cells, found.seeds) == (6, 3)
+    assert found.spread_difference is not None
+    assert found.spread_difference.value == pytest.approx(0.1)  # rates 1 and 2: 0.2 and 0.1
+    (found,) = compare(*made({key: value for key, value in table.items() if key[1:] != (2, 1)}))
+    # seed 0 with rates 1 to 3, seeds 0 and 2 with 1 and 2, or all three with rate 1: 3, 4 and 3 cells
+    assert (found.cells, found.seeds) == (4, 2)
+
+
+def test_a_single_setting_has_no_spread() -> None:
+    table = {(arm, 1, seed): 0.1 * seed for arm in ("a", "b") for seed in (0, 1, 2)}
+    for arm in summarise(*made(table)):
+        assert set(arm.statistics) == {"best", "median", "mean", "worst_decile", "regret"}
+        assert arm.statistics["mean"].value == pytest.approx(0.1)
+    (found,) = compare(*made(table))
+    assert (found.cells, found.seeds, found.spread_difference) == (3, 3, None)
 
 
 def test_an_arm_without_an_option_is_compared_with_each_of_its_values() -> None:

@@ -88,7 +88,8 @@ def _print_summaries(title: str, summaries: Sequence[Summary]) -> None:
     columns = ["method", "condition", "metric", "best", "median", "spread", "regret", "diverged", "collapsed", "failed"]
     rows = []
     for s in summaries:
-        numbers = [f"{s.statistics[name].value:.4f}" for name in ("best", "median", "spread", "regret")]
+        found = [s.statistics.get(name) for name in ("best", "median", "spread", "regret")]
+        numbers = ["-" if estimate is None else f"{estimate.value:.4f}" for estimate in found]
         counts = [f"{n} of {s.trials}" for n in (s.diverged, s.collapsed, s.failed)]
         rows.append([s.arm, condition_in_words(s.condition), s.metric, *numbers, *counts])
     print_table(columns, rows, title, left=3)

@@ -21,8 +21,8 @@ def decimals(digits: int) -> Callable[[float], str]:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """``value`` with its sign, for a difference."""
-    return f"{value:+.{digits}f}".replace("-", MINUS)
+    """``value`` with its sign, for a difference; that of what rounds to zero is a plus."""
+    return f"{value:+z.{digits}f}".replace("-", MINUS)
 
 
 def count(value: float) -> str:

@@ -58,12 +58,15 @@ class HeatMap:
 
 
 @house_style()
-def strip_plot(arms: Mapping[str, Sequence[Dot]], quantity: str, reference: float | None = None) -> Svg:
+def strip_plot(
+    arms: Mapping[str, Sequence[Dot]], quantity: str, spreads: Mapping[str, float], reference: float | None = None
+) -> Svg:
     """Every trial of each arm on one scale: a dot a trial, a bar from worst to best, a tick at the median.
 
     Args:
         arms: at least one, each with its trials; an arm without any is an empty row.
         quantity: what the horizontal axis shows.
+        spreads: written beside the arms that have one: over the settings of a seed, so at most the bar's length.
         reference: marked by a dashed line, for instance what a prediction without skill reaches.
     """
     if not any(arms.values()):
@@ -79,7 +82,7 @@ def strip_plot(arms: Mapping[str, Sequence[Dot]], quantity: str, reference: floa
         values = np.array([dot.y for dot in dots if np.isfinite(dot.y)])
         if not len(values):
             continue
-        text = f"spread {np.ptp(values):.3f}"
+        text = f"spread {spreads[name]:.3f}" if name in spreads else ""
         axes.text(1.0, index - 0.22, text, va="bottom", ha="right", transform=axes.get_yaxis_transform())
         axes.plot([values.min(), values.max()], [index, index], color=colour, linewidth=5, alpha=0.25)
         axes.vlines(np.median(values), index - 0.18, index + 0.18, color=INK, linewidth=1.4, gid=f"median-{index}")

@@ -138,13 +138,17 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
         ]
         for arm in arms
     }
+    summaries = [summary for summary in result.summaries if summary.condition == group[0].conditions]
+    spreads = {
+        s.arm: s.statistics["spread"].value for s in summaries if s.metric == metric.name and "spread" in s.statistics
+    }
     figures: list[Figure] = []
     paragraphs: list[str] = []
     if any(np.isfinite(value) for value in values.values()):
         figures.append(
             Figure(
-                [strip_plot(strips, metric.label, skill[0] if skill else None)],
-                "Every trial is a dot; the bar reaches from the worst to the best, the tick is the median"
+                [strip_plot(strips, metric.label, spreads, skill[0] if skill else None)],
+                "Every trial is a dot; the bar reaches from the worst to the best of all seeds, the tick is the median"
                 + (", and the dashed line is what the class frequencies alone are worth." if skill else "."),
             )
         )
@@ -160,7 +164,7 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
         )
     figures += _against(group, outcomes, arms, metric)
     condition = values_in_words(group[0].conditions)
-    table = _table([summary for summary in result.summaries if summary.condition == group[0].conditions])
+    table = _table(summaries)
     return Section(f"With {condition}" if condition else "Results", paragraphs, figures, [table] if table.rows else [])
 
 
@@ -256,7 +260,7 @@ def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
     rows = []
     for summary in summaries:
         condition = [condition_in_words(summary.condition)] if conditions else []
-        texts = [_interval(summary.statistics[name]) for name in _STATISTICS]
+        texts = [_interval(summary.statistics.get(name)) for name in _STATISTICS]
         counts: list[Cell] = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
         rows.append(Row([*condition, summary.arm, METRICS[summary.metric].label, *texts, *counts]))
     columns = [
@@ -274,7 +278,9 @@ def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
     return Table(columns, rows, caption)
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
     text = decimals(3)(estimate.value)
     if estimate.low is None or estimate.high is None:
         return text

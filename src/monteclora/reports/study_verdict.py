@@ -36,12 +36,12 @@ def verdict(
     found = [c for c in compare(plan, outcomes, whole) if c.metric == metric.name and arms[0] in (c.first, c.second)]
     if not found:
         return [_alone(summary) for summary in summaries if summary.metric == metric.name]
-    against: dict[str, list[tuple[Comparison, Estimate, Estimate]]] = {}
+    against: dict[str, list[tuple[Comparison, Estimate | None, Estimate]]] = {}
     for comparison in found:
         other = comparison.second if comparison.first == arms[0] else comparison.first
         sign = 1 if comparison.first == other else -1
-        spread, difference = (_times(e, sign) for e in (comparison.spread_difference, comparison.difference))
-        against.setdefault(other, []).append((comparison, spread, difference))
+        spread = None if comparison.spread_difference is None else _times(comparison.spread_difference, sign)
+        against.setdefault(other, []).append((comparison, spread, _times(comparison.difference, sign)))
     headlines = [_headline(other, arms[0], rows) for other, rows in against.items()]
     evidence = [
         _evidence(other, arms[0], comparison, spread, difference)
@@ -53,35 +53,52 @@ def verdict(
 
 def _alone(summary: Summary) -> str:
     show = decimals(3)
-    median, spread = (summary.statistics[name] for name in ("median", "spread"))
-    label = METRICS[summary.metric].label
+    spread = summary.statistics.get("spread")
     return (
-        f"{summary.arm}{_where(summary.condition)}: median {label} {show(median.value)}, spread {show(spread.value)} "
+        f"{summary.arm}{_where(summary.condition)}: median {METRICS[summary.metric].label} "
+        f"{show(summary.statistics['median'].value)}{f', spread {show(spread.value)}' if spread else ''} "
         f"over {summary.trials} trials."
     )
 
 
-def _headline(other: str, reference: str, rows: Sequence[tuple[Comparison, Estimate, Estimate]]) -> str:
-    measured = [spread for comparison, spread, _ in rows if comparison.seeds >= _CLAIM_FROM]
+def _headline(other: str, reference: str, rows: Sequence[tuple[Comparison, Estimate | None, Estimate]]) -> str:
+    spreads = [(comparison, spread, difference) for comparison, spread, difference in rows if spread is not None]
+    if not spreads:
+        return f"{other} against {reference}: one setting for each seed, so no spread to compare."
+    measured = [row for row in spreads if row[0].seeds >= _CLAIM_FROM]
     if not measured:
-        seeds = max(comparison.seeds for comparison, _, _ in rows)
+        seeds = max(comparison.seeds for comparison, _, _ in spreads)
         number = "one seed" if seeds == 1 else f"{seeds} seeds"
         return f"{other} against {reference}: {number}, so no claim about which is the more robust."
-    more = sum(spread.high < 0 for spread in measured if spread.high is not None)
-    less = sum(spread.low > 0 for spread in measured if spread.low is not None)
+    narrower = [row for row in measured if _side(row[1]) < 0]
+    more, less = len(narrower), sum(_side(spread) > 0 for _, spread, _ in measured)
     if more == less == 0:
         return f"{other} is neither more nor less robust than {reference}, as far as these seeds can tell."
     counts = {"more": more, "less": less, "neither more nor less": len(measured) - more - less}
     of = f" of {len(measured)} conditions" if len(measured) > 1 else ""
     parts = [f"{name} robust{f' in {number}' + of if of else ''}" for name, number in counts.items() if number]
-    return f"{other} against {reference}: {', '.join(parts)}, judged by the spread."
+    # an arm that is bad everywhere has a small spread
+    worse = sum(
+        _side(difference) == (-1 if METRICS[c.metric].greater_is_better else 1) for c, _, difference in narrower
+    )
+    but = "; there it is worse on average" if worse == more else f"; in {worse} of them it is worse on average"
+    return f"{other} against {reference}: {', '.join(parts)}, judged by the spread{but if worse else ''}."
 
 
-def _evidence(other: str, reference: str, comparison: Comparison, spread: Estimate, difference: Estimate) -> str:
+def _side(estimate: Estimate) -> int:
+    """Of zero that the interval lies on: -1 or 1, or 0 where it has zero in it or there is none."""
+    if estimate.low is None or estimate.high is None:
+        return 0
+    return int(estimate.low > 0) - int(estimate.high < 0)
+
+
+def _evidence(other: str, reference: str, comparison: Comparison, spread: Estimate | None, difference: Estimate) -> str:
     label = METRICS[comparison.metric].label
+    where = f"{other} against {reference}{_where(comparison.condition)}, on {comparison.cells} shared cells"
+    if spread is None:
+        return f"{where}: the mean of {label} differs by {_with_interval(difference)}."
     return (
-        f"{other} against {reference}{_where(comparison.condition)}, on {comparison.cells} shared cells: the spread of "
-        f"{label} differs by {_with_interval(spread)}, its mean by {_with_interval(difference)}."
+        f"{where}: the spread of {label} differs by {_with_interval(spread)}, its mean by {_with_interval(difference)}."
     )
 
 

@@ -2,7 +2,8 @@
 
 Every statistic is taken over the settings of one seed, and averaged over the seeds: more seeds do not widen a spread.
 Fewer settings narrow one, so only the seeds with the most results of an arm count: a seed that a limit, a failure or an
-unfinished study left with fewer is not used.
+unfinished study left with fewer is not used. Two arms are compared on cells that both have, and so on the largest block
+of settings that the same seeds all have. A single setting has no spread.
 A diverged run counts with what a prediction that does not look at the row is worth, or, where that is unknown, with the
 worst value in the study under its condition; it has no calibration error. Failed trials have no value and are counted.
 Intervals (95 %) are Student's t over seeds: mean ± t s / √n with n - 1 degrees of freedom. Percentiles of a
@@ -41,6 +42,7 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 _WITHOUT_DIVERGED = ("ece",)
 _LEVEL = 0.95
+_OF_SEVERAL = ("spread", "iqr", "std")  # say nothing of a single setting
 
 
 def _worst_decile(values: FloatArray, better: int) -> float:
@@ -54,7 +56,7 @@ STATISTICS: Mapping[str, Callable[[FloatArray, int], float]] = {
     "mean": lambda values, better: float(values.mean()),
     "spread": lambda values, better: float(values.max() - values.min()),
     "iqr": lambda values, better: float(np.quantile(values, 0.75) - np.quantile(values, 0.25)),
-    "std": lambda values, better: float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+    "std": lambda values, better: float(values.std(ddof=1)),
     "worst_decile": _worst_decile,
 }
 
@@ -76,7 +78,8 @@ class Summary:
         arm, condition: which.
         metric: by name.
         statistics: by the names in :data:`STATISTICS`, and ``regret``: the mean shortfall from the best run of all
-            arms with the same seed under the condition, at least 0.
+            arms with the same seed under the condition, at least 0. Those of a single setting lack ``spread``,
+            ``iqr`` and ``std``.
         seeds: those that the statistics are taken over, see above.
         trials, diverged, failed, collapsed: how many, of all seeds; collapsed runs finished, and are no more than one
             standard error more accurate than the majority class.
@@ -107,7 +110,7 @@ class Comparison:
         cells, better, worse: how many cells, and in how many the first is better and worse.
         seeds: how many the intervals are over.
         difference: of the metric's mean.
-        spread_difference: of the spread.
+        spread_difference: of the spread; None where each seed has a single cell.
     """
 
     first: str
@@ -119,7 +122,7 @@ class Comparison:
     worse: int
     seeds: int
     difference: Estimate
-    spread_difference: Estimate
+    spread_difference: Estimate | None
 
 
 def primary_metric(plan: Plan, outcomes: Mapping[str, Outcome]) -> Metric:
@@ -170,7 +173,7 @@ def compare(plan: Plan, outcomes: Mapping[str, Outcome], whole: Plan | None = No
 
 
 def _pairs(first: Sequence[Trial], second: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
-    """The trials of two arms with one seed and the same settings, of the seeds with the most of them."""
+    """The trials of two arms with one seed and the same settings: the largest block of settings and seeds."""
     one, other = ({key for trial in trials for key in trial.settings} for trials in (first, second))
 
     def cell(trial: Trial) -> tuple[int, str]:
@@ -180,8 +183,26 @@ def _pairs(first: Sequence[Trial], second: Sequence[Trial]) -> list[tuple[Trial,
     for trial in second:
         partners.setdefault(cell(trial), []).append(trial)
     found = [(trial, partner) for trial in first for partner in partners.get(cell(trial), ())]
-    whole = _whole_seeds(trial for trial, _ in found)
-    return [pair for pair in found if pair[0].seed in whole]
+    block = _largest_block({cell(trial) for trial, _ in found})
+    return [pair for pair in found if cell(pair[0]) in block]
+
+
+def _largest_block(cells: Iterable[tuple[int, str]]) -> set[tuple[int, str]]:
+    """Of cells (seed, setting) those of the seeds and the settings that all of them have, as many cells as can be.
+
+    The seeds with the most settings are tried first, then one more at a time; of equal blocks the one with more
+    settings is taken.
+    """
+    settings: dict[int, set[str]] = {}
+    for seed, setting in cells:
+        settings.setdefault(seed, set()).add(setting)
+    largest: set[tuple[int, str]] = set()
+    seeds = sorted(settings, key=lambda seed: (-len(settings[seed]), seed))
+    for count in range(1, len(seeds) + 1):
+        shared = set.intersection(*(settings[seed] for seed in seeds[:count]))
+        if count * len(shared) > len(largest):
+            largest = set(itertools.product(seeds[:count], shared))
+    return largest
 
 
 def _whole_seeds(trials: Iterable[Trial]) -> set[int]:
@@ -200,7 +221,8 @@ def _comparison(
     for seed in seeds:
         own = np.array([(a, b) for s, a, b in pairs if s == seed])
         means.append(float((own[:, 0] - own[:, 1]).mean()))
-        spreads.append(float(np.ptp(own[:, 0]) - np.ptp(own[:, 1])))
+        if len(own) > 1:
+            spreads.append(float(np.ptp(own[:, 0]) - np.ptp(own[:, 1])))
     return Comparison(
         first=first,
         second=second,
@@ -211,7 +233,7 @@ def _comparison(
         worse=sum(gain < 0 for gain in gains),
         seeds=len(seeds),
         difference=_estimate(means),
-        spread_difference=_estimate(spreads),
+        spread_difference=_estimate(spreads) if spreads else None,
     )
 
 
@@ -275,7 +297,12 @@ def _summary(
     if not by_seed:
         return None
     seeds = {seed: np.array(of_seed) for seed, of_seed in by_seed.items()}
-    statistics = {n: _estimate([function(v, better) for v in seeds.values()]) for n, function in STATISTICS.items()}
+    several = all(len(of_seed) > 1 for of_seed in seeds.values())
+    statistics = {
+        name: _estimate([function(of_seed, better) for of_seed in seeds.values()])
+        for name, function in STATISTICS.items()
+        if several or name not in _OF_SEVERAL
+    }
     statistics["regret"] = _estimate([float((better * (best[seed] - v)).mean()) for seed, v in seeds.items()])
     return Summary(
         arm=arm,

@@ -105,8 +105,9 @@ def _flat(summary: Summary) -> dict[str, Any]:
     return found
 
 
-def _ends(name: str, estimate: Estimate) -> dict[str, float | None]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+def _ends(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    value, low, high = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
@@ -125,13 +126,15 @@ def _notes(plan: Plan, summaries: Sequence[Summary]) -> list[str]:
 
 
 def _texts(summary: Summary) -> list[str]:
-    numbers = [_text(summary.statistics[name]) for name in _HEADERS]
+    numbers = [_text(summary.statistics.get(name)) for name in _HEADERS]
     counts = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
     names = [condition_in_words(summary.condition), summary.arm, METRICS[summary.metric].label]
     return [*names, *numbers, *map(str, counts)]
 
 
-def _text(estimate: Estimate) -> str:
+def _text(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
     if estimate.low is None:
         return f"{estimate.value:.4f}"
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
