@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 
@@ -70,6 +72,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            _give_freed_memory_back()
             self._reset_process()
 
     @property
@@ -95,3 +98,16 @@ class PeakMemory:
                 file.write("5")
         except OSError:
             return
+
+
+def _give_freed_memory_back() -> None:
+    """To the system, where the C library keeps it: glibc does, in pieces between those in use.
+
+    Of a process that trains run after run, tensors of many sizes leave gigabytes of such pieces, which would count as
+    the next run's, and which other processes lack.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
