@@ -7,7 +7,8 @@ has the learning rate whose validation NLL is the smallest, averaged over the se
 fitted to validation rows too. So one study may try the rates, and a second one more seeds at the best. Every case (a
 way of predicting and a seed) has a file of its own, so that the same command resumes where it stopped, and takes in
 runs that were finished since. ``uncertainty.parquet`` has a row for each case, with and without a temperature, and
-each corruption; ``uncertainty.md`` the means over seeds. The study's folder is only read.
+each corruption; ``uncertainty.md`` the means over seeds. The study's folder is only read. ``--from FILE`` shows what
+an earlier call wrote.
 
 This is the protocol of Ovadia et al. 2019: fit to clean validation rows, report on clean and on corrupted test rows.
 """
@@ -294,12 +295,17 @@ def write_tables(out: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out / "uncertainty.parquet") as temporary:
         pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), temporary)
+    left_out = {r["way"]: r["left_out"] for r in records if "left_out" in r}
+    notes = "".join(f"\n{way}: left out, {reason}\n" for way, reason in left_out.items())
+    write_file(out / "uncertainty.md", (tables(rows) + notes).encode())
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of the rows of ``uncertainty.parquet``, as Markdown."""
     texts = ["## Clean test rows", table(*clean_table(rows))]
     if any(row["corruption"] != CLEAN[0] for row in rows):
         texts += ["## Corrupted test rows, mean over corruptions", table(*shifted_table(rows))]
-    left_out = {r["way"]: r["left_out"] for r in records if "left_out" in r}
-    texts += [f"{way}: left out, {reason}" for way, reason in left_out.items()]
-    write_file(out / "uncertainty.md", ("\n\n".join(texts) + "\n").encode())
+    return "\n\n".join(texts) + "\n"
 
 
 def clean_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -350,9 +356,8 @@ def corruption(text: str) -> tuple[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--study", type=Path, nargs="+", required=True, help="folders of studies whose trials kept their adapters"
-    )
+    parser.add_argument("--study", type=Path, nargs="+", help="folders of studies whose trials kept their adapters")
+    parser.add_argument("--from", dest="written", type=Path, help="show the tables of an earlier uncertainty.parquet")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "uncertainty")
     parser.add_argument("--batch-size", type=int, help="of the runs to take; by default all")
     parser.add_argument("--draws", type=int, default=16)
@@ -366,6 +371,11 @@ def main() -> None:
         metavar="NAME:STRENGTH",
     )
     args = parser.parse_args()
+    if args.written is not None:
+        print(tables(pq.read_table(args.written).to_pylist()))
+        return
+    if args.study is None:
+        parser.error("--study or --from is needed")
     runs = [run for study in args.study for run in runs_of(study, args.batch_size)]
     for name in args.ways:
         way = WAYS[name]
