@@ -104,6 +104,7 @@ def run_workers(
                 status = worker.process.poll()
                 if status is None:
                     continue
+                worker.process.communicate()  # nothing more, but it closes the pipe
                 if status == 0:
                     workers.remove(worker)
                     continue
