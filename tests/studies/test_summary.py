@@ -108,6 +108,10 @@ def test_arms_are_compared_on_the_largest_block_that_is_done() -> None:
     (found,) = compare(*made({key: value for key, value in table.items() if key[1:] != (2, 1)}))
     # seed 0 with rates 1 to 3, seeds 0 and 2 with 1 and 2, or all three with rate 1: 3, 4 and 3 cells
     assert (found.cells, found.seeds) == (4, 2)
+    # seeds 0 and 2 share three settings, and the seed with the most has none of them
+    cells = [(rate, 0) for rate in (1, 2, 3)] + [(rate, 2) for rate in (1, 2, 3)] + [(rate, 1) for rate in (4, 5, 6, 7)]
+    (found,) = compare(*made({(arm, rate, seed): 0.1 * rate for arm in ("a", "b") for rate, seed in cells}))
+    assert (found.cells, found.seeds) == (6, 2)
 
 
 def test_a_single_setting_has_no_spread() -> None:

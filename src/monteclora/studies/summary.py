@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+_Cell = tuple[int, str]  # a seed, and settings as text
 _WITHOUT_DIVERGED = ("ece",)
 _LEVEL = 0.95
 _OF_SEVERAL = ("spread", "iqr", "std")  # say nothing of a single setting
@@ -165,43 +166,51 @@ def compare(plan: Plan, outcomes: Mapping[str, Outcome], whole: Plan | None = No
         pairs = {names: _pairs(by_arm[names[0]], by_arm[names[1]]) for names in itertools.combinations(by_arm, 2)}
         for metric in _metrics(plan, outcomes):
             values = trial_values(all_trials[_text(group[0].conditions)], outcomes, metric)
-            for names, cells in pairs.items():
-                measured = [(a.seed, values[a.id], values[b.id]) for a, b in cells if {a.id, b.id} <= values.keys()]
-                if measured:
-                    found.append(_comparison(*names, group[0].conditions, metric, measured))
+            for names, of_both in pairs.items():
+                measured = [
+                    (cell, values[a.id], values[b.id]) for cell, a, b in of_both if {a.id, b.id} <= values.keys()
+                ]
+                block = _largest_block({cell for cell, _, _ in measured})
+                if block:
+                    rows = [(cell[0], a, b) for cell, a, b in measured if cell in block]
+                    found.append(_comparison(*names, group[0].conditions, metric, rows))
     return tuple(found)
 
 
-def _pairs(first: Sequence[Trial], second: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
-    """The trials of two arms with one seed and the same settings: the largest block of settings and seeds."""
+def _pairs(first: Sequence[Trial], second: Sequence[Trial]) -> list[tuple[_Cell, Trial, Trial]]:
+    """The trials of two arms with one seed and the same settings."""
     one, other = ({key for trial in trials for key in trial.settings} for trials in (first, second))
 
-    def cell(trial: Trial) -> tuple[int, str]:
+    def cell(trial: Trial) -> _Cell:
         return trial.seed, _text({key: value for key, value in trial.settings.items() if key in one & other})
 
-    partners: dict[tuple[int, str], list[Trial]] = {}
+    partners: dict[_Cell, list[Trial]] = {}
     for trial in second:
         partners.setdefault(cell(trial), []).append(trial)
-    found = [(trial, partner) for trial in first for partner in partners.get(cell(trial), ())]
-    block = _largest_block({cell(trial) for trial, _ in found})
-    return [pair for pair in found if cell(pair[0]) in block]
+    return [(cell(trial), trial, partner) for trial in first for partner in partners.get(cell(trial), ())]
 
 
-def _largest_block(cells: Iterable[tuple[int, str]]) -> set[tuple[int, str]]:
-    """Of cells (seed, setting) those of the seeds and the settings that all of them have, as many cells as can be.
+def _largest_block(cells: Iterable[_Cell]) -> set[_Cell]:
+    """Seeds and settings of which every cell is there, as many as are found; of equal blocks one with more settings.
 
-    The seeds with the most settings are tried first, then one more at a time; of equal blocks the one with more
-    settings is taken.
+    From each seed on, the one that leaves the most settings in common is added. There is no quick way to be certain of
+    the largest block; where seeds lack settings that others lack too, as in a study that is not done, this finds it.
     """
     settings: dict[int, set[str]] = {}
     for seed, setting in cells:
         settings.setdefault(seed, set()).add(setting)
-    largest: set[tuple[int, str]] = set()
-    seeds = sorted(settings, key=lambda seed: (-len(settings[seed]), seed))
-    for count in range(1, len(seeds) + 1):
-        shared = set.intersection(*(settings[seed] for seed in seeds[:count]))
-        if count * len(shared) > len(largest):
-            largest = set(itertools.product(seeds[:count], shared))
+    largest: set[_Cell] = set()
+    size = (0, 0)
+    for first in sorted(settings):
+        block, shared = {first}, settings[first]
+        while shared:
+            if (found := (len(block) * len(shared), len(shared))) > size:
+                size, largest = found, set(itertools.product(block, shared))
+            rest = sorted(settings.keys() - block)
+            if not rest:
+                break
+            added = max(rest, key=lambda seed: len(shared & settings[seed]))
+            block, shared = block | {added}, shared & settings[added]
     return largest
 
 
