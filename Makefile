@@ -25,9 +25,8 @@ $(VENV)/.ready: pyproject.toml $(VERSIONS)
 demo: setup
 	$(BIN)/monteclora demo
 
-# a file's tests share what they train, so that a file stays with one process
 test: setup
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
