@@ -7,12 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from monteclora.data.encoding import encode
 from monteclora.errors import ConfigError
 from monteclora.evaluation.own_rows import FIT_SPLIT, halves, own_rows
 from monteclora.methods import get_method
 from monteclora.prediction.laplace import LAPLACE, LAPLACE_FILE, LaplacePosterior, attach
 from monteclora.prediction.laplace_fit import check_installed, fit_laplace
+from monteclora.prediction.laplace_marginals import logit_moments
 from monteclora.runs.calibration import weights_sha256
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.run_folder import RunFolder
@@ -22,8 +25,7 @@ from monteclora.tasks.kinds import KINDS
 
 __all__ = ["laplace_of", "prepare_sampler"]
 
-_DRAWS = 8  # that choose the prior precision
-_GAIN = 1e-4  # nats by which the NLL has to fall for a larger precision
+_GAIN = 1e-4  # nats by which the NLL has to be lower for a larger precision
 _DECADES = 8  # that it is at most above the one of the largest marginal likelihood
 
 
@@ -91,9 +93,8 @@ def laplace_of(loaded: LoadedRun, *, progress: bool = False) -> LaplacePosterior
 def _by_validation(loaded: LoadedRun, fitted: LaplacePosterior) -> LaplacePosterior:
     """With the prior precision that predicts best, on the half of the validation rows that also fits posterior scales.
 
-    From the precision of the largest marginal likelihood upwards, in steps of a factor of ten as long as the NLL falls
-    noticeably, then of the square root of ten. The draws are the same at every precision. With fewer than four
-    validation rows the marginal likelihood's stays.
+    From the precision of the largest marginal likelihood upwards, in steps of the square root of ten, it is the first
+    whose NLL is the least or hardly above it. With fewer than four validation rows the marginal likelihood's stays.
     """
     data = own_rows(loaded.folder, loaded.recipe.data, FIT_SPLIT)
     rows = data.splits.get(FIT_SPLIT)
@@ -101,27 +102,16 @@ def _by_validation(loaded: LoadedRun, fitted: LaplacePosterior) -> LaplacePoster
         return fitted
     started = time.perf_counter()
     fit, _ = halves(rows, data.name)
-    attach(loaded.model, fitted)
-    predictor = dataclasses.replace(loaded.predictor(loaded.sampler(LAPLACE, _DRAWS)), at_mean=[])
-    nlls: dict[float, float] = {}
-
-    def at(power: float) -> LaplacePosterior:
-        return dataclasses.replace(fitted, prior_precision=fitted.prior_precision * 10**power)
-
-    def nll(power: float) -> float:
-        if power not in nlls:
-            attach(loaded.model, at(power))
-            scored = KINDS[loaded.kind].score(predictor, fit)
-            assert scored.posterior is not None
-            nlls[power] = scored.posterior["nll"]
-        return nlls[power]
-
-    with quiet_libraries():
-        power = 0.0
-        while power < _DECADES and nll(power + 1) < nll(power) - _GAIN:
-            power += 1
-        best = min((power, power - 0.5, power + 0.5) if power else (0.0, 0.5), key=nll)
-    return dataclasses.replace(at(best), chosen_on=len(fit), seconds=fitted.seconds + time.perf_counter() - started)
+    encoded: list[dict[str, Any]] = encode(
+        fit, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length
+    ).dataset.to_list()
+    precisions = [fitted.prior_precision * 10 ** (step / 2) for step in range(2 * _DECADES + 1)]
+    with quiet_libraries(), loaded.precision():
+        moments = logit_moments(loaded.model, fitted, encoded, loaded.collate, precisions)
+    nlls = moments.nll(torch.tensor([row["labels"] for row in encoded])).tolist()
+    chosen = next(precision for precision, nll in zip(precisions, nlls, strict=True) if nll <= min(nlls) + _GAIN)
+    seconds = fitted.seconds + time.perf_counter() - started
+    return dataclasses.replace(fitted, prior_precision=chosen, chosen_on=len(fit), seconds=seconds)
 
 
 def _check(loaded: LoadedRun) -> None:

@@ -82,13 +82,28 @@ class LaplacePosterior:
         return {name: self._scaled(name, values) for name, values in noise.items()}
 
     def _scaled(self, name: str, noise: Tensor) -> Tensor:
+        found = noise / (self.eigenvalues(name) + self.prior_precision).sqrt()
+        return self._turned(name, found, back=True)
+
+    def eigenvalues(self, name: str) -> Tensor:
+        """Of a parameter's block of the Gauss-Newton matrix, float32, in the parameter's shape."""
         if self.structure == "diag":
-            return noise / (self.parts[name] + self.prior_precision).sqrt()
-        vectors, values = self.parts[f"{name}/vectors.0"], self.parts[f"{name}/values.0"]
-        if noise.dim() == 1:
-            return vectors @ (noise / (values + self.prior_precision).sqrt())
-        precision = torch.outer(values, self.parts[f"{name}/values.1"]) + self.prior_precision
-        return vectors @ (noise / precision.sqrt()) @ self.parts[f"{name}/vectors.1"].T
+            return self.parts[name]
+        values = [self.parts[f"{name}/values.{place}"] for place in range(len(self.shapes[name]))]
+        return values[0] if len(values) == 1 else torch.outer(*values)
+
+    def along_eigenvectors(self, name: str, slopes: Tensor) -> Tensor:
+        """Slopes in a parameter, (..., *shape), as slopes along the eigenvectors of its block, in the same shape."""
+        return self._turned(name, slopes, back=False)
+
+    def _turned(self, name: str, values: Tensor, *, back: bool) -> Tensor:
+        """Into the eigenvectors of a parameter's block, or back out of them."""
+        if self.structure == "diag":
+            return values
+        first, *second = (self.parts[f"{name}/vectors.{place}"] for place in range(len(self.shapes[name])))
+        if not second:
+            return values @ (first.T if back else first)
+        return first @ values @ second[0].T if back else first.T @ values @ second[0]
 
     def deviation(self, seed: int, number: int) -> Mapping[str, Tensor]:
         """Draw ``number`` of the stream ``seed``: w_s - w* by name, float32, on the CPU; the same on every device."""

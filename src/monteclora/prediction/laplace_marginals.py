@@ -1,0 +1,124 @@
+"""What each row's logits are distributed as under a Laplace approximation, for many prior precisions at once.
+
+Under the linearised model (Immer et al. 2021, arXiv 2008.08216) the logits of a row are Gaussian:
+
+    f(x; w) ~ N(f(x; w*), J(x) P^-1 J(x)^T)
+
+J is found once, in the eigenvectors of the Gauss-Newton matrix, where P is diagonal for every prior precision: C
+backward passes a row, however many precisions are compared. Draws of the weights would need passes of their own for
+each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monteclora.prediction.forward import Collate, to_device
+from monteclora.prediction.laplace import LaplacePosterior
+from monteclora.prediction.predictive import class_logits, evaluating
+from monteclora.system.progress import Progress
+
+__all__ = ["LogitMoments", "logit_moments"]
+
+_MOST_JACOBIAN_NUMBERS = 25_000_000  # 100 MB
+_DRAWS = 256  # of each row's logits: the error of a mean probability is below 0.03
+
+
+@dataclass(frozen=True)
+class LogitMoments:
+    """The Gaussian of each row's logits at each prior precision.
+
+    Attributes:
+        mean: logits at the trained weights, (N, C), float64.
+        covariance: (P, N, C, C), float64.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def nll(self, labels: Tensor) -> Tensor:
+        """Mean negative log-likelihood of labels, (N,), under each precision, in nats, (P,): of mean probabilities over
+        the same standard normal draws for every row and precision."""
+        classes = self.mean.shape[1]
+        half = torch.randn(_DRAWS // 2, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noise = torch.cat([half, -half])
+        values, vectors = torch.linalg.eigh(self.covariance)  # no Cholesky: it may be singular
+        root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+        log_probs = (self.mean + torch.einsum("pnck,sk->spnc", root, noise)).log_softmax(-1)
+        mean = log_probs.logsumexp(0) - torch.tensor(float(_DRAWS), dtype=torch.float64).log()
+        return -mean[:, torch.arange(len(labels)), labels].mean(1)
+
+
+def logit_moments(
+    model: nn.Module,
+    posterior: LaplacePosterior,
+    rows: Sequence[dict[str, Any]],
+    collate: Collate,
+    precisions: Sequence[float],
+    *,
+    progress: Progress | None = None,
+) -> LogitMoments:
+    """The moments of rows' logits, one row at a time; the posterior's own prior precision is not used.
+
+    Args:
+        model: a classifier at the weights of the posterior; requires_grad and modes are as before afterwards.
+        posterior: of its weights.
+        rows: encoded, with ``input_ids``.
+        collate: makes a batch of rows.
+        precisions: prior precisions, above 0.
+        progress: called with the number of rows done.
+    """
+    parameters = dict(model.named_parameters())
+    weights = {name: parameters[name] for name in posterior.shapes}
+    count = sum(weight.numel() for weight in weights.values())
+    means: list[Tensor] = []
+    covariances = []
+    together: list[tuple[Tensor, ...]] = []  # the slopes of the last rows
+    with evaluating(model), torch.enable_grad():
+        before = [weight.requires_grad for weight in weights.values()]
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            for number, row in enumerate(rows, start=1):
+                batch = {name: value for name, value in to_device(collate([row]), model).items() if name != "labels"}
+                (logits,) = class_logits(model, batch)
+                means.append(logits.detach().double().cpu())
+                together.append(_slopes(logits, list(weights.values())))
+                if number == len(rows) or (len(together) + 1) * len(logits) * count > _MOST_JACOBIAN_NUMBERS:
+                    stacked = (torch.stack(each) for each in zip(*together, strict=True))
+                    jacobian = dict(zip(weights, stacked, strict=True))
+                    covariances.append(_covariance(posterior, jacobian, precisions))
+                    together = []
+                if progress is not None:
+                    progress(1)
+        finally:
+            for weight, required in zip(weights.values(), before, strict=True):
+                weight.requires_grad_(required)
+    return LogitMoments(torch.stack(means), torch.cat(covariances, 1))
+
+
+def _slopes(logits: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of logits, (C,), in each weight: (C, *shape), float32, on the CPU; zeros where a weight has no part in them."""
+    rows = [torch.autograd.grad(logit, weights, retain_graph=True, allow_unused=True) for logit in logits]
+    columns = zip(weights, zip(*rows, strict=True), strict=True)
+    return tuple(
+        torch.stack([torch.zeros_like(weight) if slope is None else slope for slope in each]).float().cpu()
+        for weight, each in columns
+    )
+
+
+def _covariance(posterior: LaplacePosterior, jacobian: Mapping[str, Tensor], precisions: Sequence[float]) -> Tensor:
+    """J P^-1 J^T of each row, (P, N, C, C), float64, from J by name, (N, C, *shape)."""
+    parts = []
+    for name, slopes in jacobian.items():
+        along = posterior.along_eigenvectors(name, slopes).flatten(2)
+        eigenvalues = posterior.eigenvalues(name).flatten()
+        variance = torch.stack([1.0 / (eigenvalues + precision) for precision in precisions])
+        products = along.unsqueeze(2) * along.unsqueeze(1)  # (N, C, C, weights)
+        parts.append((products @ variance.T).movedim(-1, 0).double())
+    return torch.stack(parts).sum(0)
