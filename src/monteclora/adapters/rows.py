@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from monteclora.adapters.eager import uncompiled
 from monteclora.system.modes import evaluating
 from monteclora.system.randomness import preserved_generators
 
@@ -168,7 +169,7 @@ def _inputs(
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(module))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks of a moment are not worth a graph
+        stack.enter_context(uncompiled())  # hooks of a moment are not worth a graph
         if marked is not None:
             mark = _Mark(marked, groups, _row_counts(copied_args, copied_kwargs, groups))
             mark.inputs(copied_args, copied_kwargs)
