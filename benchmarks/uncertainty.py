@@ -127,7 +127,7 @@ class Run:
 
 
 def runs_of(study: Path, batch_size: int | None) -> Iterator[Run]:
-    """The finished runs that kept their adapters, with the validation NLL they ended with."""
+    """The finished runs that kept their adapters, with the validation NLL of their weights."""
     for folder in sorted((study / "trials").iterdir()):
         run = RunFolder(folder)
         try:
@@ -138,14 +138,14 @@ def runs_of(study: Path, batch_size: int | None) -> Iterator[Run]:
             continue
         method: Any = recipe.method
         wide = " wide" if getattr(method, "sample_scale", None) is not None else ""
-        nlls = [event["nll"] for event in run.metrics.read() if event["event"] == "eval" and "nll" in event]
-        if nlls and f"{method.name}{wide}" in TITLES:
+        nll = done["metrics"].get("nll")  # of the weights that were kept, which need not be the last ones
+        if nll is not None and f"{method.name}{wide}" in TITLES:
             yield Run(
                 folder,
                 f"{method.name}{wide}",
                 recipe.seed,
                 recipe.training.learning_rate,
-                nlls[-1],
+                nll,
                 done["seconds"],
                 done["peak_memory_bytes"],
             )

@@ -77,6 +77,18 @@ def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypa
         uncertainty.main()
 
 
+def test_a_run_has_the_nll_of_the_weights_it_kept(tmp_path):
+    recipe = tiny_recipe(write_assets(tmp_path / "assets"), tmp_path / "trials" / "run", method="lora")
+    recipe["data"] = {"task": "helpdesk", "max_length": 8, "train_rows": 64}
+    recipe["training"] |= {"max_steps": 8, "eval_every": 1, "learning_rate": 0.3, "best_metric": "nll"}
+    train(recipe, progress=False)
+    events = [json.loads(line) for line in (tmp_path / "trials" / "run" / "metrics.jsonl").read_text().splitlines()]
+    nlls = [event["nll"] for event in events if event["event"] == "eval"]
+    (run,) = uncertainty.runs_of(tmp_path, None)
+    assert min(nlls) < nlls[-1]
+    assert run.nll == pytest.approx(min(nlls))
+
+
 def test_ensembles_share_no_member():
     runs = {seed: uncertainty.Run(Path(str(seed)), "lora", seed, 1e-3, 0.5, 1.0, 1.0) for seed in range(11)}
     single, ensemble = (uncertainty.groups(uncertainty.WAYS[name], runs) for name in ("LoRA", "ensemble of 5 LoRA"))
