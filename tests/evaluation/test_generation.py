@@ -86,6 +86,39 @@ def test_wrong_answers_are_told_by_scores_of_their_tokens(run, monkeypatch):
     assert stored["error_detection"] == result.error_detection
 
 
+def test_several_runs_read_the_answers_of_the_first(run, monkeypatch):
+    other = shutil.copytree(run, run.parent / "other")
+    model = load_run(other).model
+    for name, parameter in model.named_parameters():
+        parameter.data *= 3.0 if "lora_B" in name else 1.0
+    model.save_pretrained(other / "adapter")
+    for folder in (run, other):
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("max_length: 16", "max_length: 64"))
+    right = [True, False, True, False, True, False]
+    verdicts = {(i, 0, 0): Verdict({"strict": is_right}, "") for i, is_right in enumerate(right)}
+    monkeypatch.setattr(module, "judge", lambda *_: verdicts)
+    result = quietly(run, error_detection=True, readers=[other])
+    rows = [row for row in pq.read_table(result.answers).to_pylist() if row["text"]]
+    right = np.array([right[row["problem"]] for row in rows])
+    prompts, written = [row["prompt"] for row in rows], [row["text"] for row in rows]
+    one, two = (
+        monteclora.load(folder).predict(prompts, completions=written, num_samples=0).tokens for folder in (run, other)
+    )
+    mean = [
+        np.mean([np.logaddexp(x["log_probability"], y["log_probability"]) for x, y in zip(a, b, strict=True)])
+        for a, b in zip(one, two, strict=True)
+    ]
+    told = auroc(-np.array(mean)[right], -np.array(mean)[~right])
+    found = result.error_detection["strict"]
+    assert found["mean_log_probability"] == pytest.approx(told, abs=1e-9)
+    assert "mean_epistemic" in found
+    assert result.facts()["readers"] == [str(other)]
+    for options in ({}, {"error_detection": True, "base": True}):
+        with pytest.raises(ConfigError, match="several runs were given with"):
+            quietly(run, readers=[other], **options)
+
+
 def test_what_was_judged_is_kept_before_the_answers_are_read_again(run, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt

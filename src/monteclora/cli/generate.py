@@ -15,7 +15,7 @@ __all__ = ["generate"]
 def generate(
     run: str,
     /,
-    *,
+    *others: str,
     task: str | None = None,
     split: str = "test",
     num_samples: int = 0,
@@ -37,6 +37,8 @@ def generate(
 
     Args:
         run: a run folder of a language model.
+        others: more run folders, whose models read the answers together with the first one's, as an ensemble, for
+            --error-detection.
         task: by default the one it was trained on.
         split: of the task.
         num_samples: posterior draws, each of which answers every question; 0 for the mean.
@@ -69,6 +71,7 @@ def generate(
         base=base,
         allow_code_execution=allow_code_execution,
         error_detection=error_detection,
+        readers=others,
     )
     if as_json:
         print_json(result.facts())
@@ -86,9 +89,10 @@ def _print_scores(result: GenerationResult, model: str) -> None:
         for name, score in result.scores.items()
     ]
     print_table(["", "right", "95 % interval"], shown, title)
+    readers = f", read by {1 + len(result.readers)} runs," if result.readers else ""
     for criterion, told in (result.error_detection or {}).items():
         by = ", ".join(f"{ANSWER_SCORES[score]} {value:.3f}" for score, value in told.items())
-        print_line(f"AUROC of wrong against right answers ({criterion}) by {by}")
+        print_line(f"AUROC of wrong against right answers ({criterion}){readers} by {by}")
     print_line(f"written: {result.answers}")
     for text in result.notes:
         note(text)

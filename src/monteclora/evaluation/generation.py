@@ -15,10 +15,12 @@ from monteclora.errors import ConfigError, UnsafeCodeError
 from monteclora.evaluation.answer_scores import errors_told
 from monteclora.evaluation.answers import Answers, Slot
 from monteclora.evaluation.judging import Score, counted_notes, judge, scores, write_verdicts
+from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete
 from monteclora.runs.calibration import weights_sha256
 from monteclora.runs.documents import read_document, write_document
+from monteclora.runs.ensemble import folders_of, load_ensemble
 from monteclora.runs.loading import LoadedRun, load_run
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.result import RunResult
@@ -59,6 +61,7 @@ class GenerationResult:
         notes: what a reader of the numbers must know, in words.
         error_detection: the AUROC of wrong against right first answers by criterion and score, see
             :func:`monteclora.evaluation.answer_scores.errors_told`; None where it was not asked for.
+        readers: the other runs whose models read the answers for it.
     """
 
     folder: Path
@@ -72,6 +75,7 @@ class GenerationResult:
     seconds: float
     notes: tuple[str, ...]
     error_detection: Mapping[str, Mapping[str, float]] | None = None
+    readers: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={score.mean:.4g}" for name, score in self.scores.items())
@@ -80,7 +84,12 @@ class GenerationResult:
     def facts(self) -> dict[str, Any]:
         """Everything, for JSON."""
         found = asdict(self)
-        return {**found, "folder": str(self.folder), "answers": str(self.answers), "notes": list(self.notes)}
+        paths = {
+            "folder": str(self.folder),
+            "answers": str(self.answers),
+            "readers": [str(each) for each in self.readers],
+        }
+        return {**found, **paths, "notes": list(self.notes)}
 
 
 def generate(
@@ -99,6 +108,7 @@ def generate(
     base: bool = False,
     allow_code_execution: bool = False,
     error_detection: bool = False,
+    readers: Sequence[str | Path | RunResult] = (),
     progress: bool = True,
 ) -> GenerationResult:
     """Have a run answer the questions of a task, and judge the answers.
@@ -122,6 +132,7 @@ def generate(
             what protects this machine and what does not.
         error_detection: also measure how well scores of the first answers tell wrong ones from right ones; they are
             read again token by token, under draws where the method has any (the recipe's number of them).
+        readers: more runs, which read the answers together with this one, as an ensemble.
         progress: whether to draw a progress bar on standard error.
 
     Raises:
@@ -131,6 +142,12 @@ def generate(
         UnsafeCodeError: judging would run programs, and that is not allowed or cannot be confined.
     """
     check_at_least_one(rows=rows, samples=samples, max_new_tokens=max_new_tokens)
+    if readers and (base or not error_detection):
+        given = "base" if base else "no error_detection"
+        raise ConfigError(
+            f"several runs were given with {given}",
+            "One run writes the answers; for error_detection more can read them again.",
+        )
     if samples > 1 and not temperature:
         raise ConfigError(
             f"samples is {samples} at temperature 0, which gives one answer", "Set a temperature, as 0.8."
@@ -139,6 +156,9 @@ def generate(
     loaded.check_single("generation")
     asked = _asked(loaded, task, allow_code_execution)
     assert asked.generation is not None
+    others = folders_of(readers)
+    # before answers are written, which takes long: the runs may not fit each other
+    reading = load_ensemble([loaded.folder, *others]) if others else loaded
     decoding = Decoding(max_new_tokens or asked.generation.max_new_tokens, temperature, top_p)
     drawn = loaded.sampler(num_samples=num_samples, seed=seed)
     predictor = loaded.predictor(drawn, batch_size)
@@ -175,7 +195,7 @@ def generate(
     if not error_detection:
         return result
     # reading the answers again takes long, and what was judged is on disk by now
-    reader = loaded.predictor(loaded.sampler(seed=seed), batch_size)
+    reader = reading.predictor(reading.sampler(ENSEMBLE if others else None, seed=seed), batch_size)
     reader = replace(reader, max_length=_context(loaded.model, loaded.tokenizer))
     told, left_out = errors_told(reader, problems, answers.texts, verdicts)
     result = replace(
@@ -183,6 +203,7 @@ def generate(
         seconds=time.perf_counter() - started,
         notes=(*result.notes, *left_out),
         error_detection=told,
+        readers=tuple(others),
     )
     _keep(result, {**about, "samples": samples})
     return result
