@@ -25,8 +25,9 @@ $(VENV)/.ready: pyproject.toml $(VERSIONS)
 demo: setup
 	$(BIN)/monteclora demo
 
+# a file's tests share what they train, so that a file stays with one process
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
