@@ -27,7 +27,7 @@ demo: setup
 
 # a file's tests share what they train, so that a file stays with one process
 test: setup
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
