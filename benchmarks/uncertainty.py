@@ -84,11 +84,13 @@ class Way:
         arm: of the run: a method, or ``monteclora wide`` for one with a scale of its own.
         sampler: by name.
         rows: calibrate the posterior's scale; of a plain LoRA, with a posterior of such rows.
+        layers: the last adapted blocks that are drawn; None is all.
     """
 
     arm: str
     sampler: str = "mean"
     rows: str | None = None
+    layers: int | None = None
 
 
 WAYS = {
@@ -108,6 +110,8 @@ WAYS = {
             ", mean": (),
             ", posterior": ("posterior",),
             ", calibrated": ("posterior", "trained"),
+            ", posterior in the last block": ("posterior", None, 1),
+            ", calibrated in the last block": ("posterior", "trained", 1),
         }.items()
     },
 }
@@ -187,7 +191,7 @@ def prepared(way: Way, runs: Sequence[Run], work: Path, draws: int) -> LoadedRun
         return load_ensemble(copies)
     if way.rows is not None:
         rows: Any = None if way.rows == "trained" else way.rows
-        calibrate(copies[0], rows=rows, num_samples=draws, progress=False)
+        calibrate(copies[0], rows=rows, num_samples=draws, layers=way.layers, progress=False)
     return load_run(copies[0])
 
 
@@ -195,7 +199,7 @@ def measured(way: Way, loaded: LoadedRun, draws: int, corrupted: Sequence[tuple[
     """The measures on test rows, clean and corrupted, and what the predictions of clean ones cost."""
     count = None if way.sampler in ("mean", "ensemble") else draws
     prepare_sampler(loaded, way.sampler, count)
-    sampler = loaded.sampler(way.sampler, count)
+    sampler = loaded.sampler(way.sampler, count, layers=way.layers)
     calibrators, _ = fitted_calibrators(loaded, "temperature", sampler, 0)
     temperature = calibrators[(sampler or MEAN).name]
     test = load(loaded.recipe.data, ("test",)).split("test")

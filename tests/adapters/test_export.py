@@ -63,6 +63,23 @@ def test_each_sample_is_one_posterior_draw(tmp_path: Path, build: Callable[..., 
         assert not any("posterior" in key for key in load_file(folder / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("how", ["asked", "calibrated"])
+def test_samples_are_drawn_in_the_last_blocks_alone(tmp_path: Path, how: str) -> None:
+    model = wrapped(llama)
+    if how == "calibrated":
+        posterior_of(model).calibration = {"factor": 1.0, "layers": 1}
+    (folder,) = export_samples(model, tmp_path, num_samples=1, seed=11, layers=1 if how == "asked" else None)
+    model.eval()
+    with posterior_sampling(model, seed=11, layers=1):
+        expected = logits(model, llama)
+    plain = PeftModel.from_pretrained(llama(), folder).eval()
+    torch.testing.assert_close(logits(plain, llama), expected, rtol=1e-5, atol=1e-6)
+    with posterior_sampling(model, seed=11):
+        assert not torch.allclose(logits(model, llama), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="layers is 9, and the model has"):
+        export_samples(model, tmp_path, layers=9)
+
+
 def test_samples_are_seeded_and_their_mean_is_the_adapter(tmp_path: Path) -> None:
     model = wrapped(llama)
     first = export_samples(model, tmp_path / "a", num_samples=2, seed=1)

@@ -37,7 +37,7 @@ def validation_nll(run):
 
 
 def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypatch, capsys):
-    names = ("LoRA", "LoRA, MC dropout", "LoRA, Laplace", "LoRA + calibrate", "MonteCLoRA, posterior")
+    names = ("LoRA", "LoRA, MC dropout", "LoRA, Laplace", "LoRA + calibrate", "MonteCLoRA, posterior", "MonteCLoRA, calibrated in the last block")
     before = sorted(path.relative_to(study) for path in study.rglob("*"))
     options = ["--study", str(study), "--out", str(tmp_path), "--batch-size", "8", "--draws", "2"]
     monkeypatch.setattr("sys.argv", ["", *options, "--corrupted", "cut:3", "--ways", *names])
@@ -52,6 +52,7 @@ def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypa
         "LoRA, Laplace": [better],
         "LoRA + calibrate": [better],
         "MonteCLoRA, posterior": ["bayes"],
+        "MonteCLoRA, calibrated in the last block": ["bayes"],
     }
     assert "dropout rate above 0" in cases["LoRA, MC dropout"]["left_out"]
     table = pq.read_table(tmp_path / "uncertainty.parquet").to_pylist()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import monteclora
 from monteclora.cli import main
@@ -300,6 +303,16 @@ def test_train_evaluate_predict_and_export(run_main, recipe_file, tmp_path):
 
     status, out, _ = run_main("export", run, "--format", "samples", "--num-samples", 2)
     assert (status, out.split()) == (0, [str(run / "samples" / f"sample-{i}") for i in range(2)])
+    everywhere = load_file(run / "samples" / "sample-0" / "adapter_model.safetensors")
+    recipe = run / "recipe.yaml"
+    before = recipe.read_text()
+    recipe.write_text(re.sub(r"\blayers: null", "layers: 1", before))
+    assert run_main("export", run, "--format", "samples", "--num-samples", 1)[0] == 0
+    last = load_file(run / "samples" / "sample-0" / "adapter_model.safetensors")
+    differ = {name for name, value in everywhere.items() if not torch.equal(value, last[name])}
+    assert differ, "the recipe has the last block drawn alone, as predict does"
+    assert all("layer.0." in name for name in differ)
+    recipe.write_text(before)
 
     status, out, _ = run_main("export", run, "--format", "merged", "--json")
     assert (status, json.loads(out)) == (0, {"written": [str(run / "merged")]})

@@ -50,6 +50,7 @@ def test_columns_that_their_names_do_not_tell_are_guessed_and_said(tmp_path: Pat
     assert recipe.training.best_metric == "nll"
     assert (recipe.training.learning_rate, recipe.training.back_off) == ("auto", 2)
     assert recipe.data.max_length == 32  # 20-odd tokens a row
+    assert recipe.evaluation.layers == 1
 
 
 def test_settings_follow_the_number_of_rows(tmp_path: Path) -> None:
@@ -64,6 +65,7 @@ def test_named_columns_and_another_model_and_method(tmp_path: Path) -> None:
     file = teams(tmp_path / "two.csv", 60, ("team", "message"))  # contents the other way round
     recipe = loaded(new_recipe(file, text=["team"], label="message", method="lora").text, tmp_path)
     assert (recipe.data.text_columns, recipe.data.label_column, recipe.method.name) == (["team"], "message", "lora")
+    assert recipe.evaluation.layers is None
 
 
 def test_prompts_with_completions_get_a_language_model(tmp_path: Path) -> None:

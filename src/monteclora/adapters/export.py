@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from monteclora.adapters.active import drawn_blocks
 from monteclora.adapters.card import portable_name
 from monteclora.adapters.config import MonteCLoRAConfig
 from monteclora.adapters.merging import merged_copy
@@ -30,27 +31,33 @@ __all__ = ["DrawnAdapters", "export_merged", "export_samples", "write_model"]
 
 
 def export_samples(
-    model: MonteCLoRAModel, directory: str | os.PathLike[str], num_samples: int = 8, seed: int = 0
+    model: MonteCLoRAModel,
+    directory: str | os.PathLike[str],
+    num_samples: int = 8,
+    seed: int = 0,
+    layers: int | None = None,
 ) -> list[Path]:
     """Write plain LoRA adapters whose A is a draw from the posterior; their B is the trained one.
 
-    Adapter s computes what eval-mode forward pass s computes inside ``posterior_sampling(model, seed)``.
+    Adapter s computes what eval-mode forward pass s computes inside ``posterior_sampling(model, seed, layers=layers)``.
 
     Args:
         model: with one active MonteCLoRA adapter.
         directory: the folder that gets ``sample-0``, ``sample-1``, ...
         num_samples: how many.
         seed: the stream of draws.
+        layers: the last adapted blocks that are drawn, the others stay at the mean; by default those that the
+            posterior's scale was calibrated with, else all.
 
     Returns:
         The adapters' folders.
 
     Raises:
-        ConfigError: no single active MonteCLoRA adapter, or ``num_samples`` below 1.
+        ConfigError: no single active MonteCLoRA adapter, ``num_samples`` below 1, or more ``layers`` than there are.
     """
     if num_samples < 1:
         raise ConfigError(f"num_samples is {num_samples}, expected at least 1", "Ask for one adapter or more.")
-    drawn = DrawnAdapters.of(model)
+    drawn = DrawnAdapters.of(model, layers)
     config = cast(MonteCLoRAConfig, model.peft_config[drawn.name]).plain_lora()
     config.base_model_name_or_path = portable_name(config.base_model_name_or_path)
     config.inference_mode = True
@@ -75,15 +82,20 @@ class DrawnAdapters:
         name: of the adapter.
         posterior: of it.
         mean: its weights, as peft names them in files.
+        drawn: numbers of the posterior's layers that are drawn.
     """
 
     name: str
     posterior: AdapterPosterior
     mean: Mapping[str, Tensor]
+    drawn: Collection[int]
 
     @classmethod
-    def of(cls, model: PeftModel) -> DrawnAdapters:
-        """Raises ConfigError where there is no single active MonteCLoRA adapter."""
+    def of(cls, model: PeftModel, layers: int | None = None) -> DrawnAdapters:
+        """Draws in the last ``layers`` blocks; by default as the posterior's scale was calibrated.
+
+        Raises ConfigError where there is no single active MonteCLoRA adapter, or more ``layers`` than it has.
+        """
         names, tuner = list(model.active_adapters), model.base_model
         posterior = tuner.posterior(names[0]) if len(names) == 1 and isinstance(tuner, MonteCLoRATuner) else None
         if posterior is None:
@@ -92,13 +104,17 @@ class DrawnAdapters:
                 "Choose it with model.set_adapter(name).",
             )
         mean = get_peft_model_state_dict(model, adapter_name=names[0])
-        return cls(names[0], posterior, {plain_name(key): value for key, value in mean.items()})
+        count = (posterior.calibration or {}).get("layers") if layers is None else layers
+        drawn = range(len(posterior.layers)) if count is None else drawn_blocks(model, count).drawn[posterior]
+        return cls(names[0], posterior, {plain_name(key): value for key, value in mean.items()}, drawn)
 
     def weights(self, seed: int, number: int) -> dict[str, Tensor]:
         """The weights under draw ``number`` of the stream ``seed``, in the mean's dtypes, on the CPU."""
         draw = self.posterior.sample(seed, number)
         drawn = {key: tensor.detach().cpu().contiguous() for key, tensor in self.mean.items()}
         for index, layer in enumerate(self.posterior.layers):
+            if index not in self.drawn:
+                continue
             key = f"base_model.model.{layer.name}.lora_A.weight"
             part = draw.layers[index]
             assert part is not None  # every layer is drawn

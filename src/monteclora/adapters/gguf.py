@@ -50,16 +50,23 @@ _PREFIX = "base_model.model."
 _INSTEAD = "Export the merged model, and convert that with llama.cpp's convert_hf_to_gguf.py."
 
 
-def export_gguf(model: PeftModel, directory: str | os.PathLike[str], num_samples: int = 0, seed: int = 0) -> list[Path]:
+def export_gguf(
+    model: PeftModel,
+    directory: str | os.PathLike[str],
+    num_samples: int = 0,
+    seed: int = 0,
+    layers: int | None = None,
+) -> list[Path]:
     """Write the mean of a LoRA adapter and draws from its posterior as GGUF files for llama.cpp.
 
-    Sample s is that of :func:`monteclora.export_samples` with the same seed. All numbers are written as float32.
+    Sample s is that of :func:`monteclora.export_samples` with the same seed and layers. All numbers are float32.
 
     Args:
         model: with one active adapter, LoRA or MonteCLoRA, on a Llama.
         directory: the folder that gets ``mean.gguf``, ``sample-0.gguf``, ...
         num_samples: how many draws, 0 for the mean alone.
         seed: the stream of draws.
+        layers: as of :func:`monteclora.export_samples`.
 
     Returns:
         The files, the mean first.
@@ -77,7 +84,7 @@ def export_gguf(model: PeftModel, directory: str | os.PathLike[str], num_samples
     # peft would add the base model's embeddings and head where they are adapted
     mean = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     file.check(mean)
-    draws = DrawnAdapters.of(model) if num_samples else None
+    draws = DrawnAdapters.of(model, layers) if num_samples else None
     target = Path(directory)
     written = [file.write(target / "mean.gguf", mean)]
     for number in range(num_samples):

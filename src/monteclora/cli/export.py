@@ -30,8 +30,8 @@ def export(
         run: a run folder.
         kind: merged is the pretrained model with the posterior's mean merged in, an ordinary transformers folder;
             adapter is the adapter with its labels, tokenizer and a model card, as push sends it to the hub; samples
-            are plain LoRA adapters drawn from the posterior, for servers that serve several; gguf are the mean and
-            such samples as files for llama.cpp.
+            are plain LoRA adapters drawn from the posterior as predict draws, for servers that serve several; gguf are
+            the mean and such samples as files for llama.cpp.
         out: the folder to write; by default one of the format's name in the run folder.
         num_samples: how many adapters to draw; by default 8, of gguf 0 for a method without a posterior.
         seed: of the draws.
@@ -65,14 +65,15 @@ def export(
             f"the method {loaded.recipe.method.name} of {loaded.folder} has no adapter to convert",
             "Export it with --format merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
+    layers = loaded.drawn_layers if count else None  # served draws are those of predict
     with quiet_libraries():
         if kind == "merged":
             merged: Any = get_method(loaded.recipe.method.name).merge(model)
             written = [write_model(merged, target, loaded.tokenizer)]
         elif kind == "samples":
-            written = export_samples(model, target, count, seed)
+            written = export_samples(model, target, count, seed, layers)
         else:
-            written = export_gguf(model, target, count, seed)
+            written = export_gguf(model, target, count, seed, layers)
     _print(written, as_json)
 
 

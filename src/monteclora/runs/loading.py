@@ -142,13 +142,15 @@ class LoadedRun:
         count = num_samples or len(self.members) or self.recipe.evaluation.num_samples
         sampler: Any = chosen.build(count, seed)
         if chosen.takes_layers:
-            sampler = replace(sampler, layers=self._layers() if layers is None else layers)
+            sampler = replace(sampler, layers=self.drawn_layers if layers is None else layers)
         if isinstance(sampler, Checked):
             sampler.check(self.model)
         return cast(Sampler, sampler)
 
-    def _layers(self) -> int | None:
-        """Those that the posterior's scale was calibrated with, else the recipe's."""
+    @property
+    def drawn_layers(self) -> int | None:
+        """The last adapted blocks that a posterior is drawn in: as its scale was calibrated, else the recipe's number;
+        None is all."""
         calibration = active_posteriors(self.model)[0].calibration or {}
         found: int | None = calibration.get("layers", self.recipe.evaluation.layers)
         return found

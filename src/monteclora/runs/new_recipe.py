@@ -20,6 +20,7 @@ from monteclora.data.kinds import Kind
 from monteclora.data.models import STARTERS, load_tokenizer, resolve_model
 from monteclora.data.parts import open_files
 from monteclora.errors import ConfigError, DataError
+from monteclora.methods import get_method
 from monteclora.runs.recipe import load_recipe
 from monteclora.tasks import DataSpec, TaskData, load
 from monteclora.tasks.local import looks_like_file
@@ -201,6 +202,9 @@ def _text(
             lines.append(f"  eval_every: {every}  # steps; the best are often within an epoch")
         often = "" if epochs < _EVALUATIONS else ", of which each epoch has one"
         lines.append(f"  early_stopping_patience: 5  # evaluations{often}")
+    if data.kind == "classification" and get_method(method).has_posterior:
+        # as good as draws in all blocks, and more of them out of scope (docs/calibration.md)
+        lines += ["evaluation:", "  layers: 1  # draws in the last block alone, which costs a fraction"]
     return "\n".join(lines) + "\n"
 
 
