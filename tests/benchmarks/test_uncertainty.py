@@ -37,7 +37,10 @@ def validation_nll(run):
 
 
 def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypatch, capsys):
-    names = ("LoRA", "LoRA, MC dropout", "LoRA, Laplace", "LoRA + calibrate", "MonteCLoRA, posterior", "MonteCLoRA, calibrated in the last block")
+    names = (
+        *("LoRA", "LoRA, MC dropout", "LoRA, Laplace", "LoRA + calibrate"),
+        *("MonteCLoRA, posterior", "MonteCLoRA, calibrated in the last block"),
+    )
     before = sorted(path.relative_to(study) for path in study.rglob("*"))
     options = ["--study", str(study), "--out", str(tmp_path), "--batch-size", "8", "--draws", "2"]
     monkeypatch.setattr("sys.argv", ["", *options, "--corrupted", "cut:3", "--ways", *names])
