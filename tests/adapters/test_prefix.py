@@ -116,7 +116,7 @@ def test_draws_do_not_depend_on_the_batch():
 
 
 def test_many_rows_are_shared_in_parts(monkeypatch):
-    monkeypatch.setattr("monteclora.prediction.predictive._SHARING_ROWS_CPU", 8)
+    monkeypatch.setattr("monteclora.prediction.predictive._SHARING_ROWS", 8)
     model = wrapped(bert, "SEQ_CLS")
     torch.testing.assert_close(
         monteclora.predict(model, batch(5), 4, layers=1).probs, one_by_one(model, batch(5), 4, 1), atol=1e-6, rtol=1e-5

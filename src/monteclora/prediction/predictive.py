@@ -24,8 +24,7 @@ from monteclora.system.modes import evaluating
 __all__ = ["PredictiveDistribution", "class_logits", "drawn_logits", "evaluating", "predict"]
 
 _ROWS_AT_ONCE = 64
-# of all draws together, where they share the blocks below; a CPU is a quarter faster when its cache holds them
-_SHARING_ROWS, _SHARING_ROWS_CPU = 512, 64
+_SHARING_ROWS = 512
 _OTHER_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 
 
@@ -178,11 +177,7 @@ def drawn_logits(
     """
     rows, count = _rows(inputs), sampler.num_samples
     if sampler.shares_passes:  # all draws of some rows, which share what is below them
-        on_cpu = any(
-            value.device.type == "cpu" for value in inputs.values() if isinstance(value, Tensor) and value.dim()
-        )
-        most = _SHARING_ROWS_CPU if on_cpu else _SHARING_ROWS
-        size, together = max(1, most // count), count
+        size, together = max(1, _SHARING_ROWS // count), count
     else:
         size, together = rows, max(1, _ROWS_AT_ONCE // rows)
     with evaluating(model):
