@@ -5,15 +5,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from monteclora import evaluate
+from monteclora.data.encoding import encode
 from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.laplace import laplace_of
 from monteclora.evaluation.own_rows import halves, own_rows
 from monteclora.evaluation.prediction import predict_file
 from monteclora.prediction.laplace import LAPLACE_FILE, attach
+from monteclora.prediction.laplace_marginals import logit_moments
 from monteclora.runs.loading import load_run
 from monteclora.tasks.classification import classify
 from monteclora.training.run import train
@@ -71,7 +74,12 @@ def test_validation_rows_choose_the_prior_precision(assets, tmp_path):
         labels = np.array(fit["label"])
         return -np.log(found.probs[np.arange(len(labels)), labels]).mean()
 
-    assert nll(1) <= min(nll(10**0.5), nll(10**-0.5)) + 1e-3
+    encoded = encode(fit, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset.to_list()
+    near = [chosen.prior_precision * factor for factor in (10**-0.5, 1.0, 10**0.5)]
+    moments = logit_moments(loaded.model, chosen, encoded, loaded.collate, near)
+    lower, best, higher = moments.nll(torch.tensor([row["labels"] for row in encoded])).mean(1).tolist()
+    assert best <= min(lower, higher) + 1e-4
+    assert nll(1) == pytest.approx(best, abs=1e-2)  # of draws of the weights
     assert nll(1) < nll(1e-4) - 1e-2
     (note,) = [note for note in quietly(run).notes if note.startswith("Laplace")]
     assert f"by the smallest NLL of {len(fit)} validation rows" in note

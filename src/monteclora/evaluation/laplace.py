@@ -26,6 +26,7 @@ from monteclora.tasks.kinds import KINDS
 __all__ = ["laplace_of", "prepare_sampler"]
 
 _GAIN = 1e-4  # nats by which the NLL has to be lower for a larger precision
+_ROWS = 64  # whose distributions are in memory at once: of many classes and precisions they are large
 _DECADES = 8  # that it is at most above the one of the largest marginal likelihood
 
 
@@ -106,9 +107,13 @@ def _by_validation(loaded: LoadedRun, fitted: LaplacePosterior) -> LaplacePoster
         fit, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length
     ).dataset.to_list()
     precisions = [fitted.prior_precision * 10 ** (step / 2) for step in range(2 * _DECADES + 1)]
+    parts = []
     with quiet_libraries(), loaded.precision():
-        moments = logit_moments(loaded.model, fitted, encoded, loaded.collate, precisions)
-    nlls = moments.nll(torch.tensor([row["labels"] for row in encoded])).tolist()
+        for first in range(0, len(encoded), _ROWS):
+            some = encoded[first : first + _ROWS]
+            moments = logit_moments(loaded.model, fitted, some, loaded.collate, precisions)
+            parts.append(moments.nll(torch.tensor([row["labels"] for row in some])))
+    nlls = torch.cat(parts, 1).mean(1).tolist()
     chosen = next(precision for precision, nll in zip(precisions, nlls, strict=True) if nll <= min(nlls) + _GAIN)
     seconds = fitted.seconds + time.perf_counter() - started
     return dataclasses.replace(fitted, prior_precision=chosen, chosen_on=len(fit), seconds=seconds)

@@ -11,6 +11,7 @@ each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from monteclora.system.progress import Progress
 
 __all__ = ["LogitMoments", "logit_moments"]
 
-_MOST_JACOBIAN_NUMBERS = 25_000_000  # 100 MB
+_MOST_JACOBIAN_NUMBERS = 25_000_000  # of several rows together, 100 MB
 _DRAWS = 256  # of each row's logits: the error of a mean probability is below 0.03
 
 
@@ -42,16 +43,19 @@ class LogitMoments:
     covariance: Tensor
 
     def nll(self, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood of labels, (N,), under each precision, in nats, (P,): of mean probabilities over
-        the same standard normal draws for every row and precision."""
+        """Negative log-likelihood of each row's label, (N,), under each precision, in nats, (P, N): of mean
+        probabilities over the same standard normal draws for every row and precision."""
         classes = self.mean.shape[1]
         half = torch.randn(_DRAWS // 2, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         noise = torch.cat([half, -half])
-        values, vectors = torch.linalg.eigh(self.covariance)  # no Cholesky: it may be singular
-        root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
-        log_probs = (self.mean + torch.einsum("pnck,sk->spnc", root, noise)).log_softmax(-1)
-        mean = log_probs.logsumexp(0) - torch.tensor(float(_DRAWS), dtype=torch.float64).log()
-        return -mean[:, torch.arange(len(labels)), labels].mean(1)
+        found = []
+        for covariance in self.covariance:
+            values, vectors = torch.linalg.eigh(covariance)  # no Cholesky: it may be singular
+            root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+            log_probs = (self.mean + torch.einsum("nck,sk->snc", root, noise)).log_softmax(-1)
+            chosen = log_probs[:, torch.arange(len(labels)), labels]
+            found.append(math.log(_DRAWS) - chosen.logsumexp(0))
+        return torch.stack(found)
 
 
 def logit_moments(
@@ -114,11 +118,10 @@ def _slopes(logits: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _covariance(posterior: LaplacePosterior, jacobian: Mapping[str, Tensor], precisions: Sequence[float]) -> Tensor:
     """J P^-1 J^T of each row, (P, N, C, C), float64, from J by name, (N, C, *shape)."""
-    parts = []
+    total = torch.zeros((), dtype=torch.float64)
     for name, slopes in jacobian.items():
         along = posterior.along_eigenvectors(name, slopes).flatten(2)
         eigenvalues = posterior.eigenvalues(name).flatten()
-        variance = torch.stack([1.0 / (eigenvalues + precision) for precision in precisions])
-        products = along.unsqueeze(2) * along.unsqueeze(1)  # (N, C, C, weights)
-        parts.append((products @ variance.T).movedim(-1, 0).double())
-    return torch.stack(parts).sum(0)
+        parts = [(along / (eigenvalues + precision)) @ along.mT for precision in precisions]
+        total = total + torch.stack(parts).double()
+    return total

@@ -203,7 +203,7 @@ def _text(
         often = "" if epochs < _EVALUATIONS else ", of which each epoch has one"
         lines.append(f"  early_stopping_patience: 5  # evaluations{often}")
     if data.kind == "classification" and get_method(method).has_posterior:
-        # as good as draws in all blocks, and more of them out of scope (docs/calibration.md)
+        # as good as draws in all blocks, and texts out of scope stand out more (docs/calibration.md)
         lines += ["evaluation:", "  layers: 1  # draws in the last block alone, which costs a fraction"]
     return "\n".join(lines) + "\n"
 
