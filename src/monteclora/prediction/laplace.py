@@ -6,8 +6,9 @@ the posterior N(w*, P^-1), P = GGN + prior precision, draw s is a function of th
     logits_s(x) = f(x; w*) + J(x) (w_s - w*),   w_s ~ N(w*, P^-1)
 
 which is the predictive that belongs to the generalised Gauss-Newton matrix (Immer et al. 2021, arXiv 2008.08216); the
-network's own predictions at w_s are known to underfit. J (w_s - w*) takes one pass of forward-mode differentiation.
-How P is found is in :mod:`monteclora.prediction.laplace_fit`; nothing here needs laplace-torch.
+network's own predictions at w_s are known to underfit. J takes a forward pass and one backward pass for each class,
+whatever the number of draws: :mod:`monteclora.prediction.laplace_slopes`. How P is found is in
+:mod:`monteclora.prediction.laplace_fit`; nothing here needs laplace-torch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import hashlib
 import json
 import threading
 import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +28,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.prediction.fitted_file import fitted_file
+from monteclora.prediction.laplace_slopes import moved_logits
 from monteclora.system.atomic import write_file
 
 __all__ = ["LAPLACE", "LAPLACE_FILE", "Laplace", "LaplacePosterior", "Structure", "attach"]
@@ -175,7 +176,8 @@ class LaplacePosterior:
             raise ValueError("its precision is negative")
 
 
-_current: ContextVar[tuple[nn.Module, Mapping[str, Tensor]] | None] = ContextVar("deviation", default=None)
+_Deviations = Sequence[Mapping[str, Tensor]]
+_current: ContextVar[tuple[nn.Module, _Deviations] | None] = ContextVar("deviations", default=None)
 # a pass under a draw has other tensors in the place of the weights: no other pass may see them
 _passes = threading.RLock()
 
@@ -234,22 +236,26 @@ class _Plain(nn.Module):
 
 
 def _linearised(
-    model: nn.Module, deviation: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, deviations: _Deviations, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> SequenceClassifierOutput:
-    """f + J dw in one pass."""
+    """f + J dw of rows that are given as often as there are deviations, (S B, C)."""
     parameters = dict(model.named_parameters())
-    point = {name: parameters[name].detach() for name in deviation}
-    direction = {name: dw.to(point[name]) for name, dw in deviation.items()}
+    given = max(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+    plain = _Plain(model)
 
-    def logits(weights: dict[str, Tensor]) -> Tensor:
+    def logits_of(weights: Mapping[str, Tensor], row: int) -> Tensor:
+        def of_row(value: Any) -> Any:
+            many = isinstance(value, Tensor) and value.dim() and value.shape[0] == given
+            return value[row : row + 1] if many else value
+
         named = {f"model.{name}": value for name, value in weights.items()}
-        found: Tensor = torch.func.functional_call(_Plain(model), named, args, dict(kwargs)).logits
-        return found
+        some = {name: of_row(value) for name, value in kwargs.items()}
+        found: Tensor = torch.func.functional_call(plain, named, tuple(map(of_row, args)), some).logits
+        return found[0]
 
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
-        found: Any = torch.func.jvp(logits, (point,), (direction,))
-    value, slope = found
-    return SequenceClassifierOutput(logits=value + slope)
+    point = {name: parameters[name] for name in deviations[0]}
+    found = moved_logits(logits_of, point, deviations, given // len(deviations))
+    return SequenceClassifierOutput(logits=found.flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -273,17 +279,28 @@ class Laplace:
                 f"Use `monteclora evaluate RUN --sampler {LAPLACE}`, which fits it.",
             )
 
+    @property
+    def shares_passes(self) -> bool:
+        """All draws take the passes of one."""
+        return True
+
     @contextmanager
-    def draw(self, model: nn.Module, number: int) -> Iterator[None]:
-        """Forward passes in the block give the logits of draw ``number``, and no other output.
+    def draws(self, model: nn.Module, first: int, count: int) -> Iterator[None]:
+        """Forward passes in the block are given their rows ``count`` times over, and give the copies' logits under the
+        draws ``first``, ``first + 1``, ..., and no other output.
 
         Raises:
             ConfigError: no approximation was attached to the model.
         """
         self.check(model)
         posterior: Any = model.laplace_posterior
-        token = _current.set((model, posterior.deviation(self.seed, number)))
+        found = [posterior.deviation(self.seed, number) for number in range(first, first + count)]
+        token = _current.set((model, found))
         try:
             yield
         finally:
             _current.reset(token)
+
+    def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
+        """Forward passes in the block give the logits of draw ``number``; see :meth:`draws`."""
+        return self.draws(model, number, 1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from monteclora.prediction.forward import Collate, to_device
 from monteclora.prediction.laplace import LaplacePosterior
+from monteclora.prediction.laplace_slopes import slopes
 from monteclora.prediction.predictive import class_logits, evaluating
 from monteclora.system.progress import Progress
 
@@ -92,7 +93,7 @@ def logit_moments(
                 batch = {name: value for name, value in to_device(collate([row]), model).items() if name != "labels"}
                 (logits,) = class_logits(model, batch)
                 means.append(logits.detach().double().cpu())
-                together.append(_slopes(logits, list(weights.values())))
+                together.append(tuple(each.cpu() for each in slopes(logits, list(weights.values()))))
                 if number == len(rows) or (len(together) + 1) * len(logits) * count > _MOST_JACOBIAN_NUMBERS:
                     stacked = (torch.stack(each) for each in zip(*together, strict=True))
                     jacobian = dict(zip(weights, stacked, strict=True))
@@ -106,21 +107,11 @@ def logit_moments(
     return LogitMoments(torch.stack(means), torch.cat(covariances, 1))
 
 
-def _slopes(logits: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of logits, (C,), in each weight: (C, *shape), float32, on the CPU; zeros where a weight has no part in them."""
-    rows = [torch.autograd.grad(logit, weights, retain_graph=True, allow_unused=True) for logit in logits]
-    columns = zip(weights, zip(*rows, strict=True), strict=True)
-    return tuple(
-        torch.stack([torch.zeros_like(weight) if slope is None else slope for slope in each]).float().cpu()
-        for weight, each in columns
-    )
-
-
 def _covariance(posterior: LaplacePosterior, jacobian: Mapping[str, Tensor], precisions: Sequence[float]) -> Tensor:
     """J P^-1 J^T of each row, (P, N, C, C), float64, from J by name, (N, C, *shape)."""
     total = torch.zeros((), dtype=torch.float64)
-    for name, slopes in jacobian.items():
-        along = posterior.along_eigenvectors(name, slopes).flatten(2)
+    for name, each in jacobian.items():
+        along = posterior.along_eigenvectors(name, each).flatten(2)
         eigenvalues = posterior.eigenvalues(name).flatten()
         parts = [(along / (eigenvalues + precision)) @ along.mT for precision in precisions]
         total = total + torch.stack(parts).double()
