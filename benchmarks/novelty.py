@@ -44,6 +44,7 @@ Scores = dict[str, np.ndarray]
 Halves = tuple[np.ndarray, np.ndarray]
 DEFAULT = "novelty (the default)"
 NEW = "share of new tokens"
+PAIRS = "share of new pairs"
 EARLIER = "energy + 2 x three nearest, pretrained, both views"
 
 
@@ -140,6 +141,7 @@ def scores_of(
             "maximum logit": -seen.max_logit,
             "energy": seen.energy,
             NEW: novelty.parts_of(seen)[2],
+            PAIRS: novelty.parts_of(seen)[3],
         }
         if sampler is not None:
             (drawn,), _ = classify(loaded.predictor(sampler), rows, (sampler,))
@@ -160,7 +162,7 @@ def scores_of(
 
 
 def combined(found: dict[str, Scores]) -> None:
-    """Add sums of standardised scores: an output's with a distance, once or twice, and with new tokens or without."""
+    """Add sums of standardised scores: an output's with a distance, with new tokens and new pairs or without."""
     near = [name for name in found["test"] if name.startswith(("nearest row", "three nearest"))]
     held_out = found["validation"]
     spread = {name: (held_out[name].mean(), held_out[name].std()) for name in held_out}
@@ -170,14 +172,15 @@ def combined(found: dict[str, Scores]) -> None:
         return (scores[name] - centre) / scale
 
     for output, distance in itertools.product(("energy", "maximum logit", "entropy"), near):
-        for share, new in itertools.product((1, 2), (0, 1, 2)):
-            name = f"{output} + {times(share)}{distance}" + (f" + {times(new)}{NEW}" if new else "")
+        for share, new, pairs in itertools.product((1, 2), (0, 1, 2), (0, 0.5, 1)):
+            parts = {output: 1, distance: share, NEW: new, PAIRS: pairs}
+            name = " + ".join(f"{times(each)}{part}" for part, each in parts.items() if each)
             for scores in found.values():
-                scores[name] = of(scores, output) + share * of(scores, distance) + new * of(scores, NEW)
+                scores[name] = sum(each * of(scores, part) for part, each in parts.items())
 
 
-def times(share: int) -> str:
-    return f"{share} x " if share > 1 else ""
+def times(share: float) -> str:
+    return "" if share == 1 else f"{share} x "
 
 
 def measures(found: dict[str, Scores], halved: Sequence[dict[str, Halves]]) -> Iterator[tuple[str, dict]]:

@@ -33,7 +33,7 @@ def test_the_first_half_chooses_and_the_second_is_reported() -> None:
 
 def test_sums_are_of_scores_standardised_by_validation_rows() -> None:
     generator = np.random.default_rng(0)
-    names = ("energy", "maximum logit", "entropy", "nearest row, x", novelty.NEW)
+    names = ("energy", "maximum logit", "entropy", "nearest row, x", novelty.NEW, novelty.PAIRS)
     found = {
         name: {each: generator.normal(size=rows) for each in names}
         for name, rows in (("validation", 30), ("test", 40), ("outside", 20), ("keystrokes", 10))
@@ -45,10 +45,10 @@ def test_sums_are_of_scores_standardised_by_validation_rows() -> None:
         held_out = before["validation"][each]
         return (before[name][each] - held_out.mean()) / held_out.std()
 
-    name = f"entropy + 2 x nearest row, x + {novelty.NEW}"
+    name = f"entropy + 2 x nearest row, x + {novelty.NEW} + 0.5 x {novelty.PAIRS}"
     for each, scores in found.items():
         expected = of(each, "entropy") + 2 * of(each, "nearest row, x") + of(each, novelty.NEW)
-        np.testing.assert_allclose(scores[name], expected)
+        np.testing.assert_allclose(scores[name], expected + 0.5 * of(each, novelty.PAIRS))
     halved = novelty.divisions({"test": [str(i) for i in range(40)], "outside": [str(i) for i in range(20)]}, 2)
     told = dict(novelty.measures(found, halved))[name]
     for number, half in enumerate(halved):

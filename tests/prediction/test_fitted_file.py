@@ -13,7 +13,7 @@ from monteclora.prediction.laplace import LaplacePosterior
 from monteclora.prediction.novelty import Novelty
 
 
-@pytest.mark.parametrize(("load", "newest"), [(LaplacePosterior.load, 2), (Novelty.load, 3)])
+@pytest.mark.parametrize(("load", "newest"), [(LaplacePosterior.load, 2), (Novelty.load, 4)])
 def test_a_later_format_is_told_before_its_content_is_looked_at(
     tmp_path: Path, load: Callable[..., Any], newest: int
 ) -> None:

@@ -1,9 +1,11 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.numpy import save
 from scipy.linalg import sqrtm
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -11,6 +13,7 @@ from monteclora.errors import ConfigError
 from monteclora.metrics.ood import neighbour_distance
 from monteclora.prediction.classes import predict_classes
 from monteclora.prediction.forward import with_positions
+from monteclora.prediction.known_tokens import KnownTokens
 from monteclora.prediction.novelty import Novelty, Seen, look_at, predict_and_look, with_pretrained
 from tests.models import END, PAD, VOCABULARY, bert, llama, llama_classifier
 from tests.prediction.rows import SIDES, padding, rows_of
@@ -129,17 +132,18 @@ def seen_of(features, energy, tokens):
     return Seen(np.asarray(features, dtype=np.float32), np.asarray(energy), -np.asarray(energy), tokens)
 
 
-def test_new_tokens_count_by_their_share_and_never_without_bound():
+def test_new_tokens_and_pairs_count_by_their_share_and_never_without_bound():
     generator = np.random.default_rng(0)
     training = seen_of(generator.normal(size=(9, 4)), np.zeros(9), [[1, 2, 3]] * 9)
     known = seen_of(generator.normal(size=(20, 4)), generator.normal(size=20), [[1, 2], [3]] * 10)
     made = Novelty.fit(training, known)
-    assert made.known.tolist() == [1, 2, 3]
-    assert Novelty.fit(training, known, known=np.array([7, 3, 3])).known.tolist() == [3, 7]
+    assert made.known.tokens.tolist() == [1, 2, 3]
+    assert Novelty.fit(training, known, known=KnownTokens.of([[7, 3, 3]])).known.tokens.tolist() == [3, 7]
     same = {"features": known.features[:3], "energy": known.energy[:3]}
-    few, none = made.of(seen_of(**same, tokens=[[1, 9, 9, 2], [8], [3] * 5])), made.of(known)[:3]
-    # held-out rows have no new token: a spread of one of fifty stands for theirs, which is 0
-    np.testing.assert_allclose(few - none, [2 * 0.5 / 0.02, 2 * 1 / 0.02, 0], atol=1e-9)
+    few, none = made.of(seen_of(**same, tokens=[[1, 9, 9, 2], [8], [1, 2, 3, 3]])), made.of(known)[:3]
+    # held-out rows have neither new tokens nor pairs: a spread of one of fifty stands for theirs, which is 0
+    expected = [(2 * 0.5 + 0.5 * 1) / 0.02, 2 * 1 / 0.02, 0.5 / 3 / 0.02]
+    np.testing.assert_allclose(few - none, expected, atol=1e-9)
 
 
 def test_what_all_rows_share_does_not_count_as_likeness():
@@ -167,3 +171,24 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert not again.needs_pretrained
     np.testing.assert_array_equal(again.of(seen[1]), made.of(seen[1]))
     assert (again.of(seen[1]) > 0).sum() <= 1
+
+
+def test_files_without_pairs_keep_their_score(tmp_path):
+    """An earlier version knew tokens alone."""
+    generator = np.random.default_rng(0)
+    seen = seen_of(generator.normal(size=(8, 4)), generator.normal(size=8), [[i, 40] for i in range(8)])
+    made = Novelty.fit(seen, seen, "sum")
+    first = {"centre": made.centre[:3], "spread": made.spread[:3], "shares": made.shares[:3]}
+    earlier = dataclasses.replace(made, **first, known=KnownTokens(made.known.tokens, None))
+    tensors = {
+        "features": made.features,
+        **{name: first[name] for name in ("centre", "spread")},
+        "limit": np.array([made.limit]),
+        "how": np.array([made.neighbours, *first["shares"]]),
+        "known": made.known.tokens.astype(np.int32),
+    }
+    path = tmp_path / "novelty.safetensors"
+    path.write_bytes(save(tensors, metadata={"format": "3", "weights_sha256": "sum"}))
+    again = Novelty.load(path)
+    assert not again.needs_pretrained
+    np.testing.assert_array_equal(again.of(seen), earlier.of(seen))

@@ -7,12 +7,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from monteclora.adapters.rescaling import posterior_scale
 from monteclora.adapters.sampler import Posterior
@@ -22,6 +19,7 @@ from monteclora.errors import CheckpointError, ConfigError, DataError
 from monteclora.evaluation.own_rows import FIT_SPLIT, halves, own_rows
 from monteclora.metrics.selective import Abstention, abstention_threshold, check_promise, least_examples
 from monteclora.prediction.ensemble import Members
+from monteclora.prediction.known_tokens import KnownTokens
 from monteclora.prediction.novelty import NOVELTY_FILE, Novelty, Seen, look_at, most_rows, with_pretrained
 from monteclora.prediction.sampler import MEAN, Sampler
 from monteclora.runs.calibration import weights_sha256
@@ -194,11 +192,10 @@ def novelty_of(loaded: LoadedRun, rows: Callable[[], TaskData] | None = None, ba
     return found
 
 
-def _tokens_of(loaded: LoadedRun, rows: Dataset) -> NDArray[np.int64]:
-    """The ids of all tokens of the rows, each once."""
+def _tokens_of(loaded: LoadedRun, rows: Dataset) -> KnownTokens:
     encoded = encode(rows, loaded.kind, loaded.tokenizer, loaded.recipe.data.max_length).dataset
-    parts = (np.concatenate(batch["input_ids"]) for batch in encoded.with_format("numpy").iter(_ROWS_AT_ONCE))
-    return reduce(np.union1d, parts)
+    batches = encoded.with_format("numpy").iter(_ROWS_AT_ONCE)
+    return KnownTokens.of(row for batch in batches for row in batch["input_ids"])
 
 
 def abstention_of(

@@ -1,7 +1,7 @@
 """How unlike its training rows a row is, from what the forward pass that answers it shows.
 
 The parts are the distance to the nearest training rows in the last hidden states of the tuned model, the energy of its
-logits, and the share of the row's tokens that no training row has.
+logits, and the shares of the row's tokens, and of neighbours among them, that no training row has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from monteclora.metrics.ood import neighbour_distance
 from monteclora.prediction.classes import collect
 from monteclora.prediction.fitted_file import fitted_file
 from monteclora.prediction.forward import Collate, FloatArray, base_of, batches, placed, to_device
+from monteclora.prediction.known_tokens import KnownTokens
 from monteclora.prediction.predictions import Predictions
 from monteclora.prediction.predictive import class_logits, evaluating
 from monteclora.prediction.sampler import MEAN
@@ -48,10 +49,10 @@ __all__ = [
 NOVELTY_FILE = "novelty.safetensors"
 MOST_BYTES = 4_000_000
 """Of reference features: callers subsample the training rows to :func:`most_rows` of this size."""
-_FORMAT = 3
+_FORMAT = 4
 _NEIGHBOURS = 3
-_SHARES = (2.0, 1.0, 2.0)  # see docs/abstaining.md for what was measured
-_LEAST_SPREAD = (1e-12, 1e-12, 0.02)  # where every held-out token is known, one new token of fifty is no sensation
+_SHARES = (2.0, 1.0, 2.0, 0.5)  # see docs/abstaining.md for what was measured
+_LEAST_SPREAD = (1e-12, 1e-12, 0.02, 0.02)  # where every held-out token is known, one new of fifty is no sensation
 _QUANTILE = 0.95
 
 
@@ -191,12 +192,12 @@ class Novelty:
 
     Attributes:
         features: of training rows, float16 (N, 2 D); in files of format 1 (N, D), of the first view alone.
-        centre, spread: float64 (K,), mean and standard deviation over held-out rows of the K parts: distance, energy
-            and new tokens.
+        centre, spread: float64 (K,), mean and standard deviation over held-out rows of the K parts: distance, energy,
+            new tokens and new pairs.
         limit: 0.95 quantile of the held-out rows' scores.
         weights: the checksum of the model's weights that these were measured with; empty where it is not known.
-        known: int64 (V,), the ids of all tokens of training rows, sorted. None for a score that an earlier version
-            stored: its features are those of the pretrained model, not whitened, and there is no part of new tokens.
+        known: the tokens of training rows. An earlier version kept no pairs, and there is no such part; one before it
+            kept nothing (None): its features are those of the pretrained model, not whitened.
         neighbours: training rows whose mean distance counts.
         shares: float64 (K,), how much each part counts.
     """
@@ -206,25 +207,25 @@ class Novelty:
     spread: FloatArray
     limit: float
     weights: str = ""
-    known: NDArray[np.int64] | None = None
+    known: KnownTokens | None = None
     neighbours: int = _NEIGHBOURS
     shares: FloatArray = field(default_factory=lambda: np.array(_SHARES))
 
     @classmethod
-    def fit(cls, training: Seen, held_out: Seen, weights: str = "", known: NDArray[np.int64] | None = None) -> Novelty:
+    def fit(cls, training: Seen, held_out: Seen, weights: str = "", known: KnownTokens | None = None) -> Novelty:
         """Keep the training rows, and learn from rows held out of training how far apart ordinary rows are.
 
         Args:
             training: rows, all or some, whose features are kept.
             held_out: rows that were not learned.
             weights: the checksum of the model's.
-            known: the ids of the tokens of all training rows; by default those of ``training``.
+            known: the tokens of all training rows; by default those of ``training``.
         """
-        kept = training.features.astype(np.float16)
-        tokens = np.unique(np.concatenate(training.tokens)) if known is None else np.unique(known)
-        without = cls(kept, np.zeros(3), np.ones(3), 0.0, weights, tokens.astype(np.int64))
-        parts = without.parts_of(held_out)
-        unlimited = replace(without, centre=parts.mean(1), spread=np.maximum(parts.std(1), _LEAST_SPREAD))
+        kept, parts = training.features.astype(np.float16), len(_SHARES)
+        tokens = KnownTokens.of(training.tokens) if known is None else known
+        without = cls(kept, np.zeros(parts), np.ones(parts), 0.0, weights, tokens)
+        found = without.parts_of(held_out)
+        unlimited = replace(without, centre=found.mean(1), spread=np.maximum(found.std(1), _LEAST_SPREAD))
         return replace(unlimited, limit=float(np.quantile(unlimited.of(held_out), _QUANTILE, method="inverted_cdf")))
 
     def of(self, seen: Seen) -> FloatArray:
@@ -236,7 +237,7 @@ class Novelty:
         return found - self.limit
 
     def parts_of(self, seen: Seen) -> FloatArray:
-        """Distance, energy and share of new tokens, float64 (3, B); of an earlier version's score the first two.
+        """Distance, energy, shares of new tokens and of new pairs, float64 (4, B); of earlier scores the first ones.
 
         The distance is the mean of those to the nearest training rows, after all features are whitened by these, and
         scaled to length 1: training pulls states towards few directions, which tell only labels apart.
@@ -247,7 +248,8 @@ class Novelty:
             return np.stack([neighbour_distance(own, self.features, self.neighbours), seen.energy])
         whiten, reference = self._whitened
         distance = neighbour_distance(whiten(seen.features), reference, self.neighbours)
-        return np.stack([distance, seen.energy, _new_tokens(seen.tokens, self.known)])
+        parts = [distance, seen.energy, self.known.new_tokens(seen.tokens)]
+        return np.stack(parts if self.known.pairs is None else [*parts, self.known.new_pairs(seen.tokens)])
 
     @cached_property
     def _whitened(self) -> tuple[Whitening, FloatArray]:
@@ -262,14 +264,16 @@ class Novelty:
 
     def save(self, path: Path) -> None:
         """Write the reference; raises CheckpointError where the disk refuses."""
-        assert self.known is not None  # what an earlier version stored is only read
+        assert self.known is not None
+        assert self.known.pairs is not None
         tensors: dict[str, NDArray[Any]] = {
             "features": self.features,
             "centre": self.centre,
             "spread": self.spread,
             "limit": np.array([self.limit]),
             "how": np.array([self.neighbours, *self.shares]),
-            "known": self.known.astype(np.int32),
+            "known": self.known.tokens.astype(np.int32),
+            "pairs": self.known.pairs,
         }
         write_file(path, save(tensors, metadata={"format": str(_FORMAT), "weights_sha256": self.weights}))
 
@@ -282,27 +286,23 @@ class Novelty:
         """
         with fitted_file(path, "np", _FORMAT, "Remove it; it is made again when needed.") as (about, found):
             features, centre, spread, limit = (found[name] for name in ("features", "centre", "spread", "limit"))
-            known = found["known"].astype(np.int64) if int(about.get("format", "1")) > 2 else None
+            version = int(about.get("format", "1"))
+            known = None
+            if version > 2:
+                pairs = found["pairs"].astype(np.int64) if version > 3 else None
+                known = KnownTokens(found["known"].astype(np.int64), pairs)
             how = found.get("how", np.array([1.0, 1.0]))  # format 1: the nearest row, by the first view
             # the first formats have the distance's share alone
             shares = np.array([how[1], 1.0]) if known is None else how[1:]
-            parts = (2,) if known is None else (3,)
+            parts = (2 if known is None else 3 if known.pairs is None else 4,)
             wrong = any(each.shape != parts for each in (centre, spread, shares))
-            if features.ndim != 2 or limit.shape != (1,) or wrong or (known is not None and known.ndim != 1):
+            flat = known is None or (known.tokens.ndim == 1 and (known.pairs is None or known.pairs.ndim == 1))
+            if features.ndim != 2 or limit.shape != (1,) or wrong or not flat:
                 raise ValueError("its tensors have other shapes")
             if not all(np.isfinite(values).all() for values in found.values()):
                 raise ValueError("it holds numbers that are not finite")
             weights = about.get("weights_sha256", "")
             return cls(features, centre, spread, float(limit[0]), weights, known, int(how[0]), shares)
-
-
-def _new_tokens(rows: Sequence[Sequence[int]], known: NDArray[np.int64]) -> FloatArray:
-    """The share of each row's tokens that are not known, float64 (B,)."""
-    lengths = np.array([len(row) for row in rows])
-    new = ~np.isin(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]), known)
-    counts = np.bincount(np.repeat(np.arange(len(rows)), lengths), new, len(rows))
-    found: FloatArray = counts / np.maximum(lengths, 1)
-    return found
 
 
 def most_rows(width: int) -> int:
