@@ -95,5 +95,5 @@ def grouped_lora(x: Tensor, result: Tensor, mu: Tensor, weight_b: Tensor, draw: 
             "Repeat the batch along its first dimension, or draw one at a time with num_samples=1.",
         )
     a = (mu.t() + draw.transposed).to(mu.dtype)
-    hidden = x.reshape(a.shape[0], -1, x.shape[-1]) @ a
-    return result + (hidden @ weight_b.t()).view(result.shape) * scaling
+    hidden = (x.reshape(a.shape[0], -1, x.shape[-1]) @ a).flatten(0, 1)
+    return _add_product(result.reshape(-1, result.shape[-1]), hidden, weight_b, scaling).view(result.shape)
