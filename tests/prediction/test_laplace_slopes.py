@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from monteclora.prediction import laplace_slopes
 from monteclora.prediction.laplace import Laplace, attach
 from monteclora.prediction.laplace_slopes import moved_logits, slopes
 from monteclora.prediction.predictive import class_logits, drawn_logits
@@ -11,54 +13,85 @@ from tests.models import bert
 from tests.prediction.rows import padding, rows_of
 from tests.prediction.test_laplace_marginals import posterior_of
 
-NAMES = ("classifier.weight", "classifier.bias", "bert.encoder.layer.1.attention.self.query.weight")
+LINEAR = ("classifier.weight", "classifier.bias", "bert.encoder.layer.1.attention.self.query.weight")
+OTHERS = (*LINEAR, "bert.embeddings.LayerNorm.weight", "bert.embeddings.position_embeddings.weight")
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_draws_are_those_of_forward_mode_differentiation(rows):
+@pytest.mark.parametrize("names", [LINEAR, OTHERS], ids=["linear", "others"])
+@pytest.mark.parametrize("most", [25_000_000, 1])
+def test_draws_are_those_of_forward_mode_differentiation(names, most, monkeypatch):
+    monkeypatch.setattr(laplace_slopes, "_MOST_NUMBERS", most)
     model = bert().eval()
-    posterior = posterior_of(model, "kron", NAMES)
-    batch = padding()(rows_of([5, 9, 7][:rows]))
+    posterior = posterior_of(model, "diag", names)
+    batch = padding()(rows_of([5, 9, 7, 4]))
     parameters = dict(model.named_parameters())
-    point = {name: parameters[name].detach() for name in NAMES}
+    point = {name: parameters[name].detach() for name in names}
 
     def logits(weights):
         return torch.func.functional_call(model, weights, (), dict(batch)).logits
 
     expected = []
-    for number in range(4):
+    for number in range(3):
         direction = posterior.deviation(3, number)
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
-            value, slope = torch.func.jvp(logits, (point,), ({name: direction[name] for name in NAMES},))
+            value, slope = torch.func.jvp(logits, (point,), ({name: direction[name] for name in names},))
         expected.append(value + slope)
     attach(model, posterior)
-    found = drawn_logits(model, batch, Laplace(4, seed=3))
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    found = drawn_logits(model, batch, Laplace(3, seed=3))
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
     for number, each in enumerate(expected):
-        with Laplace(4, seed=3).draw(model, number), torch.no_grad():
-            torch.testing.assert_close(class_logits(model, batch), each, atol=1e-5, rtol=1e-5)
+        with Laplace(3, seed=3).draw(model, number), torch.no_grad():
+            torch.testing.assert_close(class_logits(model, batch), each, atol=1e-4, rtol=1e-5)
 
 
-def test_weights_without_a_part_in_the_logits_have_slopes_of_zero():
-    used, unused = torch.tensor([2.0, 3.0], requires_grad=True), torch.ones(4, requires_grad=True)
-    first, second = slopes(used.square(), [used, unused])
-    torch.testing.assert_close(first, torch.tensor([[4.0, 0.0], [0.0, 6.0]]))
-    torch.testing.assert_close(second, torch.zeros(2, 4))
+class Twice(nn.Module):
+    """Uses a layer twice, and a weight of one outside of it where that is asked for."""
+
+    def __init__(self, outside):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.unused = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+        self.outside = outside
+
+    def forward(self, x):
+        found = self.body(self.body(x).tanh())
+        return self.head(found.tanh()) + (self.head.weight.sum() * x.sum(-1, keepdim=True) if self.outside else 0)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_slopes_are_those_of_each_row_however_the_weights_are_used(outside):
+    model, x = Twice(outside), torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    weights = dict(model.named_parameters())
+    passes = []
+
+    def logits_of(some):
+        passes.append(len(x[some]))
+        return model(x[some])
+
+    parts = list(slopes(model, weights, logits_of, 5))
+    assert passes == ([1, 1, 1, 1, 1, 1] if outside else [1, 4])  # the first row, a second time alone, ...
+    logits = torch.cat([each for each, _ in parts])
+    torch.testing.assert_close(logits, model(x).detach())
+    expected = torch.func.jacrev(lambda given: torch.func.functional_call(model, given, (x,)))(weights)
+    for name in weights:
+        torch.testing.assert_close(torch.cat([found[name] for _, found in parts]), expected[name].detach())
 
 
 def test_reduced_precision_moves_them_little_and_casts_are_not_kept():
-    point = {"w": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}
-    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-    moves = [{"w": torch.full((3, 16), 0.1)}, {"w": torch.zeros(3, 16, dtype=torch.float64)}]
+    model, x = nn.Linear(16, 3), torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    weights = {"weight": torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()}
+    moves = [{"weight": torch.full((3, 16), 0.1)}, {"weight": torch.zeros(3, 16, dtype=torch.float64)}]
 
-    def logits_of(weights, row):
-        return torch.nn.functional.linear(x[row], weights["w"])
+    def logits_of(some):
+        return torch.func.functional_call(model, weights, (x[some],))
 
-    expected = torch.stack([x @ (point["w"] + move["w"].float()).T for move in moves])
-    torch.testing.assert_close(moved_logits(logits_of, point, moves, 5), expected)
+    with torch.no_grad():
+        expected = torch.stack([x @ (weights["weight"] + move["weight"].float()).T + model.bias for move in moves])
+    torch.testing.assert_close(moved_logits(model, weights, logits_of, moves, 5), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = moved_logits(logits_of, point, moves, 5)
+        found = moved_logits(model, weights, logits_of, moves, 5)
         assert torch.is_autocast_cache_enabled()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
-    assert not point["w"].requires_grad
+    assert weights["weight"].grad is None

@@ -240,21 +240,20 @@ def _linearised(
 ) -> SequenceClassifierOutput:
     """f + J dw of rows that are given as often as there are deviations, (S B, C)."""
     parameters = dict(model.named_parameters())
+    leaves = {name: parameters[name].detach().requires_grad_() for name in deviations[0]}
     given = max(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
     plain = _Plain(model)
 
-    def logits_of(weights: Mapping[str, Tensor], row: int) -> Tensor:
-        def of_row(value: Any) -> Any:
-            many = isinstance(value, Tensor) and value.dim() and value.shape[0] == given
-            return value[row : row + 1] if many else value
+    def logits_of(rows: slice) -> Tensor:
+        def part(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == given else value
 
-        named = {f"model.{name}": value for name, value in weights.items()}
-        some = {name: of_row(value) for name, value in kwargs.items()}
-        found: Tensor = torch.func.functional_call(plain, named, tuple(map(of_row, args)), some).logits
-        return found[0]
+        named = {f"model.{name}": leaf for name, leaf in leaves.items()}
+        some = {name: part(value) for name, value in kwargs.items()}
+        found: Tensor = torch.func.functional_call(plain, named, tuple(map(part, args)), some).logits
+        return found
 
-    point = {name: parameters[name] for name in deviations[0]}
-    found = moved_logits(logits_of, point, deviations, given // len(deviations))
+    found = moved_logits(model, leaves, logits_of, deviations, given // len(deviations))
     return SequenceClassifierOutput(logits=found.flatten(0, 1))
 
 

@@ -4,9 +4,8 @@ Under the linearised model (Immer et al. 2021, arXiv 2008.08216) the logits of a
 
     f(x; w) ~ N(f(x; w*), J(x) P^-1 J(x)^T)
 
-J is found once, in the eigenvectors of the Gauss-Newton matrix, where P is diagonal for every prior precision: C
-backward passes a row, however many precisions are compared. Draws of the weights would need passes of their own for
-each.
+J is found once, in the eigenvectors of the Gauss-Newton matrix, where P is diagonal for every prior precision, however
+many precisions are compared.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from monteclora.system.progress import Progress
 
 __all__ = ["LogitMoments", "logit_moments"]
 
-_MOST_JACOBIAN_NUMBERS = 25_000_000  # of several rows together, 100 MB
 _DRAWS = 256  # of each row's logits: the error of a mean probability is below 0.03
 
 
@@ -68,7 +66,7 @@ def logit_moments(
     *,
     progress: Progress | None = None,
 ) -> LogitMoments:
-    """The moments of rows' logits, one row at a time; the posterior's own prior precision is not used.
+    """The moments of rows' logits; the posterior's own prior precision is not used.
 
     Args:
         model: a classifier at the weights of the posterior; requires_grad and modes are as before afterwards.
@@ -80,31 +78,28 @@ def logit_moments(
     """
     parameters = dict(model.named_parameters())
     weights = {name: parameters[name] for name in posterior.shapes}
-    count = sum(weight.numel() for weight in weights.values())
+    unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
     means: list[Tensor] = []
     covariances = []
-    together: list[tuple[Tensor, ...]] = []  # the slopes of the last rows
+
+    def logits_of(some: slice) -> Tensor:
+        return class_logits(model, to_device(collate(unlabelled[some]), model))
+
     with evaluating(model), torch.enable_grad():
         before = [weight.requires_grad for weight in weights.values()]
         for weight in weights.values():
             weight.requires_grad_(True)
         try:
-            for number, row in enumerate(rows, start=1):
-                batch = {name: value for name, value in to_device(collate([row]), model).items() if name != "labels"}
-                (logits,) = class_logits(model, batch)
-                means.append(logits.detach().double().cpu())
-                together.append(tuple(each.cpu() for each in slopes(logits, list(weights.values()))))
-                if number == len(rows) or (len(together) + 1) * len(logits) * count > _MOST_JACOBIAN_NUMBERS:
-                    stacked = (torch.stack(each) for each in zip(*together, strict=True))
-                    jacobian = dict(zip(weights, stacked, strict=True))
-                    covariances.append(_covariance(posterior, jacobian, precisions))
-                    together = []
+            for logits, found in slopes(model, weights, logits_of, len(rows)):
+                means.append(logits.double().cpu())
+                jacobian = {name: each.cpu() for name, each in found.items()}
+                covariances.append(_covariance(posterior, jacobian, precisions))
                 if progress is not None:
-                    progress(1)
+                    progress(len(logits))
         finally:
             for weight, required in zip(weights.values(), before, strict=True):
                 weight.requires_grad_(required)
-    return LogitMoments(torch.stack(means), torch.cat(covariances, 1))
+    return LogitMoments(torch.cat(means), torch.cat(covariances, 1))
 
 
 def _covariance(posterior: LaplacePosterior, jacobian: Mapping[str, Tensor], precisions: Sequence[float]) -> Tensor:

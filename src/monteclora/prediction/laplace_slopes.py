@@ -1,57 +1,174 @@
 """A classifier as a linear function of its weights: the logits of rows, and their slopes in the weights.
 
-Rows go through the model one at a time, so that a backward pass for each class gives the slopes of that row alone; with
-them every draw of the weights costs a product, however many draws there are.
+With the slopes, every draw of the weights costs a product, however many draws there are. Where all weights belong to
+linear layers, a forward pass of many rows and a backward pass for each class give the slopes of each row: of a layer's
+weight, the products of what came in and the slopes of what came out (Goodfellow 2015, arXiv 1510.01799). Otherwise rows
+go through the model one at a time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["moved_logits", "slopes"]
+__all__ = ["LogitsOf", "moved_logits", "slopes"]
+
+LogitsOf = Callable[[slice], Tensor]
+"""Logits of some rows, (B, C), from a pass with gradients."""
+
+_MOST_NUMBERS = 25_000_000  # slopes in memory at once, 100 MB
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the size of a sum of slopes; of half precision
+_HALF_PRECISION = 5e-2
 
 
-def slopes(logits: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of a row's logits, (C,), in each weight: (C, *shape), float32; zeros where a weight has no part in them."""
-    rows = [torch.autograd.grad(logit, weights, retain_graph=True, allow_unused=True) for logit in logits]
-    columns = zip(weights, zip(*rows, strict=True), strict=True)
-    return tuple(
-        torch.stack([torch.zeros_like(weight) if slope is None else slope for slope in each]).float()
-        for weight, each in columns
-    )
+def slopes(
+    model: nn.Module, weights: Mapping[str, Tensor], logits_of: LogitsOf, rows: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Logits, (B, C), and their slopes in each weight, (B, C, *shape), of a few rows after another.
+
+    Both are float32 and without a gradient.
+
+    Args:
+        model: that ``logits_of`` runs; no other thread does in the meantime.
+        weights: leaves with a gradient that it runs with, by the names of its parameters.
+        logits_of: logits of some of the rows.
+        rows: how many there are.
+    """
+    layers = _linear_layers(model, weights)
+    count = sum(weight.numel() for weight in weights.values())
+    first, size = 0, 1  # how many classes there are is seen of the first row
+    while first < rows:
+        some = slice(first, min(first + size, rows))
+        found = None if layers is None else _of_many(layers, weights, logits_of, some)
+        if found is None:
+            layers = None
+            found = _one_by_one(weights, logits_of, some)
+        yield found
+        first, size = some.stop, max(1, _MOST_NUMBERS // (count * found[0].shape[1]))
 
 
 def moved_logits(
-    logits_of: Callable[[Mapping[str, Tensor], int], Tensor],
-    point: Mapping[str, Tensor],
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    logits_of: LogitsOf,
     deviations: Sequence[Mapping[str, Tensor]],
     rows: int,
 ) -> Tensor:
-    """f + J (w - point) of every row for every w, float32, (S, B, C).
+    """f + J (w - w*) of every row for every w, float32, (S, B, C).
 
     Args:
-        logits_of: weights by name and the number of a row to its logits, (C,).
-        point: the weights around which f is linearised.
-        deviations: w - point of each w, by name; their dtype and device may be others than the point's.
-        rows: B.
+        model, logits_of, rows: see :func:`slopes`.
+        weights: w*, around which f is linearised: leaves with a gradient that ``logits_of`` runs with.
+        deviations: w - w* of each w, by name; their dtype and device may be others than the weights'.
     """
-    leaves = {name: weight.detach().requires_grad_() for name, weight in point.items()}
-    moves = [
-        torch.stack([each[name].flatten() for each in deviations]).to(weight.device, torch.float32)
-        for name, weight in leaves.items()
-    ]
+    moves = {
+        name: torch.stack([each[name].flatten() for each in deviations]).to(weight.device, torch.float32)
+        for name, weight in weights.items()
+    }
     found = []
     with torch.enable_grad(), _uncached_casts():
-        for row in range(rows):
-            logits = logits_of(leaves, row)
-            each = slopes(logits, list(leaves.values()))
-            change = sum(move @ slope.flatten(1).T for move, slope in zip(moves, each, strict=True))
-            found.append(logits.detach().float() + change)
-    return torch.stack(found, 1)
+        for logits, by_name in slopes(model, weights, logits_of, rows):
+            change = sum(by_name[name].flatten(2) @ move.T for name, move in moves.items())
+            assert isinstance(change, Tensor)
+            found.append((logits.unsqueeze(-1) + change).permute(2, 0, 1))
+    return torch.cat(found, 1)
+
+
+class _Call(NamedTuple):
+    """What came into a layer and out of it, (B, ..., n) and (B, ..., m)."""
+
+    layer: nn.Module
+    given: Tensor
+    output: Tensor
+
+
+def _linear_layers(model: nn.Module, names: Mapping[str, Tensor]) -> dict[nn.Module, dict[str, str]] | None:
+    """The layers with these parameters, and the names of theirs; None where one is no linear layer's."""
+    found: dict[nn.Module, dict[str, str]] = {}
+    for name in names:
+        of_layer, _, own = name.rpartition(".")
+        layer = model.get_submodule(of_layer)
+        if not isinstance(layer, nn.Linear):
+            return None
+        found.setdefault(layer, {})[own] = name
+    return found
+
+
+@contextmanager
+def _watched(layers: Mapping[nn.Module, object]) -> Iterator[list[_Call]]:
+    """The calls of these layers in the block, by this thread."""
+    calls: list[_Call] = []
+    thread = threading.get_ident()
+
+    def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if threading.get_ident() == thread:
+            calls.append(_Call(layer, args[0].detach(), output))
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_many(
+    layers: Mapping[nn.Module, Mapping[str, str]], weights: Mapping[str, Tensor], logits_of: LogitsOf, some: slice
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Logits and slopes of rows from passes that they share; None where the layers' calls do not explain them."""
+    with _watched(layers) as calls:
+        logits = logits_of(some)
+    rows, classes = logits.shape
+    if any(call.given.shape[0] != rows or call.output.shape[0] != rows for call in calls):
+        return None
+    found = {name: weight.new_zeros(rows, classes, *weight.shape).float() for name, weight in weights.items()}
+    for number in range(classes):
+        wanted = [*(call.output for call in calls), *weights.values()]
+        last = number == classes - 1
+        grads = torch.autograd.grad(logits[:, number].sum(), wanted, retain_graph=not last, allow_unused=True)
+        for call, grad in zip(calls, grads, strict=False):
+            if grad is None:
+                continue
+            out = grad.reshape(rows, -1, grad.shape[-1]).float()
+            for own, name in layers[call.layer].items():
+                if own == "bias":
+                    found[name][:, number] += out.sum(1)
+                else:
+                    found[name][:, number] += out.mT @ call.given.reshape(rows, -1, call.given.shape[-1]).float()
+        for (name, weight), total in zip(weights.items(), grads[len(calls) :], strict=True):
+            if not _agree(total, found[name][:, number].sum(0), weight, [call.output for call in calls]):
+                return None
+    return logits.detach().float(), found
+
+
+def _agree(total: Tensor | None, found: Tensor, weight: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether the slopes of rows add up to the slope of their sum: a layer's weight may be used outside of it."""
+    expected = torch.zeros_like(weight) if total is None else total
+    dtypes = {weight.dtype, *(output.dtype for output in outputs)}
+    tolerance = max(_TOLERANCE.get(dtype, _HALF_PRECISION) for dtype in dtypes)
+    return bool((expected.float() - found).norm() <= tolerance * expected.float().norm() + 1e-12)
+
+
+def _one_by_one(weights: Mapping[str, Tensor], logits_of: LogitsOf, some: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and slopes of rows, each from passes of its own."""
+    logits, found = [], []
+    for row in range(some.start, some.stop):
+        (of_row,) = logits_of(slice(row, row + 1))
+        logits.append(of_row.detach().float())
+        grads = [torch.autograd.grad(o, list(weights.values()), retain_graph=True, allow_unused=True) for o in of_row]
+        found.append(
+            [
+                torch.stack([torch.zeros_like(weight) if grad is None else grad for grad in of_weight]).float()
+                for weight, of_weight in zip(weights.values(), zip(*grads, strict=True), strict=True)
+            ]
+        )
+    by_weight = zip(weights, zip(*found, strict=True), strict=True)
+    return torch.stack(logits), {name: torch.stack(of_rows) for name, of_rows in by_weight}
 
 
 @contextmanager
