@@ -70,7 +70,7 @@ def test_slopes_are_those_of_each_row_however_the_weights_are_used(outside):
         return model(x[some])
 
     parts = list(slopes(model, weights, logits_of, 5))
-    assert passes == ([1, 1, 1, 1, 1, 1] if outside else [1, 4])  # the first row, a second time alone, ...
+    assert passes == ([1, 1, 1, 1, 1, 1] if outside else [1, 4])  # nothing of the first row is right
     logits = torch.cat([each for each, _ in parts])
     torch.testing.assert_close(logits, model(x).detach())
     expected = torch.func.jacrev(lambda given: torch.func.functional_call(model, given, (x,)))(weights)
