@@ -66,16 +66,17 @@ def moved_logits(
         weights: w*, around which f is linearised: leaves with a gradient that ``logits_of`` runs with.
         deviations: w - w* of each w, by name; their dtype and device may be others than the weights'.
     """
-    moves = {
-        name: torch.stack([each[name].flatten() for each in deviations]).to(weight.device, torch.float32)
-        for name, weight in weights.items()
-    }
+    moves = [
+        {name: each[name].flatten().to(weight.device, torch.float32) for name, weight in weights.items()}
+        for each in deviations
+    ]
     found = []
     with torch.enable_grad(), _uncached_casts():
         for logits, by_name in slopes(model, weights, logits_of, rows):
-            change = sum(by_name[name].flatten(2) @ move.T for name, move in moves.items())
-            assert isinstance(change, Tensor)
-            found.append((logits.unsqueeze(-1) + change).permute(2, 0, 1))
+            flat = {name: each.flatten(2) for name, each in by_name.items()}
+            # draw by draw: to the last bit, one is the same however many there are
+            drawn = [sum((flat[name] @ part for name, part in move.items()), logits) for move in moves]
+            found.append(torch.stack(drawn))
     return torch.cat(found, 1)
 
 
