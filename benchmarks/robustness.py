@@ -2,8 +2,8 @@
 
     python benchmarks/robustness.py
 
-A dot a run, a line through the means over seeds, a panel for each share of wrong labels; and, dashed, what runs reach
-that found their rate themselves.
+A dot a run, a line through the means over seeds, a panel for each share of wrong labels and batch size; and, dashed,
+what runs reach that found their rate themselves. Full fine-tuning stands at ten times its rate.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ from typing import Any
 
 import matplotlib
 import pyarrow.parquet as pq
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from monteclora.system.atomic import write_file
 
 DOCS = Path(__file__).parent.parent / "docs"
-STUDY, NO_SWEEP = (DOCS / "results" / name / "results.parquet" for name in ("helpdesk", "no-sweep-helpdesk"))
+STUDY, NO_SWEEP = (
+    DOCS / "results" / name / "results.parquet" for name in ("helpdesk-six-methods", "no-sweep-helpdesk")
+)
 PICTURE = DOCS / "assets" / "robustness.svg"
-BATCH_SIZE = 32  # complete for every rate and seed
-ARMS = {"LoRA": ("#c84e00", "o"), "MonteCLoRA": ("#1f86c8", "s")}
+ARMS = {
+    "LoRA": ("#c84e00", "o", 1),
+    "MonteCLoRA": ("#1f86c8", "s", 1),
+    "Full": ("#7d5fb2", "D", 10),
+    "DoRA": ("#2f9e44", "^", 1),
+    "AdaLoRA": ("#b8860b", "v", 1),
+    "peft's MonteCLoRA": ("#d6408f", "x", 1),
+}
 _INK = "#7a7a7a"  # readable on white and on black
 
 Rows = Sequence[Mapping[str, Any]]
@@ -37,34 +46,44 @@ def picture(study: Rows, no_sweep: Rows) -> bytes:
     for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"):
         matplotlib.rcParams[part] = _INK
     rows, no_sweep = _read(study), _read(no_sweep)
-    rows = [row for row in rows if row["training.batch_size"] == BATCH_SIZE]
-    noises = sorted({row["data.label_noise"] for row in rows})
-    figure = Figure(figsize=(8.5, 3.3), layout="constrained")
+    noises, sizes = (sorted({row[key] for row in rows}) for key in ("data.label_noise", "training.batch_size"))
+    figure = Figure(figsize=(8.5, 0.8 + 2.5 * len(sizes)), layout="constrained")
     figure.patch.set_visible(False)
-    for axes, noise in zip(figure.subplots(1, len(noises), sharey=True, squeeze=False)[0], noises, strict=True):
-        axes.patch.set_visible(False)
-        for number, (arm, (colour, marker)) in enumerate(ARMS.items()):
-            mine = [row for row in rows if row["arm"] == arm and row["data.label_noise"] == noise]
-            rates = sorted({row["training.learning_rate"] for row in mine})
-            shift = 1.06 ** (2 * number - 1)  # side by side on the logarithmic scale
-            means = [mean(row["accuracy"] for row in mine if row["training.learning_rate"] == r) for r in rates]
-            axes.plot([rate * shift for rate in rates], means, color=colour, linewidth=1.2, label=arm)
-            places = [row["training.learning_rate"] * shift for row in mine]
-            axes.scatter(places, [row["accuracy"] for row in mine], s=16, color=colour, marker=marker, alpha=0.7)
-            found = [
-                row["accuracy"] for row in no_sweep if row["arm"] == f"{arm}, auto" and row["data.label_noise"] == noise
-            ]
-            if found:
-                axes.axhline(mean(found), color=colour, linewidth=1, linestyle=(0, (4, 3)), label=f"{arm}, no sweep")
-        axes.set(xscale="log", xlabel="learning rate", ylim=(0, 0.8))
-        axes.set_title("all labels right" if noise == 0 else f"{noise:.0%} of the labels wrong", loc="left")
-        axes.grid(axis="y", alpha=0.3, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("accuracy, 300 test messages")
-    figure.axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 0.12), labelcolor="linecolor")
+    grid = figure.subplots(len(sizes), len(noises), sharex=True, sharey=True, squeeze=False)
+    for panels, size in zip(grid, sizes, strict=True):
+        for axes, noise in zip(panels, noises, strict=True):
+            here = [row for row in rows if (row["data.label_noise"], row["training.batch_size"]) == (noise, size)]
+            _panel(axes, here, [row for row in no_sweep if row["data.label_noise"] == noise])
+            labels = "all labels right" if noise == 0 else f"{noise:.0%} of the labels wrong"
+            axes.set_title(f"{labels}, batch size {size}", loc="left", fontsize=10)
+        panels[0].set_ylabel("accuracy")
+    for axes in grid[-1]:
+        axes.set_xlabel("learning rate (full fine-tuning: a tenth of it)")
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, frameon=False, loc="outside lower center", ncols=4, labelcolor="linecolor", fontsize=9
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def _panel(axes: Axes, rows: Rows, no_sweep: Rows) -> None:
+    axes.patch.set_visible(False)
+    for number, (arm, (colour, marker, times)) in enumerate(ARMS.items()):
+        mine = [row for row in rows if row["arm"] == arm]
+        rates = sorted({row["training.learning_rate"] for row in mine})
+        shift = 1.04 ** (number - (len(ARMS) - 1) / 2) * times  # side by side on the logarithmic scale
+        means = [mean(row["accuracy"] for row in mine if row["training.learning_rate"] == rate) for rate in rates]
+        axes.plot([rate * shift for rate in rates], means, color=colour, linewidth=1.2, label=arm)
+        places = [row["training.learning_rate"] * shift for row in mine]
+        axes.scatter(places, [row["accuracy"] for row in mine], s=14, color=colour, marker=marker, alpha=0.7)
+        found = [row["accuracy"] for row in no_sweep if row["arm"] == f"{arm}, auto"]
+        if found:
+            axes.axhline(mean(found), color=colour, linewidth=1, linestyle=(0, (4, 3)), label=f"{arm}, no sweep")
+    axes.set(xscale="log", ylim=(0, 0.8))
+    axes.grid(axis="y", alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _read(rows: Rows) -> Rows:
