@@ -107,7 +107,7 @@ def _watched(layers: Mapping[nn.Module, object]) -> Iterator[list[_Call]]:
     thread = threading.get_ident()
 
     def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if threading.get_ident() == thread:
+        if threading.get_ident() == thread and output.requires_grad:  # else it is a constant, such as DoRA's norm
             calls.append(_Call(layer, args[0].detach(), output))
 
     handles = [layer.register_forward_hook(record) for layer in layers]
