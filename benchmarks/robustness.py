@@ -47,15 +47,15 @@ def picture(study: Rows, no_sweep: Rows) -> bytes:
         matplotlib.rcParams[part] = _INK
     rows, no_sweep = _read(study), _read(no_sweep)
     noises, sizes = (sorted({row[key] for row in rows}) for key in ("data.label_noise", "training.batch_size"))
-    figure = Figure(figsize=(8.5, 0.8 + 2.5 * len(sizes)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.0 + 2.7 * len(noises)), layout="constrained")
     figure.patch.set_visible(False)
-    grid = figure.subplots(len(sizes), len(noises), sharex=True, sharey=True, squeeze=False)
-    for panels, size in zip(grid, sizes, strict=True):
-        for axes, noise in zip(panels, noises, strict=True):
+    grid = figure.subplots(len(noises), len(sizes), sharex=True, sharey=True, squeeze=False)
+    for panels, noise in zip(grid, noises, strict=True):
+        for axes, size in zip(panels, sizes, strict=True):
             here = [row for row in rows if (row["data.label_noise"], row["training.batch_size"]) == (noise, size)]
             _panel(axes, here, [row for row in no_sweep if row["data.label_noise"] == noise])
             labels = "all labels right" if noise == 0 else f"{noise:.0%} of the labels wrong"
-            axes.set_title(f"{labels}, batch size {size}", loc="left", fontsize=10)
+            axes.set_title(f"batch size {size}, {labels}", loc="left", fontsize=10)
         panels[0].set_ylabel("accuracy")
     for axes in grid[-1]:
         axes.set_xlabel("learning rate (full fine-tuning: a tenth of it)")
