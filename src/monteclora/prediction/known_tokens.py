@@ -36,7 +36,7 @@ class KnownTokens:
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[int]]) -> KnownTokens:
-        """Of rows of token ids, in bounded memory."""
+        """Of rows of token ids, in bounded memory: pairs that are rare so far may be dropped and counted anew."""
         tokens, pairs, counts = (np.empty(0, dtype=np.int64) for _ in range(3))
         for some in _chunks(rows):
             ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in some])

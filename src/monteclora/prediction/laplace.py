@@ -30,6 +30,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from monteclora.adapters.rows import batch_tensor
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.prediction.fitted_file import fitted_file
 from monteclora.prediction.laplace_slopes import moved_logits
@@ -241,7 +242,9 @@ def _linearised(
     """f + J dw of rows that are given as often as there are deviations, (S B, C)."""
     parameters = dict(model.named_parameters())
     leaves = {name: parameters[name].detach().requires_grad_() for name in deviations[0]}
-    given = max(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+    batch = batch_tensor(args, kwargs)
+    assert batch is not None
+    given = batch.shape[0]
     plain = _Plain(model)
 
     def logits_of(rows: slice) -> Tensor:

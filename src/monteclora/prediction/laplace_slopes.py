@@ -128,6 +128,7 @@ def _of_many(
     if any(call.given.shape[0] != rows or call.output.shape[0] != rows for call in calls):
         return None
     found = {name: weight.new_zeros(rows, classes, *weight.shape).float() for name, weight in weights.items()}
+    agreements = []  # looked at once: a device need not wait for each
     for number in range(classes):
         wanted = [*(call.output for call in calls), *weights.values()]
         last = number == classes - 1
@@ -142,17 +143,21 @@ def _of_many(
                 else:
                     found[name][:, number] += out.mT @ call.given.reshape(rows, -1, call.given.shape[-1]).float()
         for (name, weight), total in zip(weights.items(), grads[len(calls) :], strict=True):
-            if not _agree(total, found[name][:, number].sum(0), weight, [call.output for call in calls]):
-                return None
-    return logits.detach().float(), found
+            agreed = _agree(total, found[name][:, number], weight, [call.output for call in calls])
+            agreements.append(agreed.to(logits.device))
+    return (logits.detach().float(), found) if bool(torch.stack(agreements).all()) else None
 
 
-def _agree(total: Tensor | None, found: Tensor, weight: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether the slopes of rows add up to the slope of their sum: a layer's weight may be used outside of it."""
+def _agree(total: Tensor | None, found: Tensor, weight: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """Whether the slopes of rows, (B, *shape), add up to their sum's slope, but for rounding of a row's size.
+
+    A layer's weight may be used outside of it. A single row, the first, shows that whatever others cancel.
+    """
     expected = torch.zeros_like(weight) if total is None else total
     dtypes = {weight.dtype, *(output.dtype for output in outputs)}
     tolerance = max(_TOLERANCE.get(dtype, _HALF_PRECISION) for dtype in dtypes)
-    return bool((expected.float() - found).norm() <= tolerance * expected.float().norm() + 1e-12)
+    size = found.flatten(1).norm(dim=1).sum()
+    return (expected.float() - found.sum(0)).norm() <= tolerance * size + 1e-12
 
 
 def _one_by_one(weights: Mapping[str, Tensor], logits_of: LogitsOf, some: slice) -> tuple[Tensor, dict[str, Tensor]]:
