@@ -246,17 +246,17 @@ def test_gradients_of_the_closed_forms():
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
-def test_the_norms_slope_in_closed_form_is_autograds(size, law, dtype, tolerance):
+def test_the_norms_gradient_in_closed_form_is_autograds(size, law, dtype, tolerance):
     generator = torch.Generator().manual_seed(size)
     eta = (2.0 * torch.randn(50, size, dtype=torch.float64, generator=generator)).to(dtype).requires_grad_()
     raw = dirichlet.raw(eta, law, generator)
-    log_norm, slope = dirichlet.log_norm_with_slope(eta, raw)
+    log_norm, gradient = dirichlet.log_norm_with_gradient(eta, raw)
     expected = dirichlet.log_norm(eta, raw)
     (autograds,) = torch.autograd.grad(expected.sum(), eta)
     assert not log_norm.requires_grad
     assert torch.equal(log_norm, expected.detach())
-    assert slope.shape == eta.shape
-    torch.testing.assert_close(slope, autograds, rtol=100 * tolerance, atol=tolerance)
+    assert gradient.shape == eta.shape
+    torch.testing.assert_close(gradient, autograds, rtol=100 * tolerance, atol=tolerance)
 
 
 def test_gradients_of_the_laplace_draws():

@@ -15,7 +15,7 @@ from monteclora.posterior.torch_private import (
     parameters_of,
     parts_of,
     standard_gamma,
-    standard_gamma_slope,
+    standard_gamma_derivative,
     versions,
 )
 
@@ -30,7 +30,7 @@ def test_gamma_draws_follow_their_generator_and_have_their_moments() -> None:
     assert abs(draws[0].var() - 2.5) < 5 * ((6 * 2.5 + 2 * 2.5**2) / 200_000) ** 0.5
 
 
-def test_the_slope_is_that_of_the_inverse_distribution_function() -> None:
+def test_the_derivative_is_that_of_the_inverse_distribution_function() -> None:
     shape = torch.tensor([0.7, 1.0, 3.0], dtype=torch.float64)
     draw = torch.tensor([0.4, 1.5, 2.0], dtype=torch.float64)
     step = 1e-6
@@ -38,7 +38,7 @@ def test_the_slope_is_that_of_the_inverse_distribution_function() -> None:
     density = torch.distributions.Gamma(shape, 1.0).log_prob(draw).exp()
     # F(x(a), a) is constant, so dx/da = -(dF/da) / f(x); torch approximates it to some 1e-4
     expected = -(above - below) / (2 * step) / density
-    torch.testing.assert_close(standard_gamma_slope(shape, draw), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(standard_gamma_derivative(shape, draw), expected, rtol=1e-3, atol=0)
 
 
 def test_each_tensor_gets_its_own_summand() -> None:

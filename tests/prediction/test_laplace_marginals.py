@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from monteclora.prediction import laplace_slopes
+from monteclora.prediction import laplace_jacobians
 from monteclora.prediction.laplace import LaplacePosterior
 from monteclora.prediction.laplace_marginals import LogitMoments, logit_moments
 from monteclora.prediction.predictive import class_logits
@@ -41,8 +41,8 @@ def root_of(posterior, name):
 @pytest.mark.parametrize("structure", ["kron", "diag"])
 @pytest.mark.parametrize("most", [25_000_000, 1])
 def test_they_are_the_moments_of_the_linearised_draws(structure, most, monkeypatch):
-    """All rows' slopes together or one row's at a time, and weights that a logit does not depend on."""
-    monkeypatch.setattr(laplace_slopes, "_MOST_NUMBERS", most)
+    """All rows' Jacobians together or one row's at a time, and weights that a logit does not depend on."""
+    monkeypatch.setattr(laplace_jacobians, "_MOST_NUMBERS", most)
     model = bert().eval()
     names = ("classifier.weight", "classifier.bias", "bert.encoder.layer.1.attention.self.query.weight")
     assert set(names) <= {name for name, _ in model.named_parameters()}
@@ -56,12 +56,12 @@ def test_they_are_the_moments_of_the_linearised_draws(structure, most, monkeypat
     for n, row in enumerate(rows):
         logits = class_logits(model, padding()([row]))[0]
         torch.testing.assert_close(logits.detach().double(), found.mean[n], atol=1e-6, rtol=1e-5)
-        slopes = [torch.autograd.grad(logit, weights, retain_graph=True) for logit in logits]
+        gradients = [torch.autograd.grad(logit, weights, retain_graph=True) for logit in logits]
         for place, precision in enumerate(PRECISIONS):
             at = dataclasses.replace(posterior, prior_precision=precision)
             expected = 0.0
             for number, name in enumerate(posterior.shapes):
-                moved = torch.stack([s[number].flatten() for s in slopes]).double() @ root_of(at, name)
+                moved = torch.stack([s[number].flatten() for s in gradients]).double() @ root_of(at, name)
                 expected = expected + moved @ moved.T
             torch.testing.assert_close(found.covariance[place, n], expected, atol=1e-6, rtol=1e-4)
 

@@ -246,10 +246,10 @@ def test_a_draw_is_the_model_linearised_at_its_weights():
                 parameter.add_(step * deviation[name])
         return changed(**batch).logits
 
-    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    change = (moved(1e-2) - moved(-1e-2)) / 2e-2
     with torch.no_grad():
         for each in (model, copy.deepcopy(model)):
             with Laplace(2).draw(each, 1):
                 drawn = each(**batch).logits
-            torch.testing.assert_close(drawn, each(**batch).logits + slope, atol=1e-3, rtol=1e-3)
-    assert float((moved(1.0) - moved(0.0) - slope).abs().max()) > 1e-2  # and is not the model with the drawn weights
+            torch.testing.assert_close(drawn, each(**batch).logits + change, atol=1e-3, rtol=1e-3)
+    assert float((moved(1.0) - moved(0.0) - change).abs().max()) > 1e-2  # and is not the model with the drawn weights

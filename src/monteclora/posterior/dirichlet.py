@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monteclora.posterior.settings import Approximation
-from monteclora.posterior.torch_private import standard_gamma, standard_gamma_slope
+from monteclora.posterior.torch_private import standard_gamma, standard_gamma_derivative
 
 __all__ = [
     "Raw",
     "kl_divergence",
     "log_norm",
-    "log_norm_with_slope",
+    "log_norm_with_gradient",
     "log_weights",
     "mean_squared_norm",
     "raw",
@@ -59,7 +59,7 @@ def raw(eta: Tensor, approximation: Approximation = "exact", generator: torch.Ge
     shape = eta.exp() + 1.0
     gamma = standard_gamma(shape, generator)
     exponential = torch.empty_like(shape).exponential_(generator=generator)
-    return Raw(gamma, standard_gamma_slope(shape, gamma), exponential)
+    return Raw(gamma, standard_gamma_derivative(shape, gamma), exponential)
 
 
 def _laplace_variance(inverse: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ def _laplace_variance(inverse: Tensor) -> Tensor:
 def _logits(eta: Tensor, draw: Raw) -> Tensor:
     """Unnormalised log weights, shape (..., N), differentiable in ``eta``."""
     if eta.shape[-1] == 1:
-        # one component has weight 1 whatever its logit; Laplace's variance is 0 there, where its root has no slope
+        # one component has weight 1 whatever its logit; Laplace's variance is 0 there, where its root has no derivative
         return eta
     alpha = eta.exp()
     if draw.gamma_grad is None or draw.exponential is None:
         return eta - eta.mean(-1, keepdim=True) + _laplace_variance(1.0 / alpha).sqrt() * draw.gamma
-    # the pathwise gradient: the value is the draw's, the slope its implicit derivative (docs/method.md section 7)
+    # pathwise: the value is the draw's, the gradient its implicit derivative (docs/method.md section 7)
     gamma = draw.gamma + draw.gamma_grad * (alpha - alpha.detach())
     return gamma.log() - draw.exponential / alpha
 
@@ -97,7 +97,7 @@ def log_norm(eta: Tensor, draw: Raw) -> Tensor:
 
 
 @torch.no_grad()
-def log_norm_with_slope(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
+def log_norm_with_gradient(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
     """:func:`log_norm` and its derivative in ``eta``, without a graph (docs/method.md sections 2 and 7).
 
     In a logit ``l_k`` the derivative is ``pi_k^2 / ||pi||^2 - pi_k``. Exact: ``l_k = log g_k - E_k / alpha_k``, so that
@@ -116,13 +116,13 @@ def log_norm_with_slope(eta: Tensor, draw: Raw) -> tuple[Tensor, Tensor]:
     if count == 1:
         return value, torch.zeros_like(eta)
     # in the logits, of which a common shift changes nothing: these sum to zero
-    slope = log_squares.softmax(-1) - log_pi.exp()
+    gradient = log_squares.softmax(-1) - log_pi.exp()
     if draw.gamma_grad is not None and draw.exponential is not None:
         alpha = eta.exp()
-        return value, slope * (alpha * draw.gamma_grad / draw.gamma + draw.exponential / alpha)
+        return value, gradient * (alpha * draw.gamma_grad / draw.gamma + draw.exponential / alpha)
     inverse = (-eta).exp()
-    half = 0.5 * slope * draw.gamma * _laplace_variance(inverse).rsqrt()
-    return value, slope - inverse * (half * (1.0 - 2.0 / count) + half.sum(-1, keepdim=True) / count**2)
+    half = 0.5 * gradient * draw.gamma * _laplace_variance(inverse).rsqrt()
+    return value, gradient - inverse * (half * (1.0 - 2.0 / count) + half.sum(-1, keepdim=True) / count**2)
 
 
 def _alpha(eta: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _alpha(eta: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """:func:`kl_divergence` with its slope in closed form (docs/method.md section 4), of eta, shape (..., N).
+    """:func:`kl_divergence` with its gradient in closed form (docs/method.md section 4), of eta, shape (..., N).
 
     With ``e_k = alpha_k - prior`` it is ``alpha_k (e_k trigamma(alpha_k) - sum_j e_j trigamma(alpha_0))`` in ``eta_k``.
     Most of its time goes into special functions, of which autograd would take two more for each component.
@@ -149,7 +149,7 @@ class _Divergence(torch.autograd.Function):
         constant = priors.sum(-1).lgamma() - priors.lgamma().sum(-1)
         log_mean = alpha.digamma() - total.digamma().unsqueeze(-1)
         divergence = normaliser - constant + ((alpha - prior) * log_mean).sum(-1)
-        # the clamp takes away rounding at alpha = prior, where the divergence and its slope are zero
+        # the clamp takes away rounding at alpha = prior, where the divergence and its gradient are zero
         return divergence.clamp_min_(0.0).to(eta.dtype)
 
     @staticmethod
@@ -158,8 +158,8 @@ class _Divergence(torch.autograd.Function):
         (eta,) = ctx.saved_tensors
         alpha, trigamma = _alpha(eta), torch.special.polygamma
         excess, total = alpha - ctx.prior, alpha.sum(-1)
-        slope = excess * trigamma(1, alpha) - (excess.sum(-1) * trigamma(1, total)).unsqueeze(-1)
-        return grad.unsqueeze(-1) * (slope * alpha).to(eta.dtype), None
+        gradient = excess * trigamma(1, alpha) - (excess.sum(-1) * trigamma(1, total)).unsqueeze(-1)
+        return grad.unsqueeze(-1) * (gradient * alpha).to(eta.dtype), None
 
 
 def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
@@ -178,7 +178,7 @@ def kl_divergence(eta: Tensor, prior: float = 1.0) -> Tensor:
 
 
 class _SquaredNorm(torch.autograd.Function):
-    """``S = E||pi||^2``, shape (...), of eta, shape (..., N) (docs/method.md section 3), with its slope in closed form.
+    """``S = E||pi||^2``, shape (...), of eta, shape (..., N) (docs/method.md section 3); gradient in closed form.
 
     ``d S / d eta_k = E[pi_k] (2 alpha_k + 1 - S (2 alpha_0 + 1)) / (alpha_0 + 1)``: on so few numbers autograd's graph
     of a dozen operations takes longer.
@@ -197,8 +197,8 @@ class _SquaredNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         alpha, weights, total, squared_norm = ctx.saved_tensors
         excess = 2.0 * alpha + 1.0 - (squared_norm * (2.0 * total + 1.0)).unsqueeze(-1)
-        slope: Tensor = (grad / (total + 1.0)).unsqueeze(-1) * weights * excess
-        return slope
+        gradient: Tensor = (grad / (total + 1.0)).unsqueeze(-1) * weights * excess
+        return gradient
 
 
 def mean_squared_norm(eta: Tensor) -> Tensor:

@@ -319,7 +319,7 @@ class AdapterPosterior(MovableModule):
             row_log_determinant, root = (ratio * torch.cat([t.diag().square() for t in factors])).log(), ratio.sqrt()
         weights = dirichlet.raw(eta, s.dirichlet, generator(noise.Kind.DIRICHLET))
         if differentiable:
-            log_norm, log_norm_grad = dirichlet.log_norm_with_slope(eta, weights)
+            log_norm, log_norm_grad = dirichlet.log_norm_with_gradient(eta, weights)
         else:
             log_norm, log_norm_grad = dirichlet.log_norm(eta, weights), None
         norm = (self.scale * log_norm.exp()).to(rho.dtype)

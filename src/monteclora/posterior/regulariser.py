@@ -40,7 +40,7 @@ class Regulariser(NamedTuple):
 
 
 class _RowDivergences(torch.autograd.Function):
-    """:func:`row_divergences` with its slope in closed form: two operations instead of the graph of twenty."""
+    """:func:`row_divergences` with its gradient in closed form: two operations instead of the graph of twenty."""
 
     @staticmethod
     def forward(

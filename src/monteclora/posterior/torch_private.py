@@ -21,7 +21,7 @@ __all__ = [
     "parameters_of",
     "parts_of",
     "standard_gamma",
-    "standard_gamma_slope",
+    "standard_gamma_derivative",
     "versions",
 ]
 
@@ -31,7 +31,7 @@ def standard_gamma(shape: Tensor, generator: torch.Generator | None = None) -> T
     return torch._standard_gamma(shape, generator=generator)
 
 
-def standard_gamma_slope(shape: Tensor, draw: Tensor) -> Tensor:
+def standard_gamma_derivative(shape: Tensor, draw: Tensor) -> Tensor:
     """The derivative of a draw with respect to its shape parameter at a fixed random number (implicit differentiation).
 
     ``torch.distributions`` computes it in its backward pass alone, where it is bound to the draw.

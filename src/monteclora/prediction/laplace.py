@@ -7,7 +7,7 @@ the posterior N(w*, P^-1), P = GGN + prior precision, draw s is a function of th
 
 which is the predictive that belongs to the generalised Gauss-Newton matrix (Immer et al. 2021, arXiv 2008.08216); the
 network's own predictions at w_s are known to underfit. J takes a forward pass and one backward pass for each class,
-whatever the number of draws: :mod:`monteclora.prediction.laplace_slopes`. How P is found is in
+whatever the number of draws: :mod:`monteclora.prediction.laplace_jacobians`. How P is found is in
 :mod:`monteclora.prediction.laplace_fit`; nothing here needs laplace-torch.
 """
 
@@ -33,7 +33,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from monteclora.adapters.rows import batch_tensor
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.prediction.fitted_file import fitted_file
-from monteclora.prediction.laplace_slopes import moved_logits
+from monteclora.prediction.laplace_jacobians import moved_logits
 from monteclora.system.atomic import write_file
 
 __all__ = ["LAPLACE", "LAPLACE_FILE", "Laplace", "LaplacePosterior", "Structure", "attach"]
@@ -94,9 +94,9 @@ class LaplacePosterior:
         values = [self.parts[f"{name}/values.{place}"] for place in range(len(self.shapes[name]))]
         return values[0] if len(values) == 1 else torch.outer(*values)
 
-    def along_eigenvectors(self, name: str, slopes: Tensor) -> Tensor:
-        """Slopes in a parameter, (..., *shape), as slopes along the eigenvectors of its block, in the same shape."""
-        return self._turned(name, slopes, back=False)
+    def along_eigenvectors(self, name: str, jacobian: Tensor) -> Tensor:
+        """A Jacobian in a parameter, (..., *shape), along the eigenvectors of its block, in the same shape."""
+        return self._turned(name, jacobian, back=False)
 
     def _turned(self, name: str, values: Tensor, *, back: bool) -> Tensor:
         """Into the eigenvectors of a parameter's block, or back out of them."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from monteclora.prediction.forward import Collate, to_device
 from monteclora.prediction.laplace import LaplacePosterior
-from monteclora.prediction.laplace_slopes import slopes
+from monteclora.prediction.laplace_jacobians import jacobians
 from monteclora.prediction.predictive import class_logits, evaluating
 from monteclora.system.progress import Progress
 
@@ -90,7 +90,7 @@ def logit_moments(
         for weight in weights.values():
             weight.requires_grad_(True)
         try:
-            for logits, found in slopes(model, weights, logits_of, len(rows)):
+            for logits, found in jacobians(model, weights, logits_of, len(rows)):
                 means.append(logits.double().cpu())
                 jacobian = {name: each.cpu() for name, each in found.items()}
                 covariances.append(_covariance(posterior, jacobian, precisions))

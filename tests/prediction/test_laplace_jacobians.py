@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from monteclora.prediction import laplace_slopes
+from monteclora.prediction import laplace_jacobians
 from monteclora.prediction.laplace import Laplace, attach
-from monteclora.prediction.laplace_slopes import moved_logits, slopes
+from monteclora.prediction.laplace_jacobians import jacobians, moved_logits
 from monteclora.prediction.predictive import class_logits, drawn_logits
 from tests.models import bert
 from tests.prediction.rows import padding, rows_of
@@ -20,7 +20,7 @@ OTHERS = (*LINEAR, "bert.embeddings.LayerNorm.weight", "bert.embeddings.position
 @pytest.mark.parametrize("names", [LINEAR, OTHERS], ids=["linear", "others"])
 @pytest.mark.parametrize("most", [25_000_000, 1])
 def test_draws_are_those_of_forward_mode_differentiation(names, most, monkeypatch):
-    monkeypatch.setattr(laplace_slopes, "_MOST_NUMBERS", most)
+    monkeypatch.setattr(laplace_jacobians, "_MOST_NUMBERS", most)
     model = bert().eval()
     posterior = posterior_of(model, "diag", names)
     batch = padding()(rows_of([5, 9, 7, 4]))
@@ -34,8 +34,8 @@ def test_draws_are_those_of_forward_mode_differentiation(names, most, monkeypatc
     for number in range(3):
         direction = posterior.deviation(3, number)
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
-            value, slope = torch.func.jvp(logits, (point,), ({name: direction[name] for name in names},))
-        expected.append(value + slope)
+            value, change = torch.func.jvp(logits, (point,), ({name: direction[name] for name in names},))
+        expected.append(value + change)
     attach(model, posterior)
     found = drawn_logits(model, batch, Laplace(3, seed=3))
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-5)
@@ -60,7 +60,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_slopes_are_those_of_each_row_however_the_weights_are_used(outside):
+def test_jacobians_are_those_of_each_row_however_the_weights_are_used(outside):
     model, x = Twice(outside), torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     weights = dict(model.named_parameters())
     passes = []
@@ -69,7 +69,7 @@ def test_slopes_are_those_of_each_row_however_the_weights_are_used(outside):
         passes.append(len(x[some]))
         return model(x[some])
 
-    parts = list(slopes(model, weights, logits_of, 5))
+    parts = list(jacobians(model, weights, logits_of, 5))
     assert passes == ([1, 1, 1, 1, 1, 1] if outside else [1, 4])  # nothing of the first row is right
     logits = torch.cat([each for each, _ in parts])
     torch.testing.assert_close(logits, model(x).detach())

@@ -1,9 +1,9 @@
-"""A classifier as a linear function of its weights: the logits of rows, and their slopes in the weights.
+"""A classifier as a linear function of its weights: the logits of rows, and their Jacobians in the weights.
 
-With the slopes, every draw of the weights costs a product, however many draws there are. Where all weights belong to
-linear layers, a forward pass of many rows and a backward pass for each class give the slopes of each row: of a layer's
-weight, the products of what came in and the slopes of what came out (Goodfellow 2015, arXiv 1510.01799). Otherwise rows
-go through the model one at a time.
+With these, every draw of the weights costs a product, however many draws there are. Where all weights belong to
+linear layers, a forward pass of many rows and a backward pass for each class give the Jacobian of each row: of a
+layer's weight, the products of what came in and the gradients of what came out (Goodfellow 2015, arXiv 1510.01799).
+Otherwise rows go through the model one at a time.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LogitsOf", "moved_logits", "slopes"]
+__all__ = ["LogitsOf", "jacobians", "moved_logits"]
 
 LogitsOf = Callable[[slice], Tensor]
 """Logits of some rows, (B, C), from a pass with gradients."""
 
-_MOST_NUMBERS = 25_000_000  # slopes in memory at once, 100 MB
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the size of a sum of slopes; of half precision
+_MOST_NUMBERS = 25_000_000  # of Jacobians in memory at once, 100 MB
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the size of a sum of gradients; of half precision
 _HALF_PRECISION = 5e-2
 
 
-def slopes(
+def jacobians(
     model: nn.Module, weights: Mapping[str, Tensor], logits_of: LogitsOf, rows: int
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Logits, (B, C), and their slopes in each weight, (B, C, *shape), of a few rows after another.
+    """Logits, (B, C), and their Jacobians in each weight, (B, C, *shape), of a few rows after another.
 
     Both are float32 and without a gradient.
 
@@ -62,7 +62,7 @@ def moved_logits(
     """f + J (w - w*) of every row for every w, float32, (S, B, C).
 
     Args:
-        model, logits_of, rows: see :func:`slopes`.
+        model, logits_of, rows: see :func:`jacobians`.
         weights: w*, around which f is linearised: leaves with a gradient that ``logits_of`` runs with.
         deviations: w - w* of each w, by name; their dtype and device may be others than the weights'.
     """
@@ -72,7 +72,7 @@ def moved_logits(
     ]
     found = []
     with torch.enable_grad(), _uncached_casts():
-        for logits, by_name in slopes(model, weights, logits_of, rows):
+        for logits, by_name in jacobians(model, weights, logits_of, rows):
             flat = {name: each.flatten(2) for name, each in by_name.items()}
             # draw by draw: to the last bit, one is the same however many there are
             drawn = [sum((flat[name] @ part for name, part in move.items()), logits) for move in moves]
@@ -121,7 +121,7 @@ def _watched(layers: Mapping[nn.Module, object]) -> Iterator[list[_Call]]:
 def _of_many(
     layers: Mapping[nn.Module, Mapping[str, str]], weights: Mapping[str, Tensor], logits_of: LogitsOf, some: slice
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """Logits and slopes of rows from passes that they share; None where the layers' calls do not explain them."""
+    """Logits and Jacobians of rows from passes that they share; None where the layers' calls do not explain them."""
     with _watched(layers) as calls:
         logits = logits_of(some)
     rows, classes = logits.shape
@@ -149,7 +149,7 @@ def _of_many(
 
 
 def _agree(total: Tensor | None, found: Tensor, weight: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """Whether the slopes of rows, (B, *shape), add up to their sum's slope, but for rounding of a row's size.
+    """Whether the gradients of rows, (B, *shape), add up to their sum's gradient, but for rounding of a row's size.
 
     A layer's weight may be used outside of it. A single row, the first, shows that whatever others cancel.
     """
@@ -161,7 +161,7 @@ def _agree(total: Tensor | None, found: Tensor, weight: Tensor, outputs: Sequenc
 
 
 def _one_by_one(weights: Mapping[str, Tensor], logits_of: LogitsOf, some: slice) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and slopes of rows, each from passes of its own."""
+    """Logits and Jacobians of rows, each from passes of its own."""
     logits, found = [], []
     for row in range(some.start, some.stop):
         (of_row,) = logits_of(slice(row, row + 1))
