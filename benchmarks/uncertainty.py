@@ -102,6 +102,7 @@ WAYS = {
     f"ensemble of {MEMBERS} LoRA": Way("lora", "ensemble"),
     "LoRA + calibrate": Way("lora", "posterior", "equal"),
     "LoRA + calibrate, isotropic": Way("lora", "posterior", "isotropic"),
+    "LoRA + calibrate in the last block": Way("lora", "posterior", "equal", 1),
     "peft's MonteCLoRA": Way("peft_monteclora"),
     **{
         f"{TITLES[arm]}{suffix}": Way(arm, *how)
@@ -195,14 +196,15 @@ def prepared(way: Way, runs: Sequence[Run], work: Path, draws: int) -> LoadedRun
     return load_run(copies[0])
 
 
-def measured(way: Way, loaded: LoadedRun, draws: int, corrupted: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+def measured(way: Way, loaded: LoadedRun, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The measures on test rows, clean and corrupted, and what the predictions of clean ones cost."""
+    draws = args.draws
     count = None if way.sampler in ("mean", "ensemble") else draws
     prepare_sampler(loaded, way.sampler, count)
     sampler = loaded.sampler(way.sampler, count, layers=way.layers)
     calibrators, _ = fitted_calibrators(loaded, "temperature", sampler, 0)
     temperature = calibrators[(sampler or MEAN).name]
-    test = load(loaded.recipe.data, ("test",)).split("test")
+    test = some_rows(load(loaded.recipe.data, ("test",)).split("test"), args.test_rows)
 
     def predicted(rows: Dataset) -> tuple[Predictions, float, int]:
         started = time.perf_counter()
@@ -216,7 +218,7 @@ def measured(way: Way, loaded: LoadedRun, draws: int, corrupted: Sequence[tuple[
         texts = {"epistemic_outside": list(out_of_scope()), "epistemic_ambiguous": [m.text for m in ambiguous()]}
         outside = {name: predicted(Dataset.from_dict({"text": each}))[0] for name, each in texts.items()}
     records = []
-    for corruption, strength in (CLEAN, *corrupted):
+    for corruption, strength in (CLEAN, *args.corrupted):
         rows = test if corruption == CLEAN[0] else corrupted_rows(test, corruption, strength)
         found, seconds, passes = predicted(rows)
         cost = {"seconds_per_1000": 1000 * seconds / len(rows), "passes": passes}
@@ -233,6 +235,13 @@ def measured(way: Way, loaded: LoadedRun, draws: int, corrupted: Sequence[tuple[
                 }
             )
     return records
+
+
+def some_rows(rows: Dataset, count: int | None) -> Dataset:
+    """So many rows drawn at random, the same ones in every call, in their order; all where there are no more."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:count]))
 
 
 def _unchanged(found: Predictions) -> Predictions:
@@ -266,11 +275,12 @@ def run_case(name: str, way: Way, seed: int, runs: Sequence[Run], args: argparse
         "runs": [run.folder.name for run in runs],
         "draws": args.draws,
         "corrupted": [list(each) for each in args.corrupted],
+        **({} if args.test_rows is None else {"test_rows": args.test_rows}),
     }
     if place.exists() and how.items() <= json.loads(place.read_text()).items():
         return
     print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
-    work = args.out / "work"
+    work = args.out / "work" / place.stem  # its own: several commands may share the folder
     shutil.rmtree(work, ignore_errors=True)
     trained = {"rate": runs[0].rate, "train_seconds": sum(run.seconds for run in runs)}
     trained["peak_memory_mb"] = max(run.memory for run in runs) / 1e6
@@ -278,7 +288,7 @@ def run_case(name: str, way: Way, seed: int, runs: Sequence[Run], args: argparse
     try:
         with quiet_libraries():
             loaded = prepared(way, runs, work, args.draws)
-            record["settings"] = measured(way, loaded, args.draws, args.corrupted)
+            record["settings"] = measured(way, loaded, args)
     except MonteCLoRAError as error:
         record["left_out"] = error.message
     write_file(place, (json.dumps(record, indent=1) + "\n").encode())
@@ -365,6 +375,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "uncertainty")
     parser.add_argument("--batch-size", type=int, help="of the runs to take; by default all")
     parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument(
+        "--test-rows", type=int, help="measure on so many of the test rows, the same ones in every case"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument(

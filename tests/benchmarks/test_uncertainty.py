@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import uncertainty
+from datasets import Dataset
 
 from monteclora.training.run import train
 from tests.finished_runs import tiny_recipe, write_assets
@@ -43,6 +44,7 @@ def test_cases_are_measured_once_and_take_the_best_run(study, tmp_path, monkeypa
     )
     before = sorted(path.relative_to(study) for path in study.rglob("*"))
     options = ["--study", str(study), "--out", str(tmp_path), "--batch-size", "8", "--draws", "2"]
+    options += ["--test-rows", "200"]
     monkeypatch.setattr("sys.argv", ["", *options, "--corrupted", "cut:3", "--ways", *names])
     uncertainty.main()
     assert sorted(path.relative_to(study) for path in study.rglob("*")) == before
@@ -91,6 +93,16 @@ def test_a_run_has_the_nll_of_the_weights_it_kept(tmp_path):
     (run,) = uncertainty.runs_of(tmp_path, None)
     assert min(nlls) < nlls[-1]
     assert run.nll == pytest.approx(min(nlls))
+
+
+def test_some_rows_are_the_same_every_time_and_of_the_whole_split():
+    rows = Dataset.from_dict({"label": list(range(1000))})
+    some = uncertainty.some_rows(rows, 100)
+    assert some["label"][:] == sorted(set(some["label"][:])) == uncertainty.some_rows(rows, 100)["label"][:]
+    assert len(some) == 100
+    assert min(some["label"][:]) < 100
+    assert max(some["label"][:]) >= 900
+    assert uncertainty.some_rows(rows, None) is uncertainty.some_rows(rows, 1000) is rows
 
 
 def test_ensembles_share_no_member():
