@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from monteclora.adapters.config import MonteCLoRAConfig
     from monteclora.adapters.export import export_merged, export_samples
     from monteclora.adapters.gguf import export_gguf
-    from monteclora.adapters.model import from_pretrained, get_peft_model
+    from monteclora.adapters.wrapping import from_pretrained, get_peft_model
     from monteclora.evaluation.generation import generate
     from monteclora.evaluation.run import evaluate
     from monteclora.evaluation.text import load
@@ -40,9 +40,9 @@ _HOME = {
     "export_gguf": "adapters.gguf",
     "export_merged": "adapters.export",
     "export_samples": "adapters.export",
-    "from_pretrained": "adapters.model",
+    "from_pretrained": "adapters.wrapping",
     "generate": "evaluation.generation",
-    "get_peft_model": "adapters.model",
+    "get_peft_model": "adapters.wrapping",
     "load": "evaluation.text",
     "posterior_sampling": "adapters.active",
     "predict": "prediction.predictive",

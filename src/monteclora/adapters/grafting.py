@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from monteclora.adapters import checks, storage
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.adapters.model import MonteCLoRAModel, build
+from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.adapters.rescaling import PLAIN_WEIGHTS, restore_plain
 from monteclora.adapters.snapshot import unchanged_on_error
+from monteclora.adapters.wrapping import build
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.posterior import AdapterPosterior
 from monteclora.posterior.settings import PosteriorSettings

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from monteclora.adapters import card, checks, storage
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.adapters.model import build
 from monteclora.adapters.names import current_names
+from monteclora.adapters.wrapping import build
 from monteclora.errors import CheckpointError, ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape
 from monteclora.posterior.bounds import bounded

@@ -69,7 +69,7 @@ class MonteCLoRA(AdapterMethod):
             ConfigError: an option names a layer that does not exist or that cannot be drawn.
         """
         from monteclora.adapters.config import MonteCLoRAConfig
-        from monteclora.adapters.model import get_peft_model
+        from monteclora.adapters.wrapping import get_peft_model
 
         check_names(options, model)
         arguments = lora_arguments(options, model, task_kind) | options.settings().given()

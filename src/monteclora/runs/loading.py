@@ -13,8 +13,9 @@ import torch
 
 from monteclora.adapters.active import active_posteriors
 from monteclora.adapters.checks import adapter_errors, check_adapter, check_head
-from monteclora.adapters.model import MonteCLoRAModel, from_pretrained
+from monteclora.adapters.model import MonteCLoRAModel
 from monteclora.adapters.storage import POSTERIOR_FILE, WEIGHTS_FILE
+from monteclora.adapters.wrapping import from_pretrained
 from monteclora.config.checks import check_at_least_one
 from monteclora.data.columns import Columns
 from monteclora.data.encoding import collator
