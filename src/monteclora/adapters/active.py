@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -149,6 +149,17 @@ def posterior_sampling(
     sampler = PosteriorSampler(seed, num_samples, resample=resample, first=first, last=last)
     with _tuner(model).scope.sampling(posteriors, sampler):
         yield
+
+
+def keeping_prefix(model: nn.Module) -> AbstractContextManager[None]:
+    """Forward passes inside the block are over the same rows, repeated for other draws of the same last blocks.
+
+    The blocks below, which are not drawn, then run in the first of them alone.
+
+    Raises:
+        ConfigError: the model has no MonteCLoRA adapter.
+    """
+    return _tuner(model).scope.keeping_prefix()
 
 
 def drawn_blocks(model: nn.Module, layers: int) -> LastBlocks:

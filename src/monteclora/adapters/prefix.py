@@ -3,7 +3,10 @@
 Where the first blocks of a model are not drawn, S draws of a batch agree up to the block where noise begins. The model
 is then called with the batch repeated S times, as for draws of all blocks, and everything outside the blocks sees that
 batch. But the blocks below the noise are given its first rows alone, and what comes out of them is repeated in front of
-the first block that is drawn. That this changes nothing is found out for each kind of call: the model is run both ways.
+the first block that is drawn. Several calls over the same rows may keep it (:meth:`SharedPrefix.keeping`): from the
+second on, the blocks below are given a single row, and what comes out of them is not used. Embeddings in front of the
+blocks are given those rows too, and what comes out of them is repeated at once. That this changes nothing is found out
+for each kind of call: the model is run both ways.
 """
 
 from __future__ import annotations
@@ -108,12 +111,21 @@ class _Plan:
         hidden: where the first drawn block is given the hidden states.
         rows: for each block below, where it is given tensors with the batch along their first dimension, and
         others: where it is given other tensors.
+        embeddings: which of the modules around the blocks make states of the batch's ids, row by row.
     """
 
     problem: str | None = None
     hidden: Place = ()
     rows: tuple[frozenset[Place], ...] = ()
     others: tuple[frozenset[Place], ...] = ()
+    embeddings: frozenset[int] = frozenset()
+
+
+@dataclass
+class _Kept:
+    """What came out of the blocks below the noise, (B, ...), for calls over the same rows; None before the first."""
+
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +135,25 @@ class _Active:
     plan: _Plan
     count: int
     total: int
+    kept: _Kept
+
+    @property
+    def rows_below(self) -> int:
+        """How many rows the blocks below are given."""
+        return self.total // self.count if self.kept.hidden is None else 1
 
 
 _active: ContextVar[Mapping[SharedPrefix, _Active]] = ContextVar("active", default=MappingProxyType({}))
-_recording: ContextVar[Mapping[SharedPrefix, list[tuple[int, dict[Place, tuple[int, ...]]]]]] = ContextVar(
-    "recording", default=MappingProxyType({})
-)
+_keeping: ContextVar[Mapping[SharedPrefix, _Kept]] = ContextVar("keeping", default=MappingProxyType({}))
+_recording: ContextVar[Mapping[SharedPrefix, _Record]] = ContextVar("recording", default=MappingProxyType({}))
+
+
+@dataclass
+class _Record:
+    """What a call gave to the blocks, in order, and how many rows modules in front of them made of ids."""
+
+    blocks: list[tuple[int, dict[Place, tuple[int, ...]]]] = field(default_factory=list)
+    embeddings: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -136,6 +161,7 @@ class SharedPrefix:
     """Runs the blocks below the noise once, where that is known to change nothing."""
 
     hooked: list[nn.Module] = field(default_factory=list)
+    around: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     plans: dict[Any, _Plan] = field(default_factory=dict)
 
@@ -145,6 +171,7 @@ class SharedPrefix:
             handle.remove()
         self.forget()
         self.hooked.clear()
+        self.around.clear()
         self.handles.clear()
 
     def forget(self) -> None:
@@ -166,7 +193,7 @@ class SharedPrefix:
         Where it cannot, that is said the first time.
 
         Args:
-            module: about to be called; the first time it is called up to four times, in evaluation mode, on copies of
+            module: about to be called; the first time it is called up to five times, in evaluation mode, on copies of
                 its arguments.
             args, kwargs: of the call, with the batch ``count`` times over.
             last: the blocks.
@@ -196,7 +223,17 @@ class SharedPrefix:
                 text = f"the blocks below the last that are drawn run for every draw: {self.plans[kind].problem}"
                 warnings.warn(text, UserWarning, stacklevel=2)
         if self.plans[kind].problem is None:
-            _active.set({**_active.get(), self: _Active(self.plans[kind], count, total)})
+            kept = _keeping.get().get(self) or _Kept()
+            _active.set({**_active.get(), self: _Active(self.plans[kind], count, total, kept)})
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Calls of this context inside the block are over the same rows, however often: the blocks below run once."""
+        token = _keeping.set({**_keeping.get(), self: _Kept()})
+        try:
+            yield
+        finally:
+            _keeping.reset(token)
 
     def _find(
         self,
@@ -211,7 +248,7 @@ class SharedPrefix:
             return _Plan("the model is compiled")
         if not last.alone:
             return _Plan("the adapted blocks are in several lists")
-        self._hook(last.blocks)
+        self._hook(last.blocks, _around(module, last.blocks))
         drawing(0)
         seen = []
         for draws in (1, 2):
@@ -230,16 +267,18 @@ class SharedPrefix:
                 "keys and values are kept, though not asked for (pass use_cache=False where they are not needed)"
             )
         total = next(iter(batch_tensors(batch, named))).shape[0]
-        token = _active.set({**_active.get(), self: _Active(planned, 2, total)})
+        token = _active.set({**_active.get(), self: _Active(planned, 2, total, _Kept())})
         try:
-            found = module.forward(*batch, **named)
+            # the second time with what the first one kept
+            found = [module.forward(*copied(batch), **copied(named)) for _ in range(2)]
         finally:
             _active.reset(token)
-        return planned if _agree(expected, found) else _Plan("its outputs would be others")
+        agreed = all(_agree(expected, each) for each in found)
+        return planned if agreed else _Plan("its outputs would be others")
 
     @contextmanager
-    def _recorded(self) -> Iterator[list[tuple[int, dict[Place, tuple[int, ...]]]]]:
-        record: list[tuple[int, dict[Place, tuple[int, ...]]]] = []
+    def _recorded(self) -> Iterator[_Record]:
+        record = _Record()
         token = _recording.set({**_recording.get(), self: record})
         try:
             yield record
@@ -251,12 +290,19 @@ class SharedPrefix:
         if self in _active.get():
             _active.set({prefix: active for prefix, active in _active.get().items() if prefix is not self})
 
-    def _hook(self, blocks: Sequence[nn.Module]) -> None:
+    def _hook(self, blocks: Sequence[nn.Module], around: Sequence[nn.Module]) -> None:
         """For good: hooks that came and went would be seen by other threads."""
         for place, block in enumerate(blocks):
             if all(block is not known for known in self.hooked):  # by identity, which a copied list keeps
                 self.hooked.append(block)
                 self.handles.append(block.register_forward_pre_hook(partial(self._before, place), with_kwargs=True))
+        for module in around:
+            if all(module is not known for known in self.around):
+                before = partial(self._before_embedding, len(self.around))
+                after = partial(self._after_embedding, len(self.around))
+                self.around.append(module)
+                self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(after, with_kwargs=True))
 
     def _before(self, place: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block is given instead; None for what it is given anyhow."""
@@ -264,24 +310,72 @@ class SharedPrefix:
             return None
         record = _recording.get().get(self)
         if record is not None:
-            record.append((place, {at: tuple(tensor.shape) for at, tensor in _leaves((args, kwargs))}))
+            record.blocks.append((place, {at: tuple(tensor.shape) for at, tensor in _leaves((args, kwargs))}))
         active = _active.get().get(self)
         if active is None or place > len(active.plan.rows):
             return None
-        plan, count = active.plan, active.count
+        plan = active.plan
         if place == len(plan.rows):
-            return _mapped(
-                (args, kwargs),
-                lambda at, x: x.repeat(count, *[1] * (x.dim() - 1)) if at == plan.hidden else x,
-            )
-        rows, others = plan.rows[place], plan.others[place]
+            return _mapped((args, kwargs), partial(_all_rows, active))
+        rows, others, given = plan.rows[place], plan.others[place], active.rows_below
 
         def first_rows(at: Place, x: Tensor) -> Tensor:
             # a mask that no earlier call had tells by its shape alone
             belongs = at in rows or (at not in others and x.dim() > 1)
-            return x[: active.total // count] if belongs and x.dim() and x.shape[0] == active.total else x
+            return x[:given] if belongs and x.dim() and x.shape[0] == active.total else x
 
         return _mapped((args, kwargs), first_rows)
+
+    def _before_embedding(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The rows that the blocks below are given; None for what the module is given anyhow."""
+        active = None if torch.compiler.is_compiling() else _active.get().get(self)
+        if active is None or number not in active.plan.embeddings:
+            return None
+        total, given = active.total, active.rows_below
+        return _mapped((args, kwargs), lambda _, x: x[:given] if x.dim() and x.shape[0] == total else x)
+
+    def _after_embedding(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """What is made of those rows, for every row of the batch; None for what came out."""
+        if torch.compiler.is_compiling():
+            return None
+        record = _recording.get().get(self)
+        if record is not None and not record.blocks:
+            given = [tensor for _, tensor in _leaves((args, kwargs))]
+            made = given and isinstance(output, Tensor) and not any(tensor.is_floating_point() for tensor in given)
+            record.embeddings.setdefault(number, []).append(output.shape[0] if made and output.dim() else 0)
+        active = _active.get().get(self)
+        if active is None or number not in active.plan.embeddings:
+            return None
+        rest = output.shape[1:]
+        if output.shape[0] == 1:
+            return output.expand(active.total, *rest)
+        return output.repeat(active.total // output.shape[0], *[1] * len(rest))
+
+
+def _around(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules beside those that contain the list of blocks: among them a model's embeddings."""
+    path = next((name for name, part in module.named_modules() if part is blocks[0]), "").split(".")
+    found = []
+    for depth in range(len(path) - 1):
+        outer = module.get_submodule(".".join(path[:depth]))
+        found += [
+            part
+            for name, part in outer.named_children()
+            if name != path[depth] and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        ]
+    return found
+
+
+def _all_rows(active: _Active, at: Place, x: Tensor) -> Tensor:
+    """The hidden states of every row, from those of the examples, which are kept; another tensor as it is."""
+    if at != active.plan.hidden:
+        return x
+    if active.kept.hidden is None:
+        active.kept.hidden = x
+    hidden = active.kept.hidden
+    return hidden.repeat(active.count, *[1] * (hidden.dim() - 1))
 
 
 def _keeps_by_default(module: nn.Module) -> bool:
@@ -302,13 +396,9 @@ def _parts(
     return found
 
 
-def _compared(
-    one: Sequence[tuple[int, Mapping[Place, tuple[int, ...]]]],
-    two: Sequence[tuple[int, Mapping[Place, tuple[int, ...]]]],
-    blocks: int,
-    first: int,
-) -> _Plan:
+def _compared(once: _Record, twice: _Record, blocks: int, first: int) -> _Plan:
     """A plan, from what the blocks were given with the batch once and twice."""
+    one, two = once.blocks, twice.blocks
     if any([place for place, _ in record] != list(range(blocks)) for record in (one, two)):
         return _Plan("they do not run one after the other")
     rows: list[frozenset[Place]] = []
@@ -324,7 +414,12 @@ def _compared(
     hidden = next((at for at in one[first][1] if at in rows[first]), None)
     if hidden is None:
         return _Plan(f"block {first} is given nothing of the batch")
-    return _Plan(None, hidden, tuple(rows[:first]), tuple(others[:first]))
+    embeddings = {
+        number
+        for number, made in once.embeddings.items()
+        if len(made) == 1 and made[0] and twice.embeddings.get(number) == [2 * made[0]]
+    }
+    return _Plan(None, hidden, tuple(rows[:first]), tuple(others[:first]), frozenset(embeddings))
 
 
 def _agree(expected: Any, found: Any) -> bool:

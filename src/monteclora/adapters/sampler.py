@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from monteclora.adapters.active import drawn_blocks, posterior_sampling
+from monteclora.adapters.active import drawn_blocks, keeping_prefix, posterior_sampling
 
 __all__ = ["Posterior"]
 
@@ -36,6 +36,15 @@ class Posterior:
     def shares_passes(self) -> bool:
         """Whether draws of one forward pass share a part of it."""
         return self.layers is not None
+
+    @property
+    def keeps_shared(self) -> bool:
+        """Whether passes over the same rows can keep what draws share."""
+        return self.layers is not None
+
+    def keeping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Passes in the block are over the same rows: the blocks below those that are drawn run once."""
+        return keeping_prefix(model)
 
     def draw(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Draw ``number`` of the stream, for all forward passes in the block."""

@@ -9,7 +9,7 @@ of the forward pass it repeats.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from types import MappingProxyType
@@ -295,6 +295,10 @@ class DrawScope:
                     posterior.awaits_draw = False
                 elif posterior.predictive is not None:
                     posterior.predict_with(None)
+
+    def keeping_prefix(self) -> AbstractContextManager[None]:
+        """Passes of this context inside the block are over the same rows: blocks below the noise run in the first."""
+        return self._prefix.keeping()
 
     @torch.compiler.disable
     def draw_late(self, posterior: AdapterPosterior) -> None:

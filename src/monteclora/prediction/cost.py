@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -120,6 +120,17 @@ class _MeteredTogether(Metered):
     def shares_passes(self) -> bool:
         """The sampler's."""
         return sharing(self.sampler) is not None
+
+    @property
+    def keeps_shared(self) -> bool:
+        """The sampler's."""
+        shared = sharing(self.sampler)
+        return shared is not None and shared.keeps_shared
+
+    def keeping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The sampler's."""
+        shared = sharing(self.sampler)
+        return nullcontext() if shared is None else shared.keeping(model)
 
     def draws(self, model: nn.Module, first: int, count: int) -> AbstractContextManager[None]:
         """As the sampler's, counted: a call for several draws is one."""

@@ -19,7 +19,7 @@ import json
 import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,6 +285,15 @@ class Laplace:
     def shares_passes(self) -> bool:
         """All draws take the passes of one."""
         return True
+
+    @property
+    def keeps_shared(self) -> bool:
+        """Draws of several passes share nothing."""
+        return False
+
+    def keeping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing to keep."""
+        return nullcontext()
 
     @contextmanager
     def draws(self, model: nn.Module, first: int, count: int) -> Iterator[None]:

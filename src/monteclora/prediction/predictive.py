@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from monteclora.system.modes import evaluating
 __all__ = ["PredictiveDistribution", "class_logits", "drawn_logits", "evaluating", "predict"]
 
 _ROWS_AT_ONCE = 64
-_SHARING_ROWS = 512
+_SHARING_ROWS = 512  # of all draws together
+_KEEPING_ROWS, _KEPT_ROWS = 128, 32  # of some draws together, of a draw: more would leave a processor's caches
 _OTHER_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 
 
@@ -175,17 +177,25 @@ def drawn_logits(
     Raises:
         ConfigError: as :func:`predict`.
     """
-    rows, count = _rows(inputs), sampler.num_samples
-    if sampler.shares_passes:  # all draws of some rows, which share what is below them
-        size, together = max(1, _SHARING_ROWS // count), count
-    else:
-        size, together = rows, max(1, _ROWS_AT_ONCE // rows)
+    rows = _rows(inputs)
+    size, together, keeping = _division(rows, sampler, _device(inputs))
+    parts = []
     with evaluating(model):
-        parts = [
-            _drawn(model, {k: _some(v, rows, first, size) for k, v in inputs.items()}, sampler, together, change)
-            for first in range(0, rows, size)
-        ]
+        for first in range(0, rows, size):
+            some = {key: _some(value, rows, first, size) for key, value in inputs.items()}
+            with sampler.keeping(model) if keeping else nullcontext():
+                parts.append(_drawn(model, some, sampler, together, change))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _division(rows: int, sampler: SharesPasses, device: torch.device) -> tuple[int, int, bool]:
+    """How many rows at a time, how many draws of them in a pass, and whether passes keep what draws share."""
+    if not sampler.shares_passes:
+        return rows, max(1, _ROWS_AT_ONCE // rows), False
+    if sampler.keeps_shared and device.type == "cpu":
+        size = min(rows, _KEPT_ROWS)
+        return size, _KEEPING_ROWS // size, True
+    return max(1, _SHARING_ROWS // sampler.num_samples), sampler.num_samples, False
 
 
 def _drawn(
@@ -197,8 +207,10 @@ def _drawn(
 ) -> Tensor:
     """Logits, changed, (S, B, C), so many draws at once as are made ``together``."""
     rows, chunks = _rows(inputs), []
-    for first in range(0, sampler.num_samples, together):
-        count = min(together, sampler.num_samples - first)
+    first = 0
+    while first < sampler.num_samples:
+        left = sampler.num_samples - first
+        count = left if left <= together + 1 else together  # not one by itself, which would share nothing
         repeated = {key: _repeated(value, rows, count) for key, value in inputs.items()}
         try:
             with sampler.draws(model, first, count):
@@ -208,6 +220,7 @@ def _drawn(
             chunks += [_one(model, inputs, sampler, s, change) for s in range(first, sampler.num_samples)]
             break
         chunks.append(change(logits, -1).view(count, rows, -1))
+        first += count
     return torch.cat(chunks)
 
 
@@ -225,6 +238,10 @@ def _one(
 
 def _rows(inputs: Mapping[str, Any]) -> int:
     return max((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), default=0)
+
+
+def _device(inputs: Mapping[str, Any]) -> torch.device:
+    return next(value.device for value in inputs.values() if isinstance(value, Tensor) and value.dim())
 
 
 def _some(value: Any, rows: int, first: int, count: int) -> Any:

@@ -54,6 +54,15 @@ class SharesPasses(Batched, Sampler, Protocol):
         """Whether they are, as it is set."""
         ...
 
+    @property
+    def keeps_shared(self) -> bool:
+        """Whether passes over the same rows can keep what draws share; else draws of one pass alone share it."""
+        ...
+
+    def keeping(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A block whose passes are over the same rows: what their draws share is computed in the first of them."""
+        ...
+
 
 def sharing(sampler: Sampler) -> SharesPasses | None:
     """The sampler, if its draws are cheaper together than one at a time."""
