@@ -26,7 +26,7 @@ __all__ = ["PredictiveDistribution", "class_logits", "drawn_logits", "evaluating
 
 _ROWS_AT_ONCE = 64
 _SHARING_ROWS = 512  # of all draws together
-_KEEPING_ROWS, _KEPT_ROWS = 128, 32  # of some draws together, of a draw: more would leave a processor's caches
+_KEEPING_ROWS, _KEPT_ROWS = 96, 32  # of some draws together, of a draw: more would leave a processor's caches
 _OTHER_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 
 
