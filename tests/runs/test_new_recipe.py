@@ -57,7 +57,8 @@ def test_settings_follow_the_number_of_rows(tmp_path: Path) -> None:
     few = loaded(new_recipe(teams(tmp_path / "few.csv", 60)).text, tmp_path)
     many = loaded(new_recipe(teams(tmp_path / "many.csv", 3000)).text, tmp_path)
     assert (few.training.epochs, many.training.epochs) == (30, 3)
-    assert (few.training.eval_every, many.training.eval_every) == (None, 43)  # a twelfth of 507 steps
+    assert few.training.batch_size == many.training.batch_size == 8
+    assert (few.training.eval_every, many.training.eval_every) == (None, 85)  # a twelfth of 1,013 steps
     assert (few.data.validation_fraction, many.data.validation_fraction) == (0.2, 0.1)
 
 
