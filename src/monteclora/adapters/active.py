@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from monteclora.adapters.prefix import LastBlocks, last_blocks
+from monteclora.adapters.last_blocks import LastBlocks, last_blocks
 from monteclora.adapters.scope import PosteriorSampler
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
@@ -163,7 +163,7 @@ def keeping_prefix(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def drawn_blocks(model: nn.Module, layers: int) -> LastBlocks:
-    """The last ``layers`` adapted blocks of the active adapters, see :mod:`monteclora.adapters.prefix`.
+    """The last ``layers`` adapted blocks of the active adapters, see :mod:`monteclora.adapters.last_blocks`.
 
     Raises:
         ConfigError: there are fewer, or no MonteCLoRA adapter.

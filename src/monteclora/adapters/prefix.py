@@ -12,94 +12,31 @@ for each kind of call: the model is run both ways.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from monteclora.adapters.last_blocks import LastBlocks
+from monteclora.adapters.nested import Place, leaves, mapped
 from monteclora.adapters.row_checks import call_kind, probe
 from monteclora.adapters.rows import CACHES, batch_tensors, copied
-from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
 from monteclora.posterior.torch_private import original
 from monteclora.system.modes import evaluating
 from monteclora.system.randomness import preserved_generators
 
-__all__ = ["LastBlocks", "SharedPrefix", "last_blocks"]
+__all__ = ["SharedPrefix"]
 
-Place = tuple[int | str, ...]
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the size of outputs; of half precision
 _HALF_PRECISION = 5e-2
-
-
-class LastBlocks(NamedTuple):
-    """Which layers are drawn.
-
-    Attributes:
-        drawn: numbers of the drawn layers of each posterior.
-        blocks: the list of blocks in which noise begins, from its first to its last.
-        first: the place in it of the first block that is drawn.
-        alone: whether every adapted block is in that list.
-    """
-
-    drawn: Mapping[AdapterPosterior, frozenset[int]]
-    blocks: tuple[nn.Module, ...]
-    first: int
-    alone: bool
-
-
-def last_blocks(model: nn.Module, layers: Mapping[AdapterPosterior, Collection[str]], count: int) -> LastBlocks:
-    """The layers of the last ``count`` adapted blocks, and those behind all blocks.
-
-    A block is an element of the outermost list of modules around a layer. Blocks are in the order in which the model
-    has them, an encoder's before a decoder's.
-
-    Args:
-        model: that has the layers.
-        layers: the names of each posterior's layers.
-        count: at least 1.
-
-    Raises:
-        ConfigError: there are fewer adapted blocks.
-    """
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    blocks = {name: _block_of(model, name) for names in layers.values() for name in names}
-    found = sorted({block for block in blocks.values() if block}, key=order.__getitem__)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(found):
-        has = f"{len(found)} adapted blocks" if found else "no list of blocks with an adapted layer"
-        raise ConfigError(
-            f"layers is {count!r}, and the model has {has}",
-            f"Give a whole number from 1 to {len(found)}, or leave layers out." if found else "Leave layers out.",
-        )
-    chosen, begin = {*found[-count:]}, order[found[-count]]
-
-    def is_drawn(name: str) -> bool:
-        block = blocks[name]
-        return order[name] > begin if block is None else block in chosen
-
-    drawn = {p: frozenset(i for i, name in enumerate(names) if is_drawn(name)) for p, names in layers.items()}
-    of_list, _, place = found[-count].rpartition(".")
-    siblings = dict(model.get_submodule(of_list).named_children())
-    return LastBlocks(
-        drawn, tuple(siblings.values()), list(siblings).index(place), {b.rpartition(".")[0] for b in found} == {of_list}
-    )
-
-
-def _block_of(model: nn.Module, layer: str) -> str | None:
-    """The name of the block that a layer is in; None for one in no list of modules."""
-    module, parts = model, layer.split(".")
-    for depth, part in enumerate(parts[:-1], 1):
-        outer, module = module, module.get_submodule(part)
-        if isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
-            return ".".join(parts[:depth])
-    return None
 
 
 @dataclass(frozen=True)
@@ -310,13 +247,13 @@ class SharedPrefix:
             return None
         record = _recording.get().get(self)
         if record is not None:
-            record.blocks.append((place, {at: tuple(tensor.shape) for at, tensor in _leaves((args, kwargs))}))
+            record.blocks.append((place, {at: tuple(tensor.shape) for at, tensor in leaves((args, kwargs))}))
         active = _active.get().get(self)
         if active is None or place > len(active.plan.rows):
             return None
         plan = active.plan
         if place == len(plan.rows):
-            return _mapped((args, kwargs), partial(_all_rows, active))
+            return mapped((args, kwargs), partial(_all_rows, active))
         rows, others, given = plan.rows[place], plan.others[place], active.rows_below
 
         def first_rows(at: Place, x: Tensor) -> Tensor:
@@ -324,7 +261,7 @@ class SharedPrefix:
             belongs = at in rows or (at not in others and x.dim() > 1)
             return x[:given] if belongs and x.dim() and x.shape[0] == active.total else x
 
-        return _mapped((args, kwargs), first_rows)
+        return mapped((args, kwargs), first_rows)
 
     def _before_embedding(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rows that the blocks below are given; None for what the module is given anyhow."""
@@ -332,7 +269,7 @@ class SharedPrefix:
         if active is None or number not in active.plan.embeddings:
             return None
         total, given = active.total, active.rows_below
-        return _mapped((args, kwargs), lambda _, x: x[:given] if x.dim() and x.shape[0] == total else x)
+        return mapped((args, kwargs), lambda _, x: x[:given] if x.dim() and x.shape[0] == total else x)
 
     def _after_embedding(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -342,7 +279,7 @@ class SharedPrefix:
             return None
         record = _recording.get().get(self)
         if record is not None and not record.blocks:
-            given = [tensor for _, tensor in _leaves((args, kwargs))]
+            given = [tensor for _, tensor in leaves((args, kwargs))]
             made = given and isinstance(output, Tensor) and not any(tensor.is_floating_point() for tensor in given)
             record.embeddings.setdefault(number, []).append(output.shape[0] if made and output.dim() else 0)
         active = _active.get().get(self)
@@ -392,7 +329,7 @@ def _parts(
     def part(_: Place, x: Tensor) -> Tensor:
         return x.detach()[: draws * (x.shape[0] // count)].clone() if id(x) in batch else x.detach().clone()
 
-    found: tuple[tuple[Any, ...], dict[str, Any]] = _mapped((tuple(args), dict(kwargs)), part)
+    found: tuple[tuple[Any, ...], dict[str, Any]] = mapped((tuple(args), dict(kwargs)), part)
     return found
 
 
@@ -424,7 +361,7 @@ def _compared(once: _Record, twice: _Record, blocks: int, first: int) -> _Plan:
 
 def _agree(expected: Any, found: Any) -> bool:
     """Whether two outputs are the same but for rounding."""
-    pairs = [(dict(_leaves(output))) for output in (expected, found)]
+    pairs = [(dict(leaves(output))) for output in (expected, found)]
     if not pairs[0] or pairs[0].keys() != pairs[1].keys():
         return False
     for at, one in pairs[0].items():
@@ -437,26 +374,3 @@ def _agree(expected: Any, found: Any) -> bool:
             if not bool(((one.double() - other.double()).abs() <= tolerance * size + 1e-30).all()):
                 return False
     return True
-
-
-def _leaves(value: Any, at: Place = ()) -> Iterator[tuple[Place, Tensor]]:
-    """The tensors in nested tuples, lists and mappings, with their places; what else there is has none."""
-    if isinstance(value, Tensor):
-        yield at, value
-    elif isinstance(value, (list, tuple)):
-        for number, part in enumerate(value):
-            yield from _leaves(part, (*at, number))
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _leaves(part, (*at, key))
-
-
-def _mapped(value: Any, change: Callable[[Place, Tensor], Tensor], at: Place = ()) -> Any:
-    """The same nested value with other tensors."""
-    if isinstance(value, Tensor):
-        return change(at, value)
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_mapped(part, change, (*at, number)) for number, part in enumerate(value))
-    if type(value) is dict:
-        return {key: _mapped(part, change, (*at, key)) for key, part in value.items()}
-    return value

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from monteclora.adapters import checkpointing
-from monteclora.adapters.prefix import LastBlocks, SharedPrefix
+from monteclora.adapters.last_blocks import LastBlocks
+from monteclora.adapters.prefix import SharedPrefix
 from monteclora.adapters.row_checks import AdaptedLayers, RowChecks, batch_size, probing
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Draw, in_force
