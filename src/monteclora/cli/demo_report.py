@@ -11,7 +11,8 @@ import numpy as np
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 
-from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
+from monteclora.evaluation.result import EvaluationResult
+from monteclora.evaluation.run import evaluate_loaded
 from monteclora.prediction.predictions import Predictions
 from monteclora.reports.formats import decimals
 from monteclora.reports.page import Column, Page, Row, Section, Table

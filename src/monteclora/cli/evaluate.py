@@ -10,7 +10,7 @@ from monteclora.cli.output import Flag, Json, note, print_json, print_line, prin
 from monteclora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from monteclora.evaluation.run import EvaluationResult
+    from monteclora.evaluation.result import EvaluationResult
 
 __all__ = ["evaluate"]
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from monteclora.config.checks import check_at_least_one
-from monteclora.data.kinds import Kind
-from monteclora.data.sources import local_splits
-from monteclora.data.splitting import subset
-from monteclora.errors import ConfigError, DataError
+from monteclora.errors import ConfigError
+from monteclora.evaluation.asked_rows import AskedRows, asked_rows
 from monteclora.evaluation.calibration_errors import calibration_errors
 from monteclora.evaluation.calibrators import fitted_calibrators
 from monteclora.evaluation.corrupted import check_corruptible, corrupted_count, under_corruption
 from monteclora.evaluation.error_detection import error_detection
 from monteclora.evaluation.laplace import prepare_sampler
-from monteclora.evaluation.own_rows import FIT_SPLIT, changed, own_split
+from monteclora.evaluation.own_rows import FIT_SPLIT
+from monteclora.evaluation.result import EvaluationResult
 from monteclora.evaluation.shift import Outside, Shift, outside_rows
 from monteclora.prediction.calibrator import Calibrator
 from monteclora.prediction.cost import Meter, Metered, metered
@@ -33,139 +29,15 @@ from monteclora.runs.ensemble import Runs, load_runs
 from monteclora.runs.loading import LoadedRun
 from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
-from monteclora.runs.resumption import overrides_of
-from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries
-from monteclora.system.version import VERSION
-from monteclora.tasks import DataSpec, SplitSource, TaskData, check_pair, get_task, load
 from monteclora.tasks.base import Predictor, Scored
 from monteclora.tasks.kinds import KINDS
-from monteclora.tasks.local import looks_like_file
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
-__all__ = ["EvaluationResult", "evaluate", "evaluate_loaded", "keep_facts"]
-
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers")
-_UNCERTAINTIES = ("total", "aleatoric", "epistemic")
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """How well a run predicts a split.
-
-    Attributes:
-        folder: of the run.
-        split: what was predicted.
-        source: where its rows came from, how many, and their checksum.
-        model: the ``adapter``, or the ``base`` model without it.
-        sampler: how it was predicted, by name.
-        calibrator: what corrected the probabilities, by name; ``none`` where nothing did.
-        num_samples: draws, 0 for none.
-        seed: their stream.
-        layers: the last adapted blocks that were drawn; None for all.
-        cost: forward passes (calls of the model) and seconds of each sampler, by its name.
-        scored: predictions, labels, and the metrics of both.
-        rows: what was predicted.
-        seconds: it took.
-        unfinished: how far the run came if it did not finish.
-        notes: what a reader of the numbers must know, in words.
-        shift: how well a classifier ranks its answers, and tells outside rows.
-        members: the folders of the runs of an ensemble, whose first one ``point`` is of; empty for a single run.
-        calibration: more measures of calibration than the metrics have, by name; see
-            :func:`monteclora.evaluation.calibration_errors.calibration_errors`. None for completions.
-        error_detection: the AUROC of wrong against right answers by score; see
-            :func:`monteclora.evaluation.error_detection.error_detection`.
-        corrupted: metrics of the same rows corrupted; see :func:`monteclora.evaluation.corrupted.under_corruption`.
-            Empty where they were not asked for.
-        weights_sha256: the checksum of the weights, the posterior's scale among them; None of the base model.
-        split_rows: how many rows the split has, of which ``source`` says how many were predicted.
-    """
-
-    folder: Path
-    kind: Kind
-    split: str
-    source: SplitSource
-    model: Literal["adapter", "base"]
-    sampler: str
-    calibrator: str
-    num_samples: int
-    seed: int
-    cost: Mapping[str, Mapping[str, float]]
-    scored: Scored
-    rows: Dataset
-    seconds: float
-    unfinished: str | None
-    notes: tuple[str, ...]
-    shift: Shift
-    members: tuple[Path, ...] = ()
-    layers: int | None = None
-    calibration: Mapping[str, float] | None = None
-    error_detection: Mapping[str, float] | None = None
-    corrupted: Sequence[Mapping[str, Any]] = ()
-    weights_sha256: str | None = None
-    split_rows: int | None = None
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in (self.posterior or self.point).items())
-        draws = f"{self.num_samples} draws" if self.num_samples else "the mean"
-        return f"EvaluationResult({self.folder}, {self.split}, {self.source.rows} rows, {draws}: {shown})"
-
-    @property
-    def variant(self) -> str:
-        """The model, and how it predicts where that is not its method's own way: ``adapter+mc_dropout+temperature``.
-
-        An evaluation in the run folder is replaced by the next one of the same split and variant.
-        """
-        own = self.sampler in (MEAN.name, "posterior") or (self.sampler == ENSEMBLE and self.folder not in self.members)
-        sampler = () if own else (self.sampler,)
-        calibrator = () if self.calibrator == NO_CALIBRATOR else (self.calibrator,)
-        return "+".join((self.model, *sampler, *calibrator))
-
-    @property
-    def point(self) -> Mapping[str, float]:
-        """Metrics by name under the posterior's mean, a plain LoRA; of an ensemble, its first member's."""
-        return self.scored.point
-
-    @property
-    def posterior(self) -> Mapping[str, float] | None:
-        """Metrics by name of the posterior predictive distribution; None without draws."""
-        return self.scored.posterior
-
-    def facts(self) -> dict[str, Any]:
-        """Everything but the rows and their predictions, for JSON."""
-        found = self.scored.predictions
-        return {
-            "rows": self.source.rows,
-            "origin": self.source.origin,
-            "sha256": self.source.sha256,
-            "split_rows": self.split_rows,
-            "weights_sha256": self.weights_sha256,
-            "sampler": self.sampler,
-            "members": [str(folder) for folder in self.members],
-            "calibrator": self.calibrator,
-            "num_samples": self.num_samples,
-            **({} if self.layers is None else {"layers": self.layers}),
-            "seed": self.seed,
-            "cost": {name: dict(cost) for name, cost in self.cost.items()},
-            "point": dict(self.point),
-            "posterior": None if self.posterior is None else dict(self.posterior),
-            "mean_uncertainty": {name: float(getattr(found, name).mean()) for name in _UNCERTAINTIES},
-            **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
-            **({} if self.error_detection is None else {"error_detection": dict(self.error_detection)}),
-            **self.shift.facts(),
-            **({"corrupted": [dict(each) for each in self.corrupted]} if self.corrupted else {}),
-            "unfinished": self.unfinished,
-            "notes": list(self.notes),
-            "seconds": round(self.seconds, 3),
-            "versions": {
-                "monteclora": VERSION,
-                "python": platform.python_version(),
-                **{package: version(package) for package in _PACKAGES},
-            },
-        }
+__all__ = ["evaluate", "evaluate_loaded", "keep_facts"]
 
 
 def evaluate(
@@ -268,7 +140,7 @@ def evaluate_loaded(
     outside = outside_rows(loaded, ood)
     if shift:
         check_corruptible(loaded)
-    asked = _asked(loaded, split, task, rows)
+    asked = asked_rows(loaded, split, task, rows)
     calibrators, fitted = _correctors(loaded, calibrator, drawn, seed, batch_size, asked.own)
     scored, meter = _scored(loaded, asked, drawn, calibrators, batch_size, progress=progress)
     found = _result(loaded, asked, drawn, scored, meter, (*prepared, *fitted), calibrator, seed)
@@ -287,7 +159,7 @@ def evaluate_loaded(
 
 def _result(
     loaded: LoadedRun,
-    asked: _Asked,
+    asked: AskedRows,
     drawn: Sampler | None,
     scored: Scored,
     meter: Meter,
@@ -354,30 +226,9 @@ def _correctors(
     return calibrators, fitted
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The rows to evaluate.
-
-    Attributes:
-        name: of the split, after the task's where it is another task than the run's.
-        rows: those chosen.
-        source: of them.
-        own: the split of the run's own data that they are, None if they are none of it.
-        split_rows: how many there are to choose from.
-        notes: what a reader of the numbers must know of them.
-    """
-
-    name: str
-    rows: Dataset
-    source: SplitSource
-    own: str | None
-    split_rows: int
-    notes: list[str]
-
-
 def _scored(
     loaded: LoadedRun,
-    asked: _Asked,
+    asked: AskedRows,
     drawn: Sampler | None,
     calibrators: Mapping[str, Calibrator],
     batch_size: int | None,
@@ -393,72 +244,6 @@ def _scored(
         predictor = loaded.predictor(drawn and Metered.of(drawn, meter), batch_size, advance, calibrators)
         scored = KINDS[loaded.kind].score(predictor, asked.rows)
     return scored, meter
-
-
-def _asked(loaded: LoadedRun, split: str | None, task: str | None, count: int | None) -> _Asked:
-    data, split = _load_split(loaded, split, task)
-    rows = subset(data.split(split), count, seed=0)
-    source = data.sources[split]
-    own = own_split(loaded.folder, split, source, task)
-    leaks = [note for note in data.leaks if note.startswith(f"{split}:")]
-    notes = [*data.file_notes.get(split, ()), *_to_be_known(loaded, own, source)]
-    notes += leaks if task is None else [f"{task}:{note}" for note in leaks]
-    split_rows = source.rows
-    if len(rows) < split_rows:
-        source = SplitSource(source.origin, len(rows), rows)
-    return _Asked(split if task is None else f"{Path(task).name}:{split}", rows, source, own, split_rows, notes)
-
-
-def _load_split(loaded: LoadedRun, split: str | None, task: str | None) -> tuple[TaskData, str]:
-    spec, trained = loaded.recipe.data, None
-    if task is not None and looks_like_file(task):
-        if split not in (None, "test"):
-            raise ConfigError(f"split is {split}, and {task} is one file of rows", "Leave the split out.")
-        spec, trained, split = _of_file(loaded, task), loaded.columns, "test"
-    elif task is not None:
-        kind = get_task(task).kind
-        if kind != loaded.kind:
-            raise ConfigError(
-                f"{task} is a task of {kind}, and the run is one of {loaded.kind}", "Choose another task."
-            )
-        spec = DataSpec(task, folder=spec.folder, max_length=spec.max_length, truncation=spec.truncation)
-        if split is None:  # none of its rows is learned here, so none is read that is not scored
-            available = local_splits(task, spec.local_folder) or get_task(task).splits
-            split = "test" if "test" in available else "validation"
-    data = load(spec, None if split is None else (split,), trained)
-    if trained is None and data.columns is not None:
-        check_pair(data.name, data.columns, loaded.recipe.data)
-    if data.label_names != loaded.label_names:
-        raise DataError(
-            f"{data.name} has other labels than the run {loaded.folder} was trained with",
-            "Restore the data, or list the labels in data.label_names and train again.",
-        )
-    return data, split or ("test" if "test" in data.splits else "validation")
-
-
-def _of_file(loaded: LoadedRun, file: str) -> DataSpec:
-    """A file with the columns and labels of the run's own data, as its test rows."""
-    return dataclasses.replace(
-        loaded.recipe.data,
-        task=None,
-        subset=None,
-        train_file=None,
-        validation_file=None,
-        test_file=file,
-        label_names=list(loaded.label_names or ()),
-        train_rows=None,
-        kind=loaded.kind,
-    )
-
-
-def _to_be_known(loaded: LoadedRun, own: str | None, source: SplitSource) -> list[str]:
-    """What of the run's past its numbers have to be read with; ``own`` is the evaluated split of the run's own data."""
-    anew = own is not None and changed(loaded.folder, own, source)
-    notes = [f"the {own} rows of {source.origin} changed since the run was trained"] if anew else []
-    for folder in loaded.members:
-        notes += [f"the run {folder} {note}" for note in overrides_of(RunFolder(folder).environment)]
-    environment = RunFolder(loaded.folder).environment
-    return notes if loaded.members else notes + [f"the run {note}" for note in overrides_of(environment)]
 
 
 def _keep(loaded: LoadedRun, result: EvaluationResult) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from monteclora.evaluation.run import EvaluationResult, evaluate, evaluate_loaded
+from monteclora.evaluation.result import EvaluationResult
+from monteclora.evaluation.run import evaluate, evaluate_loaded
 from monteclora.reports.scored_rows import ScoredRows, scored_rows
 from monteclora.runs.calibration import joint_sha256
 from monteclora.runs.data_facts import data_facts

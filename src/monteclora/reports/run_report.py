@@ -9,7 +9,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from monteclora.evaluation.run import EvaluationResult, evaluate_loaded, keep_facts
+from monteclora.evaluation.result import EvaluationResult
+from monteclora.evaluation.run import evaluate_loaded, keep_facts
 from monteclora.evaluation.verdict import Verdict, verdict
 from monteclora.metrics.registry import METRICS
 from monteclora.prediction.labels import LabelPredictions

@@ -11,7 +11,7 @@ from typing import Any
 from monteclora.data.corruption import STRENGTHS
 from monteclora.evaluation.corrupted import TITLES
 from monteclora.evaluation.error_detection import ERROR_SCORES
-from monteclora.evaluation.run import EvaluationResult
+from monteclora.evaluation.result import EvaluationResult
 from monteclora.evaluation.shift import COVERAGE, SCORES
 from monteclora.metrics.registry import METRICS, Metric
 from monteclora.metrics.selective import risk_coverage

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from monteclora.errors import DivergenceError
-from monteclora.evaluation.run import EvaluationResult, evaluate_loaded
+from monteclora.evaluation.result import EvaluationResult
+from monteclora.evaluation.run import evaluate_loaded
 from monteclora.metrics.registry import measure
 from monteclora.prediction.predictions import Predictions
 from monteclora.runs.loading import LoadedRun, load_run
