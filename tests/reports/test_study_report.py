@@ -59,7 +59,7 @@ def test_verdict_claims_what_the_interval_over_seeds_shows(tmp_path: Path) -> No
     assert headline == "w against n: less robust, judged by the spread."
     low = {("l", rate, seed): 0.3 + 0.01 * rate for rate, seed in cells}  # bad everywhere, and so with a small spread
     found = result_of({**wide, **low}, tmp_path)
-    headline, _ = verdict(found.plan, found.outcomes, found.summaries)
+    _, headline, _ = verdict(found.plan, found.outcomes, found.summaries)
     assert headline == "l against w: more robust, judged by the spread; there it is worse on average."
 
 
@@ -67,14 +67,14 @@ def test_verdict_makes_no_claim_it_cannot(tmp_path: Path) -> None:
     found = result_of(TABLE, tmp_path)
     assert "b against a: 2 seeds, so no claim" in verdict(found.plan, found.outcomes, found.summaries)[0]
     cells = [(arm, rate, seed) for arm in ("a", "b") for rate in (1, 2) for seed in (0, 1, 2)]
-    found = result_of({(a, r, s): 0.1 * r * (s == "ab".index(a)) for a, r, s in cells}, tmp_path)
+    found = result_of({(a, r, s): 0.6 + 0.1 * r * (s == "ab".index(a)) for a, r, s in cells}, tmp_path)
     # the spreads differ by -0.1, 0.1 and 0
     assert verdict(found.plan, found.outcomes, found.summaries)[0] == (
         "b is neither more nor less robust than a, as far as these seeds can tell."
     )
     one = result_of({key: value for key, value in TABLE.items() if key[2] == 0}, tmp_path)
     assert "one seed, so no claim" in verdict(one.plan, one.outcomes, one.summaries)[0]
-    seeds_alone = {(arm, 1, seed): 0.1 * seed + 0.2 * (arm == "b") for arm in ("a", "b") for seed in (0, 1, 2)}
+    seeds_alone = {(arm, 1, seed): 0.6 + 0.1 * seed + 0.2 * (arm == "b") for arm in ("a", "b") for seed in (0, 1, 2)}
     found = result_of(seeds_alone, tmp_path)
     headline, evidence = verdict(found.plan, found.outcomes, found.summaries)
     assert headline == "b against a: one setting for each seed, so no spread to compare."
@@ -82,7 +82,35 @@ def test_verdict_makes_no_claim_it_cannot(tmp_path: Path) -> None:
     assert "spread 0" not in render(study_page(found))
     alone = result_of({key: value for key, value in TABLE.items() if key[0] == "a"}, tmp_path)
     assert verdict(alone.plan, alone.outcomes, alone.summaries) == [
-        "a: median accuracy 0.750, spread 0.300 over 6 trials."
+        "a: median accuracy 0.750, spread 0.300 over 6 trials, 1 of them collapsed."
+    ]
+
+
+def test_verdict_says_first_where_nothing_was_learned(tmp_path: Path) -> None:
+    cells = [(rate, seed) for rate in (1, 2) for seed in (0, 1, 2)]
+    chance = {("c", *cell): 0.5 for cell in cells}  # the majority class of 100 rows, where a standard error is 0.05
+    also = {("d", *cell): 0.54 if cell[1] else None for cell in cells}  # one seed diverged
+    found = result_of({**chance, **also}, tmp_path)
+    sentence = "No trial beats the majority class: nothing was learned, and no spread tells anything."
+    assert verdict(found.plan, found.outcomes, found.summaries)[0] == sentence
+    learned = {("l", rate, seed): 0.6 + 0.1 * rate for rate, seed in cells}
+    found = result_of({**learned, **chance}, tmp_path)
+    first, second, _ = verdict(found.plan, found.outcomes, found.summaries)
+    assert first == "No trial of c beats the majority class: its spread tells nothing."
+    assert second.startswith("c against l: more robust")
+
+
+def test_verdict_compares_with_the_first_arm_that_shares_cells(tmp_path: Path) -> None:
+    cells = [(rate, seed) for rate in (1, 2) for seed in (0, 1, 2)]
+    elsewhere = {("full", rate + 10, seed): 0.45 + 0.02 * rate for rate, seed in cells}  # rates of its own
+    shared = {(arm, rate, seed): 0.6 + 0.1 * rate + 0.01 * seed for arm in ("a", "b") for rate, seed in cells}
+    found = result_of({**elsewhere, **shared}, tmp_path)
+    assert verdict(found.plan, found.outcomes, found.summaries) == [
+        "No trial of full beats the majority class: its spread tells nothing.",
+        "b is neither more nor less robust than a, as far as these seeds can tell.",
+        "b against a, on 6 shared cells: the spread of accuracy differs by +0.000 (+0.000 to +0.000), "
+        "its mean by +0.000 (+0.000 to +0.000).",
+        "full: median accuracy 0.480, spread 0.020 over 6 trials, 6 of them collapsed.",
     ]
 
 

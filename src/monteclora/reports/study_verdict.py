@@ -20,8 +20,9 @@ _CLAIM_FROM = 3  # seeds
 def verdict(
     plan: Plan, outcomes: Mapping[str, Outcome], summaries: Sequence[Summary], whole: Plan | None = None
 ) -> list[str]:
-    """First which arms are more or less robust than the first one, then the evidence under each condition.
+    """First what collapsed altogether, then which arms are more or less robust than the first one, then the evidence.
 
+    Arms are compared with the first that shares cells with another; one that shares none with it stands for itself.
     An arm is said to be more robust where the interval of the difference of spreads, over seeds, lies below zero. That
     is a claim from three seeds on: of two, nothing but the assumption that seeds are normal says how far they scatter.
 
@@ -32,23 +33,48 @@ def verdict(
         whole: the plan that it is a part of, see :func:`monteclora.studies.summary.compare`.
     """
     metric = primary_metric(plan, outcomes)
-    arms = list(dict.fromkeys(trial.arm for trial in plan.trials))
-    found = [c for c in compare(plan, outcomes, whole) if c.metric == metric.name and arms[0] in (c.first, c.second)]
-    if not found:
-        return [_alone(summary) for summary in summaries if summary.metric == metric.name]
+    measured = [summary for summary in summaries if summary.metric == metric.name]
+    every = [comparison for comparison in compare(plan, outcomes, whole) if comparison.metric == metric.name]
+    compared = {arm for comparison in every for arm in (comparison.first, comparison.second)}
+    reference = next((trial.arm for trial in plan.trials if trial.arm in compared), None)
+    found = [comparison for comparison in every if reference in (comparison.first, comparison.second)]
+    shown = {reference, *(arm for comparison in found for arm in (comparison.first, comparison.second))}
+    alone = [_alone(summary) for summary in measured if summary.arm not in shown]
+    if reference is None:
+        return _collapsed(measured) + alone
     against: dict[str, list[tuple[Comparison, Estimate | None, Estimate]]] = {}
     for comparison in found:
-        other = comparison.second if comparison.first == arms[0] else comparison.first
+        other = comparison.second if comparison.first == reference else comparison.first
         sign = 1 if comparison.first == other else -1
         spread = None if comparison.spread_difference is None else _times(comparison.spread_difference, sign)
         against.setdefault(other, []).append((comparison, spread, _times(comparison.difference, sign)))
-    headlines = [_headline(other, arms[0], rows) for other, rows in against.items()]
+    headlines = [_headline(other, reference, rows) for other, rows in against.items()]
     evidence = [
-        _evidence(other, arms[0], comparison, spread, difference)
+        _evidence(other, reference, comparison, spread, difference)
         for other, rows in against.items()
         for comparison, spread, difference in rows
     ]
-    return headlines + evidence
+    return _collapsed(measured) + headlines + evidence + alone
+
+
+def _collapsed(summaries: Sequence[Summary]) -> list[str]:
+    """Where no trial, or none of an arm, learned anything: there a small spread is no sign of robustness."""
+    by_condition: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        by_condition.setdefault(_where(summary.condition), []).append(summary)
+    found = []
+    for where, here in by_condition.items():
+        lost = [each for each in here if each.collapsed + each.diverged == each.trials - each.failed]
+        if len(lost) == len(here):
+            found.append(
+                f"No trial{where} beats the majority class: nothing was learned, and no spread tells anything."
+            )
+        else:
+            found += [
+                f"No trial of {summary.arm}{where} beats the majority class: its spread tells nothing."
+                for summary in lost
+            ]
+    return found
 
 
 def _alone(summary: Summary) -> str:
@@ -57,7 +83,7 @@ def _alone(summary: Summary) -> str:
     return (
         f"{summary.arm}{_where(summary.condition)}: median {METRICS[summary.metric].label} "
         f"{show(summary.statistics['median'].value)}{f', spread {show(spread.value)}' if spread else ''} "
-        f"over {summary.trials} trials."
+        f"over {summary.trials} trials{f', {summary.collapsed} of them collapsed' if summary.collapsed else ''}."
     )
 
 
