@@ -63,6 +63,20 @@ def test_the_loss_of_the_class_frequencies_is_seen_after_a_quarter_of_the_steps(
     assert "frequencies of the classes" in found[1]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_was_learned_and_lost_is_seen_however_noisy_the_losses_are(seed: int) -> None:
+    fallen = np.where(STEP < 25, math.log(CLASSES) - 0.4 * STEP / 25, math.log(CLASSES) + 0.05)
+    found = judged(fallen + noise(seed, 0.3))
+    assert found is not None, "neither as a rise nor as the loss of the frequencies"
+    assert found[0] <= 110  # twenty steps after step 25 without noise, and later where it hides the loss for a while
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_just_below_that_of_the_frequencies_is_let_go_on(seed: int) -> None:
+    slow = math.log(CLASSES) - 0.5 * np.minimum(STEP / 37, 1.0)
+    assert judged(slow + noise(seed, 0.3)) is None
+
+
 def test_good_is_a_loss_at_its_lowest_that_has_fallen() -> None:
     numbers: dict[str, float] = {}
     good = []

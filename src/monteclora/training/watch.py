@@ -14,6 +14,7 @@ _HORIZON = 10  # steps that this average takes to forget
 _SHARE = 0.5  # of what the loss had fallen by, to have risen by
 _RISE = 0.05  # of the first loss, for losses that have not fallen
 _CLEAR = 8.0  # standard errors by which a smoothed loss is higher than the lowest of many
+_NEAR = 0.01  # of the loss of a prediction that does not look at the row, for losses that are no better
 
 
 class WentWrong(Exception):  # noqa: N818 - no error yet: the phase may go back
@@ -26,7 +27,8 @@ class LossWatch:
 
     What it knows is a few numbers, kept in the training state: the number of losses ``count``, the ``last``, their
     moving sum ``mean``, their ``variance`` (the mean of half the squared differences of neighbours, which a trend does
-    not change much), and the smoothed loss at the ``start`` and at its ``best``.
+    not change much), the smoothed loss at the ``start`` and at its ``best``, and for how many steps in a row it has
+    been no better than ``constant``, ``idle``.
 
     Attributes:
         steps: of the phase.
@@ -51,6 +53,9 @@ class LossWatch:
             numbers["best"] = numbers["start"]
         else:
             numbers["best"] = min(numbers["best"], _smoothed(numbers))
+        if self.constant is not None:
+            idle = _smoothed(numbers) > (1 - _NEAR) * self.constant
+            numbers["idle"] = numbers.get("idle", 0.0) + 1 if idle else 0.0
 
     def verdict(self, numbers: dict[str, float], step: int) -> str | None:
         """What is wrong after ``step``; None for nothing."""
@@ -60,8 +65,12 @@ class LossWatch:
         if now > best + max(_SHARE * (start - best), _RISE * abs(start), _CLEAR * error):
             return f"the smoothed training loss rose from {best:.3g} to {now:.3g}"
         late = step >= self.warmup + max(2 * _HORIZON, (self.steps - self.warmup) / 4)
-        if self.constant is not None and late and best > self.constant - max(3 * error, 0.01 * self.constant):
-            return f"the training loss is still {now:.3g}, that of giving every row the frequencies of the classes"
+        if self.constant is not None and late:
+            never = best > self.constant - max(3 * error, _NEAR * self.constant)
+            # what was learned can be lost in a rise that the noise of single losses hides
+            if never or numbers.get("idle", 0.0) >= 2 * _HORIZON:
+                how = "still" if never else "again"
+                return f"the training loss is {how} {now:.3g}, that of giving every row the frequencies of the classes"
         return None
 
     def is_good(self, numbers: dict[str, float]) -> bool:
