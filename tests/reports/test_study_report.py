@@ -19,7 +19,7 @@ from monteclora.reports.page import render
 from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
 from monteclora.reports.study_report import study_page, watch_study_report, write_study_report
-from monteclora.reports.study_verdict import verdict
+from monteclora.reports.study_verdict import Verdict, verdict
 from monteclora.reports.svg import Svg
 from monteclora.runs.run_folder import RunFolder
 from monteclora.studies.folder import Outcome, StudyFolder
@@ -44,58 +44,62 @@ def result_of(
     return StudyResult(folder, plan, outcomes, summarise(plan, outcomes))
 
 
+def judged(found: StudyResult) -> Verdict:
+    return verdict(found.plan, found.outcomes, found.summaries)
+
+
 def test_verdict_claims_what_the_interval_over_seeds_shows(tmp_path: Path) -> None:
     cells = [(rate, seed) for rate in (1, 2, 3) for seed in (0, 1, 2)]
     narrow = {("n", rate, seed): 0.7 + 0.01 * rate for rate, seed in cells}
     wide = {("w", rate, seed): 0.4 + (0.1 + 0.01 * seed) * rate for rate, seed in cells}
-    found = result_of({**wide, **narrow}, tmp_path)
-    headline, evidence = verdict(found.plan, found.outcomes, found.summaries)
-    assert headline == "n against w: more robust, judged by the spread."
+    found = judged(result_of({**wide, **narrow}, tmp_path))
+    assert found.sentences == ["n against w: more robust, judged by the spread."]
     # spreads 0.20, 0.22, 0.24 against 0.02: -0.18, -0.20, -0.22: s = 0.02, t = 4.3027, so 0.0497 to both sides
-    text = evidence.replace(MINUS, "-")
-    assert "on 9 shared cells: the spread of accuracy differs by -0.200 (-0.250 to -0.150)" in text
-    found = result_of({**narrow, **wide}, tmp_path)
-    headline, _ = verdict(found.plan, found.outcomes, found.summaries)
-    assert headline == "w against n: less robust, judged by the spread."
+    (row,) = found.evidence
+    assert (found.reference, row.arm, row.cells, row.seeds) == ("w", "n", 9, 3)
+    assert row.spread is not None
+    assert [row.spread.value, row.spread.low, row.spread.high] == pytest.approx([-0.2, -0.24968, -0.15032], abs=1e-5)
+    assert judged(result_of({**narrow, **wide}, tmp_path)).sentences == [
+        "w against n: less robust, judged by the spread."
+    ]
     low = {("l", rate, seed): 0.3 + 0.01 * rate for rate, seed in cells}  # bad everywhere, and so with a small spread
-    found = result_of({**wide, **low}, tmp_path)
-    _, headline, _ = verdict(found.plan, found.outcomes, found.summaries)
-    assert headline == "l against w: more robust, judged by the spread; there it is worse on average."
+    assert judged(result_of({**wide, **low}, tmp_path)).sentences == [
+        "No trial of l beats the majority class: its spread tells nothing.",
+        "l against w: more robust, judged by the spread; there it is worse on average.",
+    ]
 
 
 def test_verdict_makes_no_claim_it_cannot(tmp_path: Path) -> None:
-    found = result_of(TABLE, tmp_path)
-    assert "b against a: 2 seeds, so no claim" in verdict(found.plan, found.outcomes, found.summaries)[0]
-    cells = [(arm, rate, seed) for arm in ("a", "b") for rate in (1, 2) for seed in (0, 1, 2)]
-    found = result_of({(a, r, s): 0.6 + 0.1 * r * (s == "ab".index(a)) for a, r, s in cells}, tmp_path)
-    # the spreads differ by -0.1, 0.1 and 0
-    assert verdict(found.plan, found.outcomes, found.summaries)[0] == (
-        "b is neither more nor less robust than a, as far as these seeds can tell."
-    )
+    assert judged(result_of(TABLE, tmp_path)).sentences == [
+        "b against a: 2 seeds, so no claim about which is the more robust."
+    ]
+    cells = [(arm, rate, seed) for arm in ("a", "b", "c") for rate in (1, 2) for seed in (0, 1, 2)]
+    found = result_of({(a, r, s): 0.6 + 0.1 * r * (s == "abc".index(a)) for a, r, s in cells}, tmp_path)
+    # the spreads differ by -0.1, 0.1 and 0; arms of which the same is to be said share a sentence
+    assert judged(found).sentences == ["b; c against a: neither more nor less robust, as far as these seeds can tell."]
     one = result_of({key: value for key, value in TABLE.items() if key[2] == 0}, tmp_path)
-    assert "one seed, so no claim" in verdict(one.plan, one.outcomes, one.summaries)[0]
+    assert "one seed, so no claim" in judged(one).sentences[0]
     seeds_alone = {(arm, 1, seed): 0.6 + 0.1 * seed + 0.2 * (arm == "b") for arm in ("a", "b") for seed in (0, 1, 2)}
     found = result_of(seeds_alone, tmp_path)
-    headline, evidence = verdict(found.plan, found.outcomes, found.summaries)
-    assert headline == "b against a: one setting for each seed, so no spread to compare."
-    assert evidence == "b against a, on 3 shared cells: the mean of accuracy differs by +0.200 (+0.200 to +0.200)."
+    assert judged(found).sentences == ["b against a: one setting for each seed, so no spread to compare."]
+    (row,) = judged(found).evidence
+    assert row.spread is None
+    assert row.difference.value == pytest.approx(0.2)
     assert "spread 0" not in render(study_page(found))
     alone = result_of({key: value for key, value in TABLE.items() if key[0] == "a"}, tmp_path)
-    assert verdict(alone.plan, alone.outcomes, alone.summaries) == [
-        "a: median accuracy 0.750, spread 0.300 over 6 trials, 1 of them collapsed."
-    ]
+    assert judged(alone) == Verdict(
+        None, ["a: median accuracy 0.750, spread 0.300 over 6 trials, 1 of them collapsed."], []
+    )
 
 
 def test_verdict_says_first_where_nothing_was_learned(tmp_path: Path) -> None:
     cells = [(rate, seed) for rate in (1, 2) for seed in (0, 1, 2)]
     chance = {("c", *cell): 0.5 for cell in cells}  # the majority class of 100 rows, where a standard error is 0.05
     also = {("d", *cell): 0.54 if cell[1] else None for cell in cells}  # one seed diverged
-    found = result_of({**chance, **also}, tmp_path)
     sentence = "No trial beats the majority class: nothing was learned, and no spread tells anything."
-    assert verdict(found.plan, found.outcomes, found.summaries)[0] == sentence
+    assert judged(result_of({**chance, **also}, tmp_path)).sentences[0] == sentence
     learned = {("l", rate, seed): 0.6 + 0.1 * rate for rate, seed in cells}
-    found = result_of({**learned, **chance}, tmp_path)
-    first, second, _ = verdict(found.plan, found.outcomes, found.summaries)
+    first, second = judged(result_of({**learned, **chance}, tmp_path)).sentences
     assert first == "No trial of c beats the majority class: its spread tells nothing."
     assert second.startswith("c against l: more robust")
 
@@ -104,14 +108,13 @@ def test_verdict_compares_with_the_first_arm_that_shares_cells(tmp_path: Path) -
     cells = [(rate, seed) for rate in (1, 2) for seed in (0, 1, 2)]
     elsewhere = {("full", rate + 10, seed): 0.45 + 0.02 * rate for rate, seed in cells}  # rates of its own
     shared = {(arm, rate, seed): 0.6 + 0.1 * rate + 0.01 * seed for arm in ("a", "b") for rate, seed in cells}
-    found = result_of({**elsewhere, **shared}, tmp_path)
-    assert verdict(found.plan, found.outcomes, found.summaries) == [
+    found = judged(result_of({**elsewhere, **shared}, tmp_path))
+    assert found.sentences == [
         "No trial of full beats the majority class: its spread tells nothing.",
-        "b is neither more nor less robust than a, as far as these seeds can tell.",
-        "b against a, on 6 shared cells: the spread of accuracy differs by +0.000 (+0.000 to +0.000), "
-        "its mean by +0.000 (+0.000 to +0.000).",
+        "b against a: neither more nor less robust, as far as these seeds can tell.",
         "full: median accuracy 0.480, spread 0.020 over 6 trials, 6 of them collapsed.",
     ]
+    assert (found.reference, [row.arm for row in found.evidence]) == ("a", ["b"])
 
 
 def test_the_page_has_every_trial_and_escapes_names(tmp_path: Path) -> None:
@@ -158,9 +161,9 @@ def under(condition: int, result: StudyResult, outcomes: Mapping[str, Outcome]) 
 def test_a_condition_without_values_leaves_the_rest_of_the_page(tmp_path: Path, lacking: Outcome) -> None:
     first = result_of(TABLE, tmp_path)
     page = study_page(under(5, first, {trial.id: lacking for trial in first.plan.trials}))
-    _, whole, other, *_ = page.sections
+    whole, other = [each for each in page.sections if each.title.startswith("With")]
     assert (whole.title, other.title) == ("With label noise 0", "With label noise 5")
-    alone = study_page(first).sections[1]
+    (alone,) = [each for each in study_page(first).sections if each.title == "Results"]
     assert [(len(f.panels), f.caption) for f in whole.figures] == [(len(f.panels), f.caption) for f in alone.figures]
     assert list(whole.paragraphs) == []
     assert list(other.paragraphs) == ["No trial has a value of accuracy yet."]
@@ -233,16 +236,17 @@ def test_the_page_has_the_view_around_each_arms_best_value(tmp_path: Path) -> No
     result = StudyResult(tmp_path, plan, outcomes, summarise(plan, outcomes))
     page = study_page(result)
     (section,) = [section for section in page.sections if section.title == "Each arm around its own best value"]
-    _, headline, evidence, *windows = section.paragraphs
+    _, headline, *windows = section.paragraphs
     assert headline == "b against a: 2 seeds, so no claim about which is the more robust."
-    # by the distance from the best: the spreads are 0.49 and 0.39 of a, 0.2 and 0.2 of b
-    text = evidence.replace(MINUS, "-")
-    assert text.startswith("b against a with x 1, on 6 shared cells: the spread of accuracy differs by -0.240 (")
     assert windows == [
         "a (x 1): 3 values of learning rate around 1.0, from 0.1 to 10.0, chosen by validation accuracy.",
         "b (x 1): 3 values of learning rate around 0.01, from 0.001 to 0.1, chosen by validation accuracy.",
     ]
-    (table,) = section.tables
+    evidence, table = section.tables
+    # by the distance from the best: the spreads are 0.49 and 0.39 of a, 0.2 and 0.2 of b
+    (row,) = evidence.rows
+    assert row.cells[:4] == ["x 1", "b", 6, 2]
+    assert str(row.cells[4]).replace(MINUS, "-").startswith("-0.240 (")
     assert [row.cells[:3] for row in table.rows] == [["x 1", "a", "accuracy"], ["x 1", "b", "accuracy"]]
     spread = [column.header for column in table.columns].index("Spread")
     assert [str(row.cells[spread])[:5] for row in table.rows] == ["0.440", "0.200"]

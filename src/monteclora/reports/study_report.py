@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -14,11 +14,11 @@ import numpy as np
 from monteclora.errors import CheckpointError
 from monteclora.metrics.registry import METRICS, Metric
 from monteclora.reports.figures import TrainingCurve
-from monteclora.reports.formats import count, decimals, duration
+from monteclora.reports.formats import count, decimals, duration, signed
 from monteclora.reports.page import Cell, Column, Figure, Link, Page, Row, Section, Table, write_page
 from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
-from monteclora.reports.study_verdict import verdict
+from monteclora.reports.study_verdict import Verdict, verdict
 from monteclora.runs.run_folder import RunFolder
 from monteclora.studies.centring import describe_window
 from monteclora.studies.folder import Outcome, StudyFolder
@@ -40,6 +40,7 @@ _STATISTICS = {
     "worst_decile": "Worst decile",
     "regret": "Regret",
 }
+_show = decimals(3)
 
 
 def write_study_report(folder: Path) -> Path:
@@ -87,12 +88,21 @@ def study_page(result: StudyResult) -> Page:
     failed = [t.label for t in plan.trials if t.id in outcomes and outcomes[t.id].status == "failed"]
     warnings += [f"{len(failed)} trials failed and have no value: {'; '.join(failed[:3])} …"] if failed else []
     sections = [_section(result, group, metric) for group in groups]
+    found = verdict(plan, outcomes, result.summaries)
+    evidence = [Section(f"Against {found.reference}", tables=[_evidence(found)])] if found.evidence else []
     return Page(
         title=plan.study.name,
         subtitle=f"{len(outcomes)} of {len(plan.trials)} trials, {len(_arms(result))} arms",
-        summary=verdict(plan, outcomes, result.summaries),
+        summary=found.sentences,
         warnings=warnings + list(plan.notes),
-        sections=[_how(result, metric), *sections, *_centred(result), _curves(result), _trials(result, metric)],
+        sections=[
+            *evidence,
+            _how(result, metric),
+            *sections,
+            *_centred(result),
+            _curves(result),
+            _trials(result, metric),
+        ],
         reproduce=[
             f"monteclora study {quote(str(result.folder / 'study.yaml'))} --out {quote(str(result.folder))}",
             f"monteclora report {quote(str(result.folder))}",
@@ -250,9 +260,44 @@ def _centred(result: StudyResult) -> list[Section]:
         "On one grid an arm can look robust only because its best value lies in the middle. Here every arm has as many "
         "values: its best one, chosen by the validation rows, and those nearest to it."
     )
-    sentences = verdict(found.plan, result.outcomes, summaries, result.plan) if summaries else []
-    tables = [_table(summaries, conditions=any(summary.condition for summary in summaries))] if summaries else []
-    return [Section("Each arm around its own best value", [intro, *sentences, *notes], tables=tables)]
+    if not summaries:
+        return [Section("Each arm around its own best value", [intro, *notes])]
+    told = verdict(found.plan, result.outcomes, summaries, result.plan)
+    tables = [_evidence(told)] if told.evidence else []
+    tables.append(_table(summaries, conditions=any(summary.condition for summary in summaries)))
+    return [Section("Each arm around its own best value", [intro, *told.sentences, *notes], tables=tables)]
+
+
+def _evidence(found: Verdict) -> Table:
+    """What the verdict rests on: every arm against the reference."""
+    conditions = any(row.condition for row in found.evidence)
+    rows = [
+        Row(
+            [
+                *([condition_in_words(row.condition)] if conditions else []),
+                row.arm,
+                row.cells,
+                row.seeds,
+                _interval(row.spread, signed),
+                _interval(row.difference, signed),
+            ]
+        )
+        for row in found.evidence
+    ]
+    label = METRICS[found.evidence[0].metric].label
+    columns = [
+        *([Column("Condition")] if conditions else []),
+        Column("Arm"),
+        Column("Shared cells", count),
+        Column("Seeds", count),
+        Column("Spread"),
+        Column("Mean"),
+    ]
+    caption = (
+        f"Spread and mean of {label} less those of {found.reference}, on the cells that both have; in brackets are 95 % "
+        "intervals over seeds."
+    )
+    return Table(columns, rows, caption)
 
 
 def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
@@ -278,13 +323,13 @@ def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
     return Table(columns, rows, caption)
 
 
-def _interval(estimate: Estimate | None) -> str:
+def _interval(estimate: Estimate | None, show: Callable[[float], str] = _show) -> str:
     if estimate is None:
         return "-"
-    text = decimals(3)(estimate.value)
+    text = show(estimate.value)
     if estimate.low is None or estimate.high is None:
         return text
-    return f"{text} ({decimals(3)(estimate.low)} to {decimals(3)(estimate.high)})"
+    return f"{text} ({show(estimate.low)} to {show(estimate.high)})"
 
 
 def _curves(result: StudyResult) -> Section:
