@@ -294,8 +294,8 @@ def _evidence(found: Verdict) -> Table:
         Column("Mean"),
     ]
     caption = (
-        f"Spread and mean of {label} less those of {found.reference}, on the cells that both have; in brackets are 95 % "
-        "intervals over seeds."
+        f"Spread and mean of {label} less those of {found.reference}, on the cells that both have; in brackets are "
+        "95 % intervals over seeds."
     )
     return Table(columns, rows, caption)
 
