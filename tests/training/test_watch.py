@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from monteclora.training.watch import LossWatch, constant_loss
+from monteclora.training.watch import LossWatch
 
 STEPS, WARMUP, CLASSES = 150, 9, 12
 WATCH = LossWatch(STEPS, WARMUP, math.log(CLASSES))
@@ -56,19 +56,34 @@ def test_a_loss_that_only_rises_is_seen_as_soon_as_it_is_judged(seed: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_loss_of_the_class_frequencies_is_seen_after_a_quarter_of_the_steps(seed: int) -> None:
-    found = judged(np.full(STEPS, math.log(CLASSES) + 0.01) + noise(seed, 0.05))
+def test_a_rise_that_ends_at_the_class_frequencies_is_seen_after_a_quarter_of_the_steps(seed: int) -> None:
+    fallen = math.log(CLASSES) + 0.01 + 0.6 * np.exp(-(((STEP - 15) / 6) ** 2))
+    found = judged(fallen + noise(seed, 0.1))
     assert found is not None
-    assert found[0] == math.ceil(WARMUP + (STEPS - WARMUP) / 4)
-    assert "frequencies of the classes" in found[1]
+    assert found[0] <= math.ceil(WARMUP + (STEPS - WARMUP) / 4) + 25
+    assert "frequencies of the classes" in found[1] or "rose" in found[1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_only_comes_down_to_the_class_frequencies_is_let_go_on(seed: int) -> None:
+    """MRPC at a good rate: learning starts after a third of the steps, and half the rate would be the wrong way."""
+    late = math.log(2) * (1 + 0.1 * np.exp(-STEP / 10) - np.maximum(STEP - 60, 0) / 900)
+    assert judged(late + noise(seed, 0.04), LossWatch(STEPS, WARMUP, math.log(2))) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slow_progress_is_not_taken_for_none(seed: int) -> None:
+    """Three per cent better than the frequencies at a quarter of the steps: as MRPC, which is learned late."""
+    slow = math.log(2) * (1 + 0.05 * np.exp(-STEP / 8) - 0.08 * STEP / 100)
+    assert judged(slow + noise(seed, 0.03), LossWatch(STEPS, WARMUP, math.log(2))) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_was_learned_and_lost_is_seen_however_noisy_the_losses_are(seed: int) -> None:
     fallen = np.where(STEP < 25, math.log(CLASSES) - 0.4 * STEP / 25, math.log(CLASSES) + 0.05)
-    found = judged(fallen + noise(seed, 0.3))
+    found = judged(fallen + noise(seed, 0.2))
     assert found is not None, "neither as a rise nor as the loss of the frequencies"
-    assert found[0] <= 110  # twenty steps after step 25 without noise, and later where it hides the loss for a while
+    assert found[0] <= 90  # twenty steps after step 25 without noise, and later where it hides the loss for a while
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -88,16 +103,3 @@ def test_good_is_a_loss_at_its_lowest_that_has_fallen() -> None:
     assert not any(good[:30])
     assert all(good[45:70])
     assert not any(good[78:])
-
-
-def test_constant_loss_is_the_lowest_of_all_constant_predictions() -> None:
-    labels, weights = [0] * 5 + [1] * 2 + [3] * 3, [1.0, 4.0, 9.0, 0.5]
-    probs = np.random.default_rng(0).dirichlet(np.ones(4), 20_000)
-    losses = -(np.log(probs) * weights)[:, labels].mean(-1)
-    found = constant_loss(labels, weights)
-    assert found <= losses.min() <= found + 0.02
-
-
-def test_constant_loss_is_the_entropy_of_the_labels() -> None:
-    assert constant_loss([0, 1, 2, 3] * 5) == pytest.approx(math.log(4))
-    assert constant_loss([0, 0, 0, 1]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))

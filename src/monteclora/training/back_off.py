@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 from monteclora.errors import DivergenceError
 from monteclora.runs.manifest import Checkpoint, discard_later, read_checkpoint
-from monteclora.runs.prepare import PreparedData
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
-from monteclora.tasks.measures import ClassMeasures
 from monteclora.training.agreement import by_main_process
 from monteclora.training.checkpoint import Checkpoints, saved_state
+from monteclora.training.class_prior import ClassPrior
 from monteclora.training.loop import Loop
 from monteclora.training.plans import Phase, warmup_steps
-from monteclora.training.watch import LossWatch, WentWrong, constant_loss
+from monteclora.training.watch import LossWatch, WentWrong
 
 __all__ = ["Return", "begin_again", "returning", "times_back", "watch_of"]
 
@@ -55,17 +54,14 @@ def times_back(checkpoint: Checkpoint | None, back: Return | None) -> int:
     return 0 if checkpoint is None else saved_state(checkpoint.path).back_offs
 
 
-def watch_of(recipe: Recipe, phase: Phase, data: PreparedData, times: int) -> LossWatch | None:
+def watch_of(recipe: Recipe, phase: Phase, prior: ClassPrior | None, times: int) -> LossWatch | None:
     """What judges the loss of a phase that went back so many times; None where it goes back no more.
 
     The posterior's own phase never does: the adapter, whose loss it is, stays as it was trained.
     """
     if times >= recipe.training.back_off or phase.name == "posterior":
         return None
-    measures, constant = data.measures, None
-    if isinstance(measures, ClassMeasures):
-        constant = constant_loss(data.train["labels"], measures.weights)
-    return LossWatch(phase.steps, warmup_steps(recipe.training, phase.steps), constant)
+    return LossWatch(phase.steps, warmup_steps(recipe.training, phase.steps), None if prior is None else prior.mean)
 
 
 def returning(loop: Loop, saver: Checkpoints, error: WentWrong | DivergenceError) -> Return | None:

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from monteclora.methods.base import Method
 from monteclora.tasks.measures import Measures
 from monteclora.training.batches import Batch, Batches
+from monteclora.training.class_prior import ClassPrior
 from monteclora.training.divergence import Part
 from monteclora.training.interruption import Interruption
 from monteclora.training.reporting import Reporting
@@ -116,6 +117,7 @@ class Loop:
         reporting: tells of the phase.
         interruption: asks to stop.
         watch: judges the loss of a phase that may go back; None where it may not.
+        prior: of the classes, for what is judged by the loss; None for other tasks, or where nothing is.
         kept_whole: parameters of a sharded model whose gradients nobody else averages over the processes.
         state: where the phase stands.
         resumed: whether it starts from a checkpoint.
@@ -141,10 +143,13 @@ class Loop:
     reporting: Reporting
     interruption: Interruption
     watch: LossWatch | None = None
+    prior: ClassPrior | None = None
     kept_whole: Sequence[nn.Parameter] = ()
     state: TrainingState = field(default_factory=TrainingState)
     resumed: bool = False
     interrupted: bool = False
+    # of the last step: by how much its labels make its loss higher than that of others
+    luck: float = 0.0
     # what the method reported of the last finite step; on the device until it is logged or saved
     _numbers: Mapping[str, Tensor] | None = None
     _started: float = 0.0
@@ -250,10 +255,14 @@ class Loop:
         """
         items = sum(int(self.measures.count(batch.inputs["labels"])) for batch in batches)
         tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches if batch.rows)
+        excess = 0.0 if self.prior is None else sum(self.prior.excess(batch.inputs["labels"]) for batch in batches)
         counts = torch.tensor([items, tokens], device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-            tokens = int(counts[1])
+            items, tokens = counts.tolist()
+            if self.prior is not None:
+                excess = float(self.accelerator.reduce(torch.tensor(excess, device=counts.device), reduction="sum"))
+        self.luck = excess / max(items, 1)
         return counts[0], tokens
 
     def _passes(self, inputs: Sequence[Mapping[str, Any]], items: Tensor) -> list[_Pass]:
@@ -302,7 +311,7 @@ class Loop:
         state.finite_steps += 1
         state.skipped_in_a_row = 0
         if self.watch is not None:
-            self.watch.see(state.watch, task)
+            self.watch.see(state.watch, task - self.luck)
         state.grad_norm, self._numbers = size, passes[-1].numbers
         return True
 

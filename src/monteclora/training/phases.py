@@ -20,6 +20,7 @@ from monteclora.system.devices import is_main_process
 from monteclora.training.assembly import accelerator_of, assemble, named_memory
 from monteclora.training.back_off import Return, begin_again, returning, times_back, watch_of
 from monteclora.training.checkpoint import Checkpoints, restore
+from monteclora.training.class_prior import prior_of
 from monteclora.training.divergence import NonFiniteSteps
 from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
 from monteclora.training.loop import Loop
@@ -98,7 +99,9 @@ def train_phase(
     loop = assemble(recipe, phase, plan, data, model, method, accelerator, saver, non_finite, reporting)
     if resume is not None:
         restore(loop, resume.path)
-    loop.watch = watch_of(recipe, phase, data, times)
+    prior = prior_of(data)
+    loop.watch = watch_of(recipe, phase, prior, times)
+    loop.prior = None if loop.watch is None else prior
     if back is not None:
         begin_again(loop, run, saver, back, phase.learning_rate)
     try:

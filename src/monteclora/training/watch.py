@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LossWatch", "WentWrong", "constant_loss"]
+__all__ = ["LossWatch", "WentWrong"]
 
 _DECAY = 0.9  # of the moving average that smooths the loss
+_FIRST = 3  # steps, while the rate is still low
 _HORIZON = 10  # steps that this average takes to forget
 _SHARE = 0.5  # of what the loss had fallen by, to have risen by
 _RISE = 0.05  # of the first loss, for losses that have not fallen
 _CLEAR = 8.0  # standard errors by which a smoothed loss is higher than the lowest of many
+_SURE = 3.0  # likewise, where it has stayed at that of the class frequencies as well
 _NEAR = 0.01  # of the loss of a prediction that does not look at the row, for losses that are no better
 
 
@@ -27,8 +27,8 @@ class LossWatch:
 
     What it knows is a few numbers, kept in the training state: the number of losses ``count``, the ``last``, their
     moving sum ``mean``, their ``variance`` (the mean of half the squared differences of neighbours, which a trend does
-    not change much), the smoothed loss at the ``start`` and at its ``best``, and for how many steps in a row it has
-    been no better than ``constant``, ``idle``.
+    not change much), the mean of the ``first`` few, the smoothed loss at the ``start``, at its ``best`` and at its
+    ``worst``, and for how many steps in a row it has been no better than ``constant``, ``idle``.
 
     Attributes:
         steps: of the phase.
@@ -48,11 +48,14 @@ class LossWatch:
             numbers["variance"] = variance + ((loss - numbers["last"]) ** 2 / 2 - variance) / (count - 1)
         numbers["mean"] = _DECAY * numbers.get("mean", 0.0) + (1 - _DECAY) * loss
         numbers["count"], numbers["last"] = count, loss
+        if count <= _FIRST:
+            numbers["first"] = numbers.get("first", 0.0) + (loss - numbers.get("first", 0.0)) / count
         if count <= _HORIZON:
             numbers["start"] = numbers.get("start", 0.0) + (loss - numbers.get("start", 0.0)) / count
-            numbers["best"] = numbers["start"]
+            numbers["best"] = numbers["worst"] = numbers["start"]
         else:
             numbers["best"] = min(numbers["best"], _smoothed(numbers))
+            numbers["worst"] = max(numbers.get("worst", numbers["start"]), _smoothed(numbers))
         if self.constant is not None:
             idle = _smoothed(numbers) > (1 - _NEAR) * self.constant
             numbers["idle"] = numbers.get("idle", 0.0) + 1 if idle else 0.0
@@ -65,12 +68,14 @@ class LossWatch:
         if now > best + max(_SHARE * (start - best), _RISE * abs(start), _CLEAR * error):
             return f"the smoothed training loss rose from {best:.3g} to {now:.3g}"
         late = step >= self.warmup + max(2 * _HORIZON, (self.steps - self.warmup) / 4)
-        if self.constant is not None and late:
-            never = best > self.constant - max(3 * error, _NEAR * self.constant)
-            # what was learned can be lost in a rise that the noise of single losses hides
-            if never or numbers.get("idle", 0.0) >= 2 * _HORIZON:
-                how = "still" if never else "again"
-                return f"the training loss is {how} {now:.3g}, that of giving every row the frequencies of the classes"
+        if self.constant is not None and late and numbers.get("idle", 0.0) >= 2 * _HORIZON:
+            lost = best < self.constant - max(_SURE * error, _NEAR * self.constant)
+            before = max(self.constant, numbers.get("first", start))
+            risen = numbers.get("worst", start) > before + max(_SURE * error, 2 * _RISE * before)
+            # a loss that only comes down to that of the frequencies is of a task that is learned late: half the rate
+            # would be the wrong way
+            if lost or risen:
+                return f"the training loss is {now:.3g}, that of giving every row the frequencies of the classes"
         return None
 
     def is_good(self, numbers: dict[str, float]) -> bool:
@@ -88,15 +93,3 @@ def _smoothed(numbers: dict[str, float]) -> float:
 def _error(numbers: dict[str, float]) -> float:
     """The standard error of the smoothed loss: of a moving average of independent losses of this variance."""
     return math.sqrt(numbers["variance"] * (1 - _DECAY) / (1 + _DECAY))
-
-
-def constant_loss(labels: Sequence[int], weights: Sequence[float] | None = None) -> float:
-    """The lowest loss of a prediction that is the same for every row, nats: the entropy of the labels' frequencies.
-
-    Args:
-        labels: of the rows.
-        weights: of the classes in the loss, see :class:`~monteclora.tasks.measures.ClassMeasures`; None for equal ones.
-    """
-    weighed = [n * (1.0 if weights is None else weights[label]) for label, n in Counter(labels).items()]
-    total = sum(weighed)  # the best probabilities are proportional to these
-    return -sum(part * math.log(part / total) for part in weighed if part) / len(labels)
