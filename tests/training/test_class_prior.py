@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from monteclora.data.encoding import IGNORED
+from monteclora.tasks.measures import ClassMeasures
+from monteclora.training.batches import Batch
 from monteclora.training.class_prior import class_prior
+from monteclora.training.loop import Loop
 
 LABELS, WEIGHTS = [0] * 5 + [1] * 2 + [3] * 3, [1.0, 4.0, 9.0, 0.5]
 
@@ -34,3 +39,19 @@ def test_the_excess_of_labels_is_their_loss_under_it_less_the_mean() -> None:
     assert prior.excess(torch.tensor([0, 0, 0, 1])) == pytest.approx(0.0, abs=1e-12)
     weighed = class_prior(LABELS, WEIGHTS)
     assert weighed.excess(torch.tensor(LABELS)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_is_as_lucky_as_all_its_labels_together(processes: int) -> None:
+    """Over its batches, and over processes, each of which has the same ones here."""
+    prior = class_prior([0, 0, 0, 1])
+    labels = [torch.tensor([1, 1, 0]), torch.tensor([0, IGNORED, 1])]
+    batches = [Batch((0, 1, 2), {"labels": each, "attention_mask": torch.ones(3, 2)}) for each in labels]
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=processes, reduce=lambda tensor, reduction: processes * tensor
+    )
+    loop = SimpleNamespace(prior=prior, measures=ClassMeasures(), accelerator=accelerator, luck=0.0)
+    items, tokens = Loop._count(cast(Any, loop), batches)
+    assert (int(items), tokens) == (5 * processes, 12 * processes)
+    # three of class 1 and two of class 0, in place of a quarter and three quarters
+    assert loop.luck == pytest.approx((-3 * math.log(0.25) - 2 * math.log(0.75)) / 5 - prior.mean)
