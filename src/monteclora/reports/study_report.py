@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -14,33 +14,25 @@ import numpy as np
 from monteclora.errors import CheckpointError
 from monteclora.metrics.registry import METRICS, Metric
 from monteclora.reports.figures import TrainingCurve
-from monteclora.reports.formats import count, decimals, duration, signed
+from monteclora.reports.formats import decimals, duration
 from monteclora.reports.page import Cell, Column, Figure, Link, Page, Row, Section, Table, write_page
 from monteclora.reports.run_report import training_curve
 from monteclora.reports.study_figures import Dot, HeatMap, heat_map, loss_curves, scatter_plot, strip_plot
-from monteclora.reports.study_verdict import Verdict, verdict
+from monteclora.reports.study_tables import evidence_table, statistics_table
+from monteclora.reports.study_verdict import verdict
 from monteclora.runs.run_folder import RunFolder
 from monteclora.studies.centring import describe_window
 from monteclora.studies.folder import Outcome, StudyFolder
 from monteclora.studies.plan import Trial
 from monteclora.studies.study import StudyResult, read_study
-from monteclora.studies.summary import Estimate, Summary, by_condition, primary_metric, trial_values
-from monteclora.studies.wording import condition_in_words, key_in_words, values_in_words
+from monteclora.studies.summary import by_condition, primary_metric, trial_values
+from monteclora.studies.wording import key_in_words, values_in_words
 
 __all__ = ["STUDY_PAGE", "study_page", "watch_study_report", "write_study_report"]
 
 STUDY_PAGE = "report.html"
 _POLL = 5  # seconds
 _RATE = "training.learning_rate"
-_STATISTICS = {
-    "best": "Best",
-    "median": "Median",
-    "spread": "Spread",
-    "iqr": "IQR",
-    "worst_decile": "Worst decile",
-    "regret": "Regret",
-}
-_show = decimals(3)
 
 
 def write_study_report(folder: Path) -> Path:
@@ -89,7 +81,7 @@ def study_page(result: StudyResult) -> Page:
     warnings += [f"{len(failed)} trials failed and have no value: {'; '.join(failed[:3])} …"] if failed else []
     sections = [_section(result, group, metric) for group in groups]
     found = verdict(plan, outcomes, result.summaries)
-    evidence = [Section(f"Against {found.reference}", tables=[_evidence(found)])] if found.evidence else []
+    evidence = [Section(f"Against {found.reference}", tables=[evidence_table(found)])] if found.evidence else []
     return Page(
         title=plan.study.name,
         subtitle=f"{len(outcomes)} of {len(plan.trials)} trials, {len(_arms(result))} arms",
@@ -174,7 +166,7 @@ def _section(result: StudyResult, group: Sequence[Trial], metric: Metric) -> Sec
         )
     figures += _against(group, outcomes, arms, metric)
     condition = values_in_words(group[0].conditions)
-    table = _table(summaries)
+    table = statistics_table(summaries)
     return Section(f"With {condition}" if condition else "Results", paragraphs, figures, [table] if table.rows else [])
 
 
@@ -263,73 +255,9 @@ def _centred(result: StudyResult) -> list[Section]:
     if not summaries:
         return [Section("Each arm around its own best value", [intro, *notes])]
     told = verdict(found.plan, result.outcomes, summaries, result.plan)
-    tables = [_evidence(told)] if told.evidence else []
-    tables.append(_table(summaries, conditions=any(summary.condition for summary in summaries)))
+    tables = [evidence_table(told)] if told.evidence else []
+    tables.append(statistics_table(summaries, conditions=any(summary.condition for summary in summaries)))
     return [Section("Each arm around its own best value", [intro, *told.sentences, *notes], tables=tables)]
-
-
-def _evidence(found: Verdict) -> Table:
-    """What the verdict rests on: every arm against the reference."""
-    conditions = any(row.condition for row in found.evidence)
-    rows = [
-        Row(
-            [
-                *([condition_in_words(row.condition)] if conditions else []),
-                row.arm,
-                row.cells,
-                row.seeds,
-                _interval(row.spread, signed),
-                _interval(row.difference, signed),
-            ]
-        )
-        for row in found.evidence
-    ]
-    label = METRICS[found.evidence[0].metric].label
-    columns = [
-        *([Column("Condition")] if conditions else []),
-        Column("Arm"),
-        Column("Shared cells", count),
-        Column("Seeds", count),
-        Column("Spread"),
-        Column("Mean"),
-    ]
-    caption = (
-        f"Spread and mean of {label} less those of {found.reference}, on the cells that both have; in brackets are "
-        "95 % intervals over seeds."
-    )
-    return Table(columns, rows, caption)
-
-
-def _table(summaries: Sequence[Summary], *, conditions: bool = False) -> Table:
-    """The statistics of each arm, with or without a column that names the condition."""
-    rows = []
-    for summary in summaries:
-        condition = [condition_in_words(summary.condition)] if conditions else []
-        texts = [_interval(summary.statistics.get(name)) for name in _STATISTICS]
-        counts: list[Cell] = [summary.diverged, summary.collapsed, summary.failed, summary.trials]
-        rows.append(Row([*condition, summary.arm, METRICS[summary.metric].label, *texts, *counts]))
-    columns = [
-        *([Column("Condition")] if conditions else []),
-        Column("Arm"),
-        Column("Metric"),
-        *(Column(header) for header in _STATISTICS.values()),
-        *(Column(header, count) for header in ("Diverged", "Collapsed", "Failed", "Trials")),
-    ]
-    caption = (
-        "Spread is best minus worst; the worst decile is what one run in ten is worse than; regret is the mean "
-        "shortfall from the best run of all arms with the same seed; a collapsed run is no better than the majority "
-        "class."
-    )
-    return Table(columns, rows, caption)
-
-
-def _interval(estimate: Estimate | None, show: Callable[[float], str] = _show) -> str:
-    if estimate is None:
-        return "-"
-    text = show(estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return text
-    return f"{text} ({show(estimate.low)} to {show(estimate.high)})"
 
 
 def _curves(result: StudyResult) -> Section:

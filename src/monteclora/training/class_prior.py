@@ -1,8 +1,10 @@
 """The prediction that gives every row the frequencies of the classes: what a classifier that learned nothing is worth.
 
 A batch with more of a rare class has a higher loss. By how much is known from its labels alone, and is most of what the
-losses of small batches differ by while a model is no better than that: the loss less this excess has the same mean and
-less noise (a control variate).
+losses of small batches differ by while a model is no better than that. The loss of a batch of B rows with the labels
+y_b, less its excess 1/B sum_b (l(y_b) - E l), where l(k) is the loss of a row of class k under the frequencies, has the
+same mean and less noise: a control variate with the coefficient 1 (Owen 2013, Monte Carlo theory, methods and examples,
+section 8.9).
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def train_phase(
     loop = assemble(recipe, phase, plan, data, model, method, accelerator, saver, non_finite, reporting)
     if resume is not None:
         restore(loop, resume.path)
-    prior = prior_of(data)
+    prior = prior_of(data) if recipe.training.back_off else None  # it reads the labels of all rows
     loop.watch = watch_of(recipe, phase, prior, times)
     loop.prior = None if loop.watch is None else prior
     if back is not None:

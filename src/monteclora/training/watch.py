@@ -14,6 +14,7 @@ _SHARE = 0.5  # of what the loss had fallen by, to have risen by
 _RISE = 0.05  # of the first loss, for losses that have not fallen
 _CLEAR = 8.0  # standard errors by which a smoothed loss is higher than the lowest of many
 _SURE = 3.0  # likewise, where it has stayed at that of the class frequencies as well
+_RISEN = 0.1  # of what the loss was before, to have been higher by
 _NEAR = 0.01  # of the loss of a prediction that does not look at the row, for losses that are no better
 
 
@@ -71,7 +72,7 @@ class LossWatch:
         if self.constant is not None and late and numbers.get("idle", 0.0) >= 2 * _HORIZON:
             lost = best < self.constant - max(_SURE * error, _NEAR * self.constant)
             before = max(self.constant, numbers.get("first", start))
-            risen = numbers.get("worst", start) > before + max(_SURE * error, 2 * _RISE * before)
+            risen = numbers.get("worst", start) > before + max(_SURE * error, _RISEN * before)
             # a loss that only comes down to that of the frequencies is of a task that is learned late: half the rate
             # would be the wrong way
             if lost or risen:
