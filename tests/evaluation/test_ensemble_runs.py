@@ -14,8 +14,9 @@ from monteclora.errors import CheckpointError, ConfigError
 from monteclora.evaluation.calibrate import calibrate
 from monteclora.evaluation.prediction import predict_file
 from monteclora.reports.run_report import write_run_report
+from monteclora.runs.determining import recipe_sha256
 from monteclora.runs.loading import load_run
-from monteclora.runs.recipe import load_recipe, recipe_sha256
+from monteclora.runs.recipe import load_recipe
 from monteclora.studies.study import study
 from monteclora.training.run import train
 from tests.finished_runs import tiny_recipe

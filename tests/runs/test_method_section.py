@@ -10,7 +10,8 @@ import pytest
 from monteclora.config import dump
 from monteclora.errors import ConfigError
 from monteclora.methods.monteclora import MonteCLoRAOptions
-from monteclora.runs.recipe import differences, load_recipe, recipe_sha256
+from monteclora.runs.determining import differences, recipe_sha256
+from monteclora.runs.recipe import load_recipe
 
 
 def recipe(**method: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from monteclora.methods import list_methods
 from monteclora.methods.lora import LoRAOptions
 from monteclora.methods.monteclora import MonteCLoRAOptions
 from monteclora.runs.bundled import bundled_recipes, former_names, summary
-from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_sha256
+from monteclora.runs.determining import all_values, differences, recipe_sha256
+from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.tasks import list_tasks
 
 SMALL = {"name": "small", "model": {"name": "minilm"}, "data": {"task": "helpdesk"}, "method": {"name": "lora"}}
@@ -150,6 +152,20 @@ def test_what_determines_the_result(override: tuple[str, str]) -> None:
     one, other = load_recipe(SMALL), load_recipe(SMALL, [override])
     assert recipe_sha256(one) != recipe_sha256(other)
     assert differences(one, other) == [override[0]]
+
+
+def test_defaults_are_those_of_the_results_that_are_there() -> None:
+    """A checksum leaves defaults out: with another default, outcomes of the former one would be taken for its own.
+
+    A new field is added to the file, with the default that does what was done before. To change one, make its former
+    value part of what ``recipe_sha256`` takes down.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for method in (method.name for method in list_methods()):
+        defaults = all_values(load_recipe(small(method={"name": method})))
+        found["every method"] = {key: value for key, value in defaults.items() if not key.startswith("method.")}
+        found[method] = {key: value for key, value in defaults.items() if key.startswith("method.")}
+    assert found == json.loads((Path(__file__).parent / "defaults.json").read_text())
 
 
 def test_differences_between_methods_name_their_fields() -> None:

@@ -11,8 +11,9 @@ import monteclora
 from monteclora.cli.app import main
 from monteclora.evaluation.prediction import predict_file
 from monteclora.evaluation.run import evaluate
+from monteclora.runs.determining import differences, recipe_sha256
 from monteclora.runs.new_recipe import new_recipe
-from monteclora.runs.recipe import Recipe, differences, load_recipe, recipe_content, recipe_sha256
+from monteclora.runs.recipe import Recipe, load_recipe, recipe_content
 from monteclora.runs.recipe_paths import PATH_KEYS, absolute, started_in
 from monteclora.runs.recipe_reference import recipe_keys
 from monteclora.runs.run_folder import RunFolder

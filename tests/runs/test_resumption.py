@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from monteclora.errors import CheckpointError
-from monteclora.runs.recipe import load_recipe, recipe_sha256
+from monteclora.runs.determining import recipe_sha256
+from monteclora.runs.recipe import load_recipe
 from monteclora.runs.result import RunResult
 from monteclora.runs.resumption import overrides_of
 from monteclora.runs.run_folder import RunFolder

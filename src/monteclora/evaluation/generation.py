@@ -19,10 +19,10 @@ from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.forward import batches
 from monteclora.prediction.generation import Decoding, complete
 from monteclora.runs.calibration import weights_sha256
+from monteclora.runs.determining import recipe_sha256
 from monteclora.runs.documents import read_document, write_document
 from monteclora.runs.ensemble import folders_of, load_ensemble
 from monteclora.runs.loading import LoadedRun, load_run
-from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.progress import progress_bar

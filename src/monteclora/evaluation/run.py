@@ -25,9 +25,9 @@ from monteclora.prediction.cost import Meter, Metered, metered
 from monteclora.prediction.ensemble import ENSEMBLE
 from monteclora.prediction.registry import NO_CALIBRATOR, check_calibrator
 from monteclora.prediction.sampler import MEAN, Sampler
+from monteclora.runs.determining import recipe_sha256
 from monteclora.runs.ensemble import Runs, load_runs
 from monteclora.runs.loading import LoadedRun
-from monteclora.runs.recipe import recipe_sha256
 from monteclora.runs.records import add_evaluation, add_predictions
 from monteclora.system.progress import progress_bar
 from monteclora.system.quiet import quiet_libraries

@@ -19,7 +19,7 @@ from monteclora.errors import DataError
 from monteclora.metrics.registry import METRICS, metrics_for
 from monteclora.reports.compared_evaluations import Entry, compared_entries
 from monteclora.runs.data_facts import data_facts
-from monteclora.runs.recipe import recipe_sha256
+from monteclora.runs.determining import recipe_sha256
 
 __all__ = ["Compared", "Comparison", "Estimate", "compare_runs"]
 

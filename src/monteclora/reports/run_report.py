@@ -24,8 +24,9 @@ from monteclora.reports.runs import run_page
 from monteclora.reports.texts import text_sections
 from monteclora.reports.trust import scale_section, trust_sections
 from monteclora.runs.calibration import read_calibration
+from monteclora.runs.determining import settings
 from monteclora.runs.loading import LoadedRun, load_run
-from monteclora.runs.recipe import Recipe, settings
+from monteclora.runs.recipe import Recipe
 from monteclora.runs.records import read_evaluations
 from monteclora.runs.result import learning_rate_found
 from monteclora.runs.run_folder import RunFolder

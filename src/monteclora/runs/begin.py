@@ -9,8 +9,9 @@ from typing import Any
 
 from monteclora.errors import CheckpointError, MonteCLoRAError
 from monteclora.runs.data_facts import data_facts
+from monteclora.runs.determining import differences, recipe_sha256
 from monteclora.runs.manifest import Checkpoint, newest_complete
-from monteclora.runs.recipe import Recipe, differences, recipe_sha256
+from monteclora.runs.recipe import Recipe
 from monteclora.runs.resumption import accepted_sha256, check_changes, resumed
 from monteclora.runs.run_folder import RunFolder
 from monteclora.system.devices import is_main_process

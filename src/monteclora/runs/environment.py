@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from monteclora.runs.recipe import Recipe, recipe_sha256
+from monteclora.runs.determining import recipe_sha256
+from monteclora.runs.recipe import Recipe
 from monteclora.runs.recipe_paths import started_in
 from monteclora.system.devices import device_name, process_count
 from monteclora.system.version import VERSION

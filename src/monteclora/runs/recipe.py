@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import re
@@ -13,38 +11,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from monteclora.config import Document, Node, brief, build, default_of, load_yaml, nearest
+from monteclora.config import Document, Node, brief, build, load_yaml, nearest
 from monteclora.config.document import from_python, override, to_python
 from monteclora.errors import ConfigError
 from monteclora.methods import MethodOptions, get_method
 from monteclora.runs.bundled import bundled_recipes, former_names
 from monteclora.runs.method_section import method_name, with_current_names, without_foreign_fields
-from monteclora.runs.recipe_paths import PATH_KEYS, absolute, with_places
+from monteclora.runs.recipe_paths import PATH_KEYS, with_places
 from monteclora.tasks import DataSpec
 
 __all__ = [
+    "AFFECTS_RESULT",
     "EvaluationSpec",
     "ModelSpec",
     "PostHocSpec",
     "Recipe",
     "TrainingSpec",
-    "changed_values",
-    "differences",
     "is_run_name",
     "load_recipe",
     "recipe_content",
-    "recipe_sha256",
-    "settings",
 ]
 
 logger = logging.getLogger(__name__)
 
-_RESULT = "affects_result"
+AFFECTS_RESULT = "affects_result"  # in the metadata of a field
 
 
 def _free(default: Any) -> Any:
     """A field that may change between the start of a run and its resumption: the result does not depend on it."""
-    return field(default=default, metadata={_RESULT: False})
+    return field(default=default, metadata={AFFECTS_RESULT: False})
 
 
 @dataclass(frozen=True)
@@ -218,7 +213,7 @@ class Recipe:
         report_to: also log to these trackers, by the names that transformers has for them.
     """
 
-    name: str = field(metadata={_RESULT: False})
+    name: str = field(metadata={AFFECTS_RESULT: False})
     model: ModelSpec
     data: DataSpec
     method: MethodOptions
@@ -227,7 +222,7 @@ class Recipe:
     seed: int = 0
     ensemble: int = 1
     output: str | None = _free(None)
-    report_to: list[str] = field(default_factory=list, metadata={_RESULT: False})
+    report_to: list[str] = field(default_factory=list, metadata={AFFECTS_RESULT: False})
 
     @property
     def folder(self) -> Path:
@@ -359,67 +354,6 @@ def _named(document: Document, name: str) -> Document:
 
 def _schema_for(options: type[MethodOptions]) -> type[Recipe]:
     return dataclasses.make_dataclass("Recipe", [("method", options)], bases=(Recipe,), frozen=True)
-
-
-def recipe_sha256(recipe: Recipe) -> str:
-    """The checksum of what determines the result: two recipes that share it train the same adapter.
-
-    Fields at their defaults are left out, so that a field added later, whose default is what was done before, does not
-    make another recipe of an old one. The method's name never is: it is each method's own default.
-    """
-    changed = _changed(_resolved(recipe))
-    changed["method"] = {**changed.get("method", {}), "name": recipe.method.name}
-    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-
-
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """The values of the dotted keys that determine the result and are not at their defaults."""
-    return dict(_flat(_changed(recipe)))
-
-
-def differences(first: Recipe, second: Recipe) -> list[str]:
-    """The dotted keys, of those that determine the result, in which two recipes differ; paths by where they lead."""
-    return list(changed_values(first, second))
-
-
-def changed_values(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Both values of the keys that :func:`differences` gives; None for a key that only the other's method has."""
-    one, other = (dict(_flat(_determining(_resolved(absolute(recipe))))) for recipe in (first, second))
-    missing = object()
-    keys = sorted(key for key in {*one, *other} if one.get(key, missing) != other.get(key, missing))
-    return {key: (one.get(key), other.get(key)) for key in keys}
-
-
-def _resolved(recipe: Recipe) -> Recipe:
-    """With the values of options that are left to another one: those determine the result, however they are written."""
-    return dataclasses.replace(recipe, method=recipe.method.resolved())
-
-
-def _determining(instance: Any) -> Any:
-    if not dataclasses.is_dataclass(instance):
-        return instance
-    kept = (f for f in dataclasses.fields(instance) if f.metadata.get(_RESULT, True))
-    return {f.name: _determining(getattr(instance, f.name)) for f in kept}
-
-
-def _changed(section: Any) -> dict[str, Any]:
-    """What :func:`_determining` gives, without the fields at their defaults and sections without any other."""
-    changed = {}
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            value = _changed(value)
-        if f.metadata.get(_RESULT, True) and value not in ({}, default_of(f)):
-            changed[f.name] = value
-    return changed
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _at_least(section: Any, bounds: Mapping[str, float]) -> list[tuple[str, str]]:

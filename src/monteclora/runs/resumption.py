@@ -8,9 +8,10 @@ from typing import Any
 
 from monteclora.errors import CheckpointError
 from monteclora.runs.data_facts import data_facts
+from monteclora.runs.determining import changed_values
 from monteclora.runs.environment import changes
 from monteclora.runs.manifest import Checkpoint
-from monteclora.runs.recipe import Recipe, changed_values
+from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.runs.start import check_unchanged
 

@@ -16,7 +16,8 @@ from typing import Any
 from monteclora.errors import ConfigError
 from monteclora.methods import get_method
 from monteclora.prediction.registry import NO_CALIBRATOR, get_sampler
-from monteclora.runs.recipe import EvaluationSpec, Recipe, load_recipe, recipe_sha256
+from monteclora.runs.determining import recipe_sha256
+from monteclora.runs.recipe import EvaluationSpec, Recipe, load_recipe
 from monteclora.studies.content import Contents
 from monteclora.studies.recipe import StudyRecipe
 from monteclora.studies.wording import values_in_words

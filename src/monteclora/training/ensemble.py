@@ -9,7 +9,8 @@ from typing import Any
 from accelerate import PartialState
 
 from monteclora.runs.begin import Run
-from monteclora.runs.recipe import Recipe, is_run_name, recipe_sha256
+from monteclora.runs.determining import recipe_sha256
+from monteclora.runs.recipe import Recipe, is_run_name
 from monteclora.runs.recipe_paths import started_in
 from monteclora.runs.result import RunResult
 from monteclora.runs.run_folder import RunFolder
