@@ -50,6 +50,20 @@ def test_the_metrics_of_a_task_are_those_of_its_rows(
             plan(recipe)
 
 
+def test_a_rate_found_by_another_rule_makes_another_trial(make_study: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe says ``auto`` all the same, and the result is another one."""
+    grid = {"training.learning_rate": [1e-3, "auto"], "method.name": ["lora"], "seed": [0]}
+
+    def ids() -> dict[Any, str]:
+        return {trial.settings["training.learning_rate"]: trial.id for trial in plan(make_study(grid=grid)).trials}
+
+    now = ids()
+    monkeypatch.setattr("monteclora.studies.plan.RANGE_TEST_VERSION", 99)
+    later = ids()
+    assert later["auto"] != now["auto"]
+    assert later[1e-3] == now[1e-3]
+
+
 def test_a_split_that_the_data_do_not_have_is_refused(make_study: Make, tmp_path: Path) -> None:
     recipe = make_study(split="test")
     rows = "".join(json.dumps({"text": f"t{i}", "label": "ab"[i % 2]}) + "\n" for i in range(40))

@@ -21,6 +21,7 @@ from monteclora.runs.recipe import EvaluationSpec, Recipe, load_recipe
 from monteclora.studies.content import Contents
 from monteclora.studies.recipe import StudyRecipe
 from monteclora.studies.wording import values_in_words
+from monteclora.training.range_test import VERSION as RANGE_TEST_VERSION
 
 __all__ = ["Plan", "Trial", "make_plan"]
 
@@ -247,6 +248,8 @@ def _trial(
         plain, _ = _recipe(base, study, trained, arms)
     set_ = {"sampler": study.sampler, "calibrator": study.calibrator, **study.set}
     facts = {"format": 1, "recipe": recipe_sha256(recipe), **contents.of(recipe), "split": study.split}
+    if recipe.training.learning_rate == "auto":
+        facts["range_test"] = RANGE_TEST_VERSION  # its rule decides the rate, and the recipe does not tell it
     identity = _identity(facts, recipe, sampler, calibrator)
     run = _identity(facts, plain, set_["sampler"], set_["calibrator"])
     conditions = {

@@ -26,7 +26,7 @@ from monteclora.tasks.kinds import KINDS
 from monteclora.training.at_hand import AtHand, config_of, look
 from monteclora.training.estimate import Memory, Sizes, operations, required_memory
 from monteclora.training.plans import Phase, batches, phases_of, plan_of
-from monteclora.training.range_test import MOST_STEPS, NOMINAL
+from monteclora.training.range_test import MOST_PROBED_ROWS, MOST_STEPS, NOMINAL
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,11 +114,9 @@ class CheckReport:
         validated = [phase for phase in self.phases if phase.validates]
         per_epoch = max(self.rows["train"] // spec.batch_size, 1)
         evaluations = sum(-(-phase.steps // (spec.eval_every or per_epoch)) for phase in validated)
-        return (
-            self.recipe.ensemble
-            * row
-            * (trained_rows + _EVALUATION_SHARE * evaluations * self.rows.get("validation", 0))
-        )
+        probed_rows = MOST_PROBED_ROWS if self.range_test_steps else 0
+        evaluated_rows = evaluations * self.rows.get("validation", 0) + probed_rows
+        return self.recipe.ensemble * row * (trained_rows + _EVALUATION_SHARE * evaluated_rows)
 
     @property
     def least_seconds(self) -> float | None:

@@ -1,9 +1,11 @@
 """``training.learning_rate: auto``: a learning-rate range test (Smith 2017, arXiv 1506.01186) before the run.
 
-The rate rises exponentially from step to step, on the batches that the run begins with. The smoothed loss falls, and
-rises again when the rate is too high; the run takes a fixed fraction of the rate where it is lowest (docs/training.md
-says how the fraction was chosen). The model that was tested is thrown away: the run begins with a new one, so that
-nothing of the test can be left in it, whatever the method keeps.
+The rate rises exponentially from step to step, on the batches that the run begins with. The loss of some other rows,
+the same after every second step, falls, and rises again when the rate is too high; the run takes a fixed fraction of
+the rate in the middle of the valley (docs/training.md says how the fraction was chosen). The batches' own losses are
+not asked: on a task that is learned late, the labels that small batches happen to hold hide the valley. The model
+that was tested is thrown away: the run begins with a new one, so that nothing of the test can be left in it, whatever
+the method keeps.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,14 +31,16 @@ from monteclora.runs.prepare import PreparedData
 from monteclora.runs.recipe import Recipe
 from monteclora.runs.run_folder import RunFolder
 from monteclora.training.assembly import accelerator_of, assemble, named_memory
+from monteclora.training.batches import Batches
 from monteclora.training.divergence import Part
 from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
 from monteclora.training.loop import Loop
 from monteclora.training.plans import phases_of, plan_of
+from monteclora.training.probe import Probe
 from monteclora.training.reporting import Reporting
 from monteclora.training.state import TrainingState
 
-__all__ = ["MOST_STEPS", "NOMINAL", "RangeTest", "chosen_rate", "range_test", "recorded"]
+__all__ = ["MOST_PROBED_ROWS", "MOST_STEPS", "NOMINAL", "VERSION", "RangeTest", "chosen_rate", "range_test", "recorded"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +48,13 @@ EVENT = "range_test"
 LOWEST, HIGHEST = 1e-6, 10.0
 STEPS_PER_DECADE = 12
 MOST_STEPS = round(math.log10(HIGHEST / LOWEST) * STEPS_PER_DECADE) + 1
-FRACTION = 0.25  # of the rate where the loss is lowest
+PROBE_ROWS, PROBE_EVERY = 64, 2  # with half as many, the rate that is found depends on which rows they are
+MOST_PROBED_ROWS = PROBE_ROWS * (1 + MOST_STEPS // PROBE_EVERY)  # forward passes
+FRACTION = 0.25  # of the rate in the middle of the valley
+VERSION = 2  # of what decides the rate: a study does not take an outcome of another one
 NOMINAL = 1e-3  # where a rate is asked for and none has been found yet, as in a dry run
-_WITHIN, _CLEAR = 3.0, 5.0  # standard errors within which two smoothed losses are the same, and by which one is lower
-_HALF_WIDTH = 4  # of the window that smooths the loss, in steps: a third of a decade
-_WINDOW = 2 * _HALF_WIDTH + 1
+_BOTTOM = 0.1  # of the fall: losses so much above the lowest still belong to the valley
+_CLEAR = 0.01  # of the first loss: a smaller fall is none, a smaller rise neither
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,18 @@ class RangeTest:
     Attributes:
         learning_rate: the rate to train at.
         steps: of the test.
-        tokens: seen in it, without padding.
+        tokens: trained on in it, without padding.
         seconds: it took, without making the model again.
-        rates: of its steps whose loss was finite.
-        losses: the task's loss at each of these, in nats, before the step.
+        initial_loss: the task's loss over the rows that it measures, in nats, before the first step.
+        rates: of the steps after which it measured.
+        losses: after each of these.
     """
 
     learning_rate: float
     steps: int
     tokens: int
     seconds: float
+    initial_loss: float
     rates: tuple[float, ...]
     losses: tuple[float, ...]
 
@@ -98,22 +108,23 @@ def range_test(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Mod
     """
     began = time.perf_counter()
     loop = _loop(recipe, run, data, model, console)
-    rates: list[float] = []
-    losses: list[float] = []
+    curve = _Curve()
     try:
         loop.reporting.start(loop.state)
         with stop_on_signals() as loop.interruption, named_memory(loop.batches):
-            _raise_rate(loop, rates, losses)
+            probe = Probe(loop, _probed_rows(loop.batches), recipe.training.eval_batch_size)
+            curve.start = probe()
+            _raise_rate(loop, probe, curve)
     except _NotFinite:
         pass
     finally:
         loop.reporting.close()
-    if not losses:
+    if not curve.losses:
         raise DivergenceError(
             f"training.learning_rate auto: the loss is not finite at the lowest rate that is tried, {LOWEST:g}",
             "Look at the data, or set training.precision to fp32.",
         )
-    found, falls = chosen_rate(rates, losses)
+    found, falls = chosen_rate(curve.start, curve.rates, curve.losses)
     if not falls:
         logger.warning(
             "no learning rate lets the loss fall within the range test: taking %g, below where it rises", found
@@ -122,77 +133,79 @@ def range_test(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Mod
     steps, tokens = state.step, state.tokens
     loop.accelerator.free_memory()
     seconds = time.perf_counter() - began
-    return RangeTest(found, steps, tokens, seconds, tuple(rates), tuple(losses))
+    return RangeTest(found, steps, tokens, seconds, curve.start, tuple(curve.rates), tuple(curve.losses))
 
 
-def chosen_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, bool]:
+def chosen_rate(start: float, rates: Sequence[float], losses: Sequence[float]) -> tuple[float, bool]:
     """The rate to train at, of two significant digits; and whether the loss fell at any.
 
-    It is a fraction of the highest rate at which the smoothed loss is at its lowest, within its noise. Where no rate
-    lets it fall, that is the last one before it rises.
+    It is a fraction of the geometric mean of the lowest and the highest rate in the valley. Where no rate lets the loss
+    fall, it is that fraction of the last one before it rises.
 
     Args:
+        start: the loss before the first step.
         rates: in ascending order.
-        losses: at each of them.
+        losses: after a step at each of them.
     """
-    smooth = _smoothed(losses)
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    error = _error_of_a_mean(losses, smooth, max(lowest + 1, 3 * _WINDOW))
-    last = max(at for at, value in enumerate(smooth) if value <= smooth[lowest] + _WITHIN * error)
-    return float(f"{FRACTION * rates[last]:.1e}"), _mean(losses[:_WINDOW]) - smooth[lowest] > _CLEAR * error
+    lowest, clear = min(losses), _CLEAR * abs(start)
+    falls = start - lowest > clear
+    if falls:
+        bottom = lowest + _BOTTOM * (start - lowest)
+        valley = [rate for rate, loss in zip(rates, losses, strict=True) if loss <= bottom]
+        middle = math.sqrt(valley[0] * valley[-1])
+    else:
+        unharmed = [
+            rate for rate, _ in takewhile(lambda each: each[1] <= start + clear, zip(rates, losses, strict=True))
+        ]
+        middle = unharmed[-1] if unharmed else rates[0]
+    return float(f"{FRACTION * middle:.1e}"), falls
 
 
-def _error_of_a_mean(losses: Sequence[float], smooth: Sequence[float], count: int) -> float:
-    """The standard error of the smoothed loss, from the first ``count`` losses: what follows is a trend, not noise."""
-    residuals = [loss - mean for loss, mean in zip(losses[:count], smooth, strict=False)]
-    weights = _weights(range(-_HALF_WIDTH, _HALF_WIDTH + 1))
-    total, squares = sum(weights), sum(w * w for w in weights)
-    # each loss is in the mean that it is measured from
-    share = 1 - 2 * max(weights) / total + squares / total**2
-    return math.sqrt(_mean([r * r for r in residuals]) / share * squares) / total
+@dataclass
+class _Curve:
+    """The loss at the start, and after steps at rising rates."""
+
+    start: float = math.nan
+    rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the loss is now above where it began by as much as it had fallen, and by a tenth."""
+        if not self.losses:
+            return False
+        fallen = self.start - min(self.losses)
+        return self.losses[-1] > self.start + max(fallen, 0.1 * abs(self.start))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _probed_rows(batches: Batches) -> list[int]:
+    """Rows that the test does not train on; where there are too few, any rows."""
+    order = batches.order(0)
+    unseen = order[MOST_STEPS * batches.rows_per_step :]
+    pool = unseen if len(unseen) >= PROBE_ROWS else order
+    chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(batches.seed))[:PROBE_ROWS]
+    return [pool[place] for place in chosen.tolist()]
 
 
-def _weights(distances: Iterable[int]) -> list[int]:
-    return [_HALF_WIDTH + 1 - abs(distance) for distance in distances]
-
-
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Triangular means over a window around each step: single batches' noise goes, the minimum stays in its place."""
-    smooth = []
-    for at in range(len(losses)):
-        near = range(max(at - _HALF_WIDTH, 0), min(at + _HALF_WIDTH + 1, len(losses)))
-        weights = _weights(other - at for other in near)
-        smooth.append(sum(w * losses[other] for w, other in zip(weights, near, strict=True)) / sum(weights))
-    return smooth
-
-
-def _raise_rate(loop: Loop, rates: list[float], losses: list[float]) -> None:
-    """Step at rising rates, adding each with its loss, until the loss has lost what it had gained."""
+def _raise_rate(loop: Loop, probe: Probe, curve: _Curve) -> None:
+    """Step at rising rates, and measure, until the loss has lost what it had gained."""
     while loop.state.step < MOST_STEPS:
         epoch, first = divmod(loop.state.step, loop.batches.steps_per_epoch)
         for batches in loop.batches.steps(epoch, first):
-            before, taken = loop.state.loss, loop.scheduler.last_epoch
+            taken = loop.scheduler.last_epoch
             loop.step(batches)
-            if loop.scheduler.last_epoch > taken:  # fp16 skips steps to find its scale
-                rates.append(LOWEST * _growth(taken))
-                losses.append(loop.state.loss - before)
+            # fp16 skips steps to find its scale
+            if loop.scheduler.last_epoch > taken and loop.scheduler.last_epoch % PROBE_EVERY == 0:
+                loss = probe()
+                if not math.isfinite(loss):
+                    return
+                curve.rates.append(LOWEST * _growth(taken))
+                curve.losses.append(loss)
             loop.reporting.step(loop.state)
             if loop.interruption.agreed(loop.accelerator.device):
                 raise TrainingInterrupted("stopped in the learning-rate range test: the same command begins it again")
-            if loop.state.step >= MOST_STEPS or _is_lost(losses):
+            if loop.state.step >= MOST_STEPS or curve.is_lost:
                 return
-
-
-def _is_lost(losses: Sequence[float]) -> bool:
-    """Whether the loss is well above where it began, by its mean over a window."""
-    if len(losses) < 2 * _WINDOW:
-        return False
-    start, now, best = _mean(losses[:_WINDOW]), _mean(losses[-_WINDOW:]), min(_smoothed(losses))
-    return now > start + max(start - best, 0.1 * abs(start))
 
 
 def _growth(step: int) -> float:
