@@ -12,6 +12,7 @@ import pytest
 
 from monteclora.cli import main
 from monteclora.errors import ConfigError, DataError
+from monteclora.methods import list_methods
 from monteclora.runs.new_recipe import new_recipe
 from monteclora.runs.recipe import Recipe, load_recipe
 from monteclora.tasks import DataSpec, TaskData, load
@@ -67,6 +68,22 @@ def test_named_columns_and_another_model_and_method(tmp_path: Path) -> None:
     recipe = loaded(new_recipe(file, text=["team"], label="message", method="lora").text, tmp_path)
     assert (recipe.data.text_columns, recipe.data.label_column, recipe.method.name) == (["team"], "message", "lora")
     assert recipe.evaluation.layers is None
+
+
+@pytest.mark.parametrize("method", [method.name for method in list_methods()])
+def test_every_method_has_what_it_can_take(method: str, tmp_path: Path) -> None:
+    made = loaded(new_recipe(teams(tmp_path / "teams.csv", 60), method=method).text, tmp_path)
+    options = dataclasses.asdict(made.method)
+    assert (options["name"], made.training.learning_rate) == (method, "auto")
+    assert options.get("modules_to_save", ["pooler"]) == ["pooler"]
+    assert (options.get("target_modules") == "all-linear") == ("lora_alpha" in options)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"prompt": f"Name {n}?", "completion": f"It is {n}."}) + "\n" for n in range(40))
+    )
+    made = loaded(new_recipe(pairs, method=method).text, tmp_path)
+    # the rates that are known are those of low-rank updates
+    assert made.training.learning_rate == (0.001 if "lora_alpha" in options else "auto")
 
 
 def test_prompts_with_completions_get_a_language_model(tmp_path: Path) -> None:

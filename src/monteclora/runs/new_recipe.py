@@ -175,7 +175,6 @@ def _text(
     larger = spec.validation_fraction == _MORE_VALIDATION
     steps = math.ceil(epochs * len(data.split("train")) / settings.batch_size)
     about = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
-    saved = f"\n  modules_to_save: [{', '.join(settings.modules_to_save)}]  # {settings.why}"
     lines = [
         f"# {Path(str(spec.task)).name}: {data.kind.replace('_', ' ')}, {about} rows",
         "# Made by `monteclora new`, to be changed.",
@@ -188,10 +187,9 @@ def _text(
         *_columns(data),
         *([f"  validation_fraction: {spec.validation_fraction}  # few rows: more to judge by"] if larger else []),
         f"  max_length: {length}  # tokens; {_COVERED:.0%} of the rows are not longer",
-        "method:",
-        f"  name: {_yaml(method)}" + (saved if settings.modules_to_save else ""),
+        *_method(method, data.kind, settings),
         "training:",
-        *_rate(data.kind, settings),
+        *_rate(method, data.kind, settings),
         f"  batch_size: {settings.batch_size}",
         f"  epochs: {epochs}  # about {steps} steps",
         "  group_by_length: true",
@@ -209,12 +207,32 @@ def _text(
     return "\n".join(lines) + "\n"
 
 
-def _rate(kind: Kind, settings: _Settings) -> list[str]:
-    """A classifier's is found by a range test, which did better than a fixed one (docs/robustness.md)."""
-    if kind != "classification":  # not measured
+def _method(name: str, kind: Kind, settings: _Settings) -> list[str]:
+    """The section of a method, with what it has of LoRA's options."""
+    lines = ["method:", f"  name: {_yaml(name)}"]
+    if kind == "classification" and _like_lora(name):
+        # queries and values alone, peft's choice for encoders, are clearly worse (docs/robustness.md)
+        lines.append("  target_modules: all-linear  # every linear layer but the head")
+    if settings.modules_to_save and "modules_to_save" in _options(name):
+        lines.append(f"  modules_to_save: [{', '.join(settings.modules_to_save)}]  # {settings.why}")
+    return lines
+
+
+def _options(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(get_method(method).options)}
+
+
+def _like_lora(method: str) -> bool:
+    return "lora_alpha" in _options(method)
+
+
+def _rate(method: str, kind: Kind, settings: _Settings) -> list[str]:
+    """A fixed one is LoRA's. A range test did better for classifiers (docs/robustness.md), and finds any method's."""
+    if kind != "classification" and _like_lora(method):
         return [f"  learning_rate: {settings.learning_rate}"]
+    start = f"; else {settings.learning_rate} is a start" if _like_lora(method) else ""
     return [
-        f"  learning_rate: auto  # found by a range test of some 55 steps; else {settings.learning_rate} is a start",
+        f"  learning_rate: auto  # found by a range test of some 50 steps{start}",
         "  back_off: 2  # times, where the rate turns out to be too high",
     ]
 
