@@ -7,8 +7,6 @@ draw for each forward pass.
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from operator import attrgetter
@@ -21,46 +19,23 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from monteclora.adapters.config import MonteCLoRAConfig
-from monteclora.adapters.layers import DrawnLayer, DrawnLinear, supported_types
+from monteclora.adapters.layers import DrawnLayer, DrawnLinear
 from monteclora.adapters.merging import shared_targets
-from monteclora.adapters.names import plain_name
-from monteclora.adapters.offloading import check_base, check_here
+from monteclora.adapters.offloading import check_here
 from monteclora.adapters.quantised import keep_differentiable
 from monteclora.adapters.scope import DrawScope
 from monteclora.adapters.snapshot import unchanged_on_error
+from monteclora.adapters.targets import check_target_names, initial_scales, layers_of, shapes_of
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, LayerShape
 from monteclora.posterior.torch_private import parameters_of, parts_of
 
-__all__ = ["TUNER_TYPE", "MonteCLoRATuner", "check_target_names"]
+__all__ = ["TUNER_TYPE", "MonteCLoRATuner"]
 
 # a PeftModel chooses its tuner by the type of its first configuration; the tuner then makes it LoRA
 TUNER_TYPE = "MONTECLORA_TUNER"
 
 _device_of = attrgetter("device")
-
-
-def check_target_names(config: MonteCLoRAConfig, model: nn.Module) -> None:
-    """Check that a module of ``model`` has each name in ``config.target_modules``.
-
-    peft accepts the list when one of them is found.
-
-    Raises:
-        ConfigError: names that no module has, each with the nearest that exist.
-    """
-    if config.target_modules is None or isinstance(config.target_modules, str):
-        return
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    missing = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
-    if missing:
-        near = {name: ", ".join(difflib.get_close_matches(name, leaves, 3, 0.4)) for name in sorted(missing)}
-        listed = "; ".join(f"'{name}'" + (f" (nearest: {found})" if found else "") for name, found in near.items())
-        raise ConfigError(
-            f"target_modules names no module of {type(model).__name__}: {listed}",
-            "Name layers as they appear in model.named_modules(), or use 'all-linear'.",
-        )
 
 
 class MonteCLoRATuner(LoraModel):
@@ -159,7 +134,7 @@ class MonteCLoRATuner(LoraModel):
         Raises:
             ConfigError: the adapter has a layer of a type that cannot be drawn, named with its type.
         """
-        layers = self._layers_of(adapter_name)
+        layers = layers_of(self.model, adapter_name)
         config = cast(MonteCLoRAConfig, self.peft_config[adapter_name])
         if not layers:
             raise ConfigError(
@@ -168,8 +143,8 @@ class MonteCLoRATuner(LoraModel):
             )
         if posterior is None:
             posterior = AdapterPosterior(
-                _shapes(layers, adapter_name),
-                _scales(config, adapter_name, [layer for _, layer in layers]),
+                shapes_of(layers, adapter_name),
+                initial_scales(config, adapter_name, [layer for _, layer in layers]),
                 config.resolved(),
                 seed=config.noise_seed,
                 device=_device_of(layers[0][1].get_base_layer().weight),
@@ -198,13 +173,13 @@ class MonteCLoRATuner(LoraModel):
             config = self.peft_config[name]
             if posterior.measured or not isinstance(config, MonteCLoRAConfig):  # plain while peft saves the adapter
                 continue
-            layers = self._layers_of(name)
-            if _shapes(layers, name) != posterior.layers:
+            layers = layers_of(self.model, name)
+            if shapes_of(layers, name) != posterior.layers:
                 trainable = self.trainable([cast(AdapterPosterior, posterior)]).values()
                 self.attach(name)
                 self.set_trainable(dict(zip(self.posteriors[name].parameters(), trainable, strict=True)))
             elif all(_is_here(layer.lora_A[name].weight) for _, layer in layers):
-                scales = _scales(config, name, [layer for _, layer in layers])
+                scales = initial_scales(config, name, [layer for _, layer in layers])
                 scale = cast(Tensor, posterior.scale)
                 fitted = torch.tensor(scales, dtype=scale.dtype, device=scale.device)
                 if not torch.equal(fitted, scale):  # transforms of torch.func list parameters, and allow no change
@@ -217,28 +192,7 @@ class MonteCLoRATuner(LoraModel):
         Raises:
             ConfigError: one of them is of a type that cannot be drawn, named with its type.
         """
-        return _shapes(self._layers_of(adapter_name), adapter_name)
-
-    def _layers_of(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
-        supported = supported_types()
-        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.r]
-        for name, layer in layers:
-            if type(layer) not in supported:
-                base = type(layer.get_base_layer()).__name__
-                # layers that users register with peft, and peft's for Linear with a quantised weight
-                by = f" that peft adapts with {type(layer).__qualname__}" if base in ("Linear", "Conv1D") else ""
-                raise ConfigError(
-                    f"target module '{name}' is a {base}{by}, and MonteCLoRA adapts Linear, Conv1D and bitsandbytes "
-                    "4-bit and 8-bit layers only, with peft's own layers for them",
-                    "Take it out of target_modules, or list it in exclude_modules.",
-                )
-            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-                raise ConfigError(
-                    f"target module '{name}' is never called: nn.MultiheadAttention uses its weight alone",
-                    "Take it out of target_modules, or list it in exclude_modules.",
-                )
-            check_base(name, layer.get_base_layer())
-        return layers
+        return shapes_of(layers_of(self.model, adapter_name), adapter_name)
 
     def _modules_around(self, names: list[str], *, inside_blocks: bool = False) -> list[nn.Module]:
         """The modules that contain a named layer, outermost first, down to the elements of lists of modules.
@@ -429,28 +383,4 @@ def _is_here(weight: Tensor) -> bool:
     return not weight.is_meta and weight.numel() > 0
 
 
-def _shapes(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str) -> list[LayerShape]:
-    return [LayerShape(plain_name(name), layer.r[adapter_name], layer.in_features) for name, layer in layers]
-
-
-def _scales(config: MonteCLoRAConfig, adapter_name: str, layers: Sequence[LoraLayer]) -> list[float]:
-    """eps of each layer: absolute, or relative to the root mean square of its initial A (docs/method.md section 1)."""
-    relative, value = config.scale()
-    if not relative:
-        return [value] * len(layers)
-    weights = [cast(Tensor, layer.lora_A[adapter_name].weight) for layer in layers]
-    if any(weight.is_meta for weight in weights):
-        # no values to measure yet: those of the default initialisation, uniform with variance 1 / (3 n)
-        return [value / math.sqrt(3.0 * weight.shape[1]) for weight in weights]
-    device = weights[0].device
-    squares = torch.stack([_whole(weight.detach().float().square().mean()).to(device) for weight in weights])
-    return [value * root for root in squares.sqrt().tolist()]
-
-
 PEFT_TYPE_TO_TUNER_MAPPING[cast(PeftType, TUNER_TYPE)] = MonteCLoRATuner
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A scalar that FSDP2 may have computed from the shards of all processes."""
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole

@@ -17,8 +17,8 @@ from monteclora.adapters import checks, names, storage
 from monteclora.adapters.config import OWN_TYPE, MonteCLoRAConfig
 from monteclora.adapters.model import MonteCLoRAModel, other_configuration
 from monteclora.adapters.snapshot import unchanged_on_error
+from monteclora.adapters.targets import check_target_names
 from monteclora.adapters.transformers_private import earlier_names
-from monteclora.adapters.tuner import check_target_names
 from monteclora.errors import ConfigError
 
 __all__ = ["build", "from_pretrained", "get_peft_model"]
