@@ -24,7 +24,7 @@ from monteclora.system.atomic import write_file
 
 DOCS = Path(__file__).parent.parent / "docs"
 STUDY, NO_SWEEP = (
-    DOCS / "results" / name / "results.parquet" for name in ("helpdesk-six-methods", "no-sweep-helpdesk-8")
+    DOCS / "results" / name / "results.parquet" for name in ("helpdesk-six-methods", "no-sweep-helpdesk")
 )
 PICTURE = DOCS / "assets" / "robustness.svg"
 ARMS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from monteclora.training import range_test
 from monteclora.training.batches import Batches
@@ -58,11 +59,26 @@ def test_is_the_loss_of_the_rows_whatever_the_batches(kind: str, loop: Callable[
         assert probe() == probe()  # no noise, no dropout
 
 
+def batches_of(labels: list[Any]) -> Batches:
+    rows = Dataset.from_dict({"labels": labels})
+    return Batches(rows, list, [], micro=4, accumulated=1, process=0, processes=1, seed=3)
+
+
 @pytest.mark.parametrize(("rows", "unseen"), [(40, False), (MOST_STEPS * 4 + 63, False), (MOST_STEPS * 4 + 64, True)])
-def test_rows_that_are_not_trained_on_where_there_are_enough(rows: int, unseen: bool) -> None:
-    batches = Batches(range(rows), list, [], micro=4, accumulated=1, process=0, processes=1, seed=3)  # type: ignore[arg-type]
+@pytest.mark.parametrize("label", [1, [1, 2]], ids=["one", "several"])
+def test_rows_that_are_not_trained_on_where_there_are_enough(label: Any, rows: int, unseen: bool) -> None:
+    batches = batches_of([label] * rows)
     chosen = range_test._probed_rows(batches)
     assert len(set(chosen)) == len(chosen) == min(rows, PROBE_ROWS)
     trained = set(batches.order(0)[: MOST_STEPS * 4])
     assert trained.isdisjoint(chosen) == unseen
     assert chosen == range_test._probed_rows(batches)
+
+
+def test_their_labels_are_those_of_the_data() -> None:
+    labels = [int(row % 10 < 3) + int(row % 10 == 0) for row in range(3000)]  # 70 %, 20 % and 10 %
+    batches = batches_of(labels)
+    chosen = [labels[row] for row in range_test._probed_rows(batches)]
+    rest = [labels[row] for row in batches.order(0)[MOST_STEPS * 4 :]]
+    for label in range(3):
+        assert chosen.count(label) == pytest.approx(PROBE_ROWS * rest.count(label) / len(rest), abs=1)

@@ -179,12 +179,21 @@ class _Curve:
 
 
 def _probed_rows(batches: Batches) -> list[int]:
-    """Rows that the test does not train on; where there are too few, any rows."""
+    """Rows that the test does not train on, and where there are too few, any rows; their labels are those of the data.
+
+    Every k-th one in the order of the labels: how often each label is among them decides how far the loss can fall at
+    first, when the model learns no more than that.
+    """
     order = batches.order(0)
     unseen = order[MOST_STEPS * batches.rows_per_step :]
     pool = unseen if len(unseen) >= PROBE_ROWS else order
-    chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(batches.seed))[:PROBE_ROWS]
-    return [pool[place] for place in chosen.tolist()]
+    shuffled = torch.randperm(len(pool), generator=torch.Generator().manual_seed(batches.seed)).tolist()
+    rows = [pool[place] for place in shuffled]
+    if isinstance(batches.dataset[0]["labels"], int | float):  # one of a row, rather than several, or one of each token
+        labels = dict(zip(rows, batches.dataset.select(rows)["labels"], strict=True))
+        rows.sort(key=labels.__getitem__)
+    count = min(PROBE_ROWS, len(rows))
+    return [rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)]
 
 
 def _raise_rate(loop: Loop, probe: Probe, curve: _Curve) -> None:
