@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import fft, optimize, stats
+from scipy.special import log_softmax
 
 from monteclora.errors import ConfigError
 from monteclora.metrics.checks import FloatArray, IntArray, checked
+from monteclora.metrics.classification import SMALLEST_PROBABILITY
 
 __all__ = [
     "DEFAULT_BINS",
     "Binning",
     "BrierParts",
     "ReliabilityCurve",
+    "best_temperature",
     "brier_decomposition",
     "classwise_calibration_error",
     "equal_mass_calibration_error",
     "expected_calibration_error",
+    "fitted_temperature",
     "reliability_curve",
     "smooth_calibration_error",
+    "tempered_nll",
 ]
 
 DEFAULT_BINS = 15
+_LOG_TEMPERATURES = (-4.0, 4.0)  # within them every NLL of a float32 model is decided
 _CELLS = 2048  # of [0, 1] for the smooth calibration error: finer changes the fourth decimal at most
 
 Binning = Literal["width", "mass"]
@@ -194,3 +201,44 @@ def brier_decomposition(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT
         uncertainty += float(happened.mean() * (1 - happened.mean()))
         score += float(np.square(of_class - happened).mean())
     return BrierParts(reliability, reliability + uncertainty - score, uncertainty)
+
+
+def tempered_nll(probs: ArrayLike, labels: ArrayLike) -> float:
+    """The NLL in nats of ``softmax(log(probs) / T)`` at the temperature T that is best for these very examples.
+
+    What the predictions are worth apart from their overall confidence, as the calibrated log-likelihood of Ashukha et
+    al. (2020, arXiv 2002.06470), whose T comes from other examples: one number is fitted here, so that of few examples
+    the value is a little too good.
+
+    Raises:
+        DataError: ``probs`` or ``labels`` is malformed.
+    """
+    p, y = checked(probs, labels)
+    logs = np.log(np.clip(p, SMALLEST_PROBABILITY, 1.0))
+    return _nll_at(fitted_temperature(logs, y), logs, y)
+
+
+def fitted_temperature(logits: FloatArray, labels: IntArray) -> float:
+    """The T with the smallest NLL of ``softmax(logits / T)`` (Guo et al. 2017, arXiv 1706.04599, section 4.2).
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+    """
+    return best_temperature(lambda temperature: _nll_at(temperature, logits, labels))
+
+
+def best_temperature(objective: Callable[[float], float]) -> float:
+    """The positive temperature with the smallest value of a function that has one minimum, to six digits."""
+    found = optimize.minimize_scalar(
+        lambda logarithm: objective(float(np.exp(logarithm))),
+        bounds=_LOG_TEMPERATURES,
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return float(np.exp(found.x))
+
+
+def _nll_at(temperature: float, logits: FloatArray, labels: IntArray) -> float:
+    scaled = log_softmax(logits / temperature, axis=1)
+    return float(-scaled[np.arange(len(labels)), labels].mean())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from monteclora.metrics.calibration import DEFAULT_BINS, expected_calibration_error
+from monteclora.metrics.calibration import DEFAULT_BINS, expected_calibration_error, tempered_nll
 from monteclora.metrics.classification import accuracy, brier, f1, matthews, nll
 from monteclora.metrics.multi_label import f1_macro, f1_micro, label_brier, label_ece, label_nll, subset_accuracy
 from monteclora.metrics.regression import INTERVAL, coverage, gaussian_nll, mae, r2, rmse, spearman
@@ -49,12 +49,15 @@ class Metric:
         functions: for each scoring that the metric applies to, the function of it: of ``probs`` (B, C) and ``labels``
             (B,) for classes and options, of :class:`TokenSums` for tokens, of ``mean``, ``variance`` and ``scores``
             (B,) for scores, of ``probs`` and ``labels`` (B, L) for labels.
+        chooses: whether it is measured to choose weights by, and for nothing else: something of it is fitted to the
+            rows that it is measured on.
     """
 
     name: str
     label: str
     greater_is_better: bool | None
     functions: Mapping[Scoring, Callable[..., float]]
+    chooses: bool = False
 
 
 def _perplexity(sums: TokenSums) -> float:
@@ -95,6 +98,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("r2", "R²", True, {"scores": r2}),
         Metric("spearman", "Spearman", True, {"scores": spearman}),
         Metric("nll", "NLL (nats)", False, _NLL),
+        Metric("tempered_nll", "NLL at the best temperature (nats)", False, {"classes": tempered_nll}, chooses=True),
         Metric("brier", "Brier", False, {**_both(brier), "labels": label_brier}),
         Metric("ece", "ECE", False, {**_both(expected_calibration_error), "labels": label_ece}),
         Metric("coverage_90", f"coverage of the {100 * INTERVAL:.0f} % interval", None, {"scores": coverage}),
@@ -104,20 +108,23 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def metrics_for(scoring: Scoring) -> tuple[Metric, ...]:
-    """The metrics that apply, in the order in which they are shown."""
-    return tuple(metric for metric in METRICS.values() if scoring in metric.functions)
+def metrics_for(scoring: Scoring, *, choosing: bool = False) -> tuple[Metric, ...]:
+    """The metrics that apply, in the order in which they are shown; with those that choose weights if asked for."""
+    return tuple(
+        metric for metric in METRICS.values() if scoring in metric.functions and (choosing or not metric.chooses)
+    )
 
 
-def measure(scoring: Scoring, *arguments: Any, bins: int = DEFAULT_BINS) -> dict[str, float]:
+def measure(scoring: Scoring, *arguments: Any, bins: int = DEFAULT_BINS, choosing: bool = False) -> dict[str, float]:
     """All metrics that apply, by name.
 
     Args:
         scoring: what is scored.
         *arguments: what the functions of the scoring take, see :class:`Metric`.
         bins: of the calibration error.
+        choosing: with those that choose weights.
     """
-    found = {metric.name: metric.functions[scoring](*arguments) for metric in metrics_for(scoring)}
+    found = {metric.name: metric.functions[scoring](*arguments) for metric in metrics_for(scoring, choosing=choosing)}
     if bins != DEFAULT_BINS and "ece" in found:
         found["ece"] = METRICS["ece"].functions[scoring](*arguments, bins)
     return found

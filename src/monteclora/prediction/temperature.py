@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from monteclora.errors import DataError
+from monteclora.metrics.calibration import best_temperature
 from monteclora.metrics.classification import nll
 from monteclora.prediction.predictions import Predictions
 
 __all__ = ["Temperature"]
-
-_BOUNDS = (-4.0, 4.0)  # of log T: within them every NLL of a float32 model is decided
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,7 @@ class Temperature:
         if labels is None:
             raise DataError("a temperature is fitted to labels, and these rows have none", "Give a labelled file.")
 
-        def objective(log_temperature: float) -> float:
-            return nll(cls(float(np.exp(log_temperature))).apply(predictions).probs, labels)
-
-        found = minimize_scalar(objective, bounds=_BOUNDS, method="bounded", options={"xatol": 1e-6})
-        return cls(float(np.exp(found.x)))
+        return cls(best_temperature(lambda temperature: nll(cls(temperature).apply(predictions).probs, labels)))
 
     @property
     def state(self) -> Mapping[str, float]:

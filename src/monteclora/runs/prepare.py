@@ -63,6 +63,23 @@ class PreparedData:
         return self.encoded["validation"].dataset if "validation" in self.encoded else None
 
 
+def _check_choice(recipe: Recipe, task: TaskData) -> None:
+    """Raise ConfigError where what is chosen or fitted by validation rows does not go with the rows."""
+    spec = recipe.training
+    if spec.temperature and task.kind != "classification":
+        raise ConfigError(
+            f"training.temperature is true, and {task.name} is of the kind {task.kind}: it is for a classifier's head",
+            "Leave it out.",
+        )
+    asked = {"best_metric": spec.best_metric, "temperature": "true" if spec.temperature else None}
+    for name, value in asked.items():
+        if value is not None and "validation" not in task.splits:
+            raise ConfigError(
+                f"training.{name} is {value}, and there are no validation rows",
+                "Give data.validation_file or a data.validation_fraction above 0.",
+            )
+
+
 def prepare_data(recipe: Recipe, stand_in: Callable[[TaskData], PreTrainedTokenizerBase] | None = None) -> PreparedData:
     """Load and tokenise the rows of a recipe.
 
@@ -81,11 +98,7 @@ def prepare_data(recipe: Recipe, stand_in: Callable[[TaskData], PreTrainedTokeni
     task.split("train")
     measures = kind.measures(task, recipe.data.class_weights)
     check_metric(measures, recipe.training.best_metric)
-    if recipe.training.best_metric is not None and "validation" not in task.splits:
-        raise ConfigError(
-            f"training.best_metric is {recipe.training.best_metric}, and there are no validation rows",
-            "Give data.validation_file or a data.validation_fraction above 0.",
-        )
+    _check_choice(recipe, task)
     tokenizer = tokenizer_of(recipe, None if stand_in is None else stand_in(task))
     length, truncation = recipe.data.max_length, recipe.data.truncation
     encoding = encode_once if stand_in is None else encode  # what a stand-in makes is not worth keeping

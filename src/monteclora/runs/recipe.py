@@ -115,6 +115,8 @@ class TrainingSpec:
         keep_checkpoints: how many of the latest checkpoints stay on disk, beside the best one.
         best_metric: end with the checkpoint that is best in this validation metric; null ends with the last one.
         early_stopping_patience: stop after this many consecutive evaluations without a better ``best_metric``.
+        temperature: of a classifier: divide its head, when it is trained, by the temperature that suits the validation
+            rows best; with ``best_metric: tempered_nll`` weights are chosen that are best so.
         num_workers: processes that collate batches beside the training process.
         post_hoc: the second phase of ``mode: post_hoc``.
     """
@@ -143,6 +145,7 @@ class TrainingSpec:
     keep_checkpoints: int = _free(1)
     best_metric: str | None = None
     early_stopping_patience: int | None = None
+    temperature: bool = False
     num_workers: int = _free(0)
     post_hoc: PostHocSpec = field(default_factory=PostHocSpec)
 
@@ -161,6 +164,8 @@ class TrainingSpec:
             found += [("best_metric", wrong) for wrong in _wrong_metric(self.best_metric)]
         if self.early_stopping_patience is not None and self.best_metric is None:
             found.append(("early_stopping_patience", "needs training.best_metric to say what must get better"))
+        if self.temperature and self.post_hoc.adapter is not None:
+            found.append(("temperature", "is true, and training.post_hoc.adapter stays as it is, its head too"))
         return found
 
 

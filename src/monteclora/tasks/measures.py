@@ -53,7 +53,9 @@ class Measures(Protocol):
 
 def check_metric(measures: Measures, best_metric: str | None) -> None:
     """Raise ConfigError when the recipe selects by a metric that is not measured."""
-    names = [metric.name for metric in metrics_for(measures.scoring) if metric.greater_is_better is not None]
+    names = [
+        metric.name for metric in metrics_for(measures.scoring, choosing=True) if metric.greater_is_better is not None
+    ]
     if best_metric is not None and best_metric not in names:
         raise ConfigError(f"training.best_metric is {best_metric}, and this task has {', '.join(names)}", "Choose one.")
 
@@ -90,7 +92,7 @@ class ClassMeasures:
 
     def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
         """The metrics of classes."""
-        return measure(self.scoring, softmax(kept.astype(np.float64), axis=-1), cast(Any, labels))
+        return measure(self.scoring, softmax(kept.astype(np.float64), axis=-1), cast(Any, labels), choosing=True)
 
 
 @dataclass(frozen=True)

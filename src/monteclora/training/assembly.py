@@ -33,7 +33,7 @@ from monteclora.training.validation import Validation
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["accelerator_of", "assemble", "named_memory"]
+__all__ = ["accelerator_of", "assemble", "named_memory", "precision_of", "validation_of"]
 
 
 def assemble(
@@ -61,8 +61,8 @@ def assemble(
     spec = recipe.training
     if spec.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    columns = _columns(model, data.train)
-    shuffled = _batches(spec, data, columns, recipe.seed)
+    shuffled = _batches(spec, data, _columns(model, data.train), recipe.seed)
+    validation = validation_of(spec, data, model) if phase.validates else None
     kept_whole: Sequence[nn.Parameter] = ()
     if sharding.is_requested():
         kept_whole = sharding.shard(model, method, accelerator.device)
@@ -71,10 +71,6 @@ def assemble(
     if not sharding.is_requested():
         prepared, clip = accelerator.prepare(model), torch.nn.utils.clip_grad_norm_
     optimizer = method.optimizer(sharding.separated(method.parameter_groups(model, plan)), plan)
-    validation = None
-    if phase.validates and data.validation is not None:
-        place = process_index(), process_count()
-        validation = Validation(data.validation, data.collate, columns, data.measures, spec.eval_batch_size, *place)
     return Loop(
         accelerator=accelerator,
         method=method,
@@ -82,7 +78,7 @@ def assemble(
         optimizer=optimizer,
         scheduler=_scheduler(spec, optimizer, phase.steps),
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=spec.precision == "fp16"),
-        precision=_precision(spec.precision, accelerator.device),
+        precision=precision_of(spec.precision, accelerator.device),
         measures=data.measures,
         batches=shuffled,
         validation=validation,
@@ -96,6 +92,14 @@ def assemble(
         interruption=Interruption(),
         kept_whole=kept_whole,
     )
+
+
+def validation_of(spec: TrainingSpec, data: PreparedData, model: nn.Module) -> Validation | None:
+    """The validation of a model by this process and the others; None where there are no rows for it."""
+    if data.validation is None:
+        return None
+    columns, place = _columns(model, data.train), (process_index(), process_count())
+    return Validation(data.validation, data.collate, columns, data.measures, spec.eval_batch_size, *place)
 
 
 def _scheduler(spec: TrainingSpec, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -146,7 +150,7 @@ def accelerator_of(recipe: Recipe, run: RunFolder) -> Accelerator:
     return accelerator
 
 
-def _precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def precision_of(name: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Makes the autocast context of a precision. Raises ConfigError where the device does not have it."""
     if name == "fp16" and device.type != "cuda":
         raise ConfigError("training.precision fp16 needs a CUDA device", "Set it to bf16 or fp32.")

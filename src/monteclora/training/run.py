@@ -35,6 +35,7 @@ from monteclora.training.ensemble import train_members
 from monteclora.training.phases import train_phase
 from monteclora.training.plans import Phase, phases_of, plan_of
 from monteclora.training.range_test import range_test, recorded
+from monteclora.training.tempering import Tempered, head_of, temper
 
 if TYPE_CHECKING:
     import torch
@@ -106,18 +107,30 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     if rate is None:
         rate = _found_rate(recipe, folder, data, fresh.model, console)
         fresh.renew()
+    head = head_of(fresh.model, trained, len(data.task.label_names or ())) if recipe.training.temperature else None
     phases = phases_of(recipe, len(data.train), rate)
     _train_phases(recipe, phases, folder, data, fresh, frozenset(trained), checkpoint, console)
     model = fresh.model
+    tempered = None if head is None else _tempered(model, head, recipe, data, console)
     with sharding.gathered(model, trained):
         by_main_process(lambda: _save_adapter(folder, recipe, model))
     if recipe.training.post_hoc.adapter is not None:
         # its weights are saved with the posterior, and were not trained
         trained = {name: trained[name] for name, each in model.named_parameters() if each.requires_grad}
     count = sum(trained.values())
-    by_main_process(lambda: folder.metrics.append(_conclusion(folder, rate, count, memory)))
+    by_main_process(lambda: folder.metrics.append(_conclusion(folder, rate, count, memory, tempered)))
     PartialState().wait_for_everyone()
     return folder.metrics.read()[-1]
+
+
+def _tempered(model: nn.Module, head: str, recipe: Recipe, data: PreparedData, console: Console) -> Tempered | None:
+    found, rows = temper(model, head, recipe.training, data), len(data.validation or ())
+    if found is None:
+        note = f"training.temperature is left out: the logits do not follow {head}"
+    else:
+        note = f"the head is divided by {found.temperature:.3g}, the temperature that suits {rows} validation rows best"
+    console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return found
 
 
 def _save_adapter(folder: RunFolder, recipe: Recipe, model: nn.Module) -> None:
@@ -210,7 +223,9 @@ class _FreshModel:
         self.model = self._prepare()
 
 
-def _conclusion(run: RunFolder, rate: float, trained_parameters: int, memory: PeakMemory) -> dict[str, Any]:
+def _conclusion(
+    run: RunFolder, rate: float, trained_parameters: int, memory: PeakMemory, tempered: Tempered | None
+) -> dict[str, Any]:
     """The last line of the metrics; its costs count those of a range test."""
     events = run.metrics.read()
     tests = [event for event in events if event["event"] == "range_test"]
@@ -223,7 +238,8 @@ def _conclusion(run: RunFolder, rate: float, trained_parameters: int, memory: Pe
     return {
         "event": "finished",
         **{name: phases[-1][name] for name in ("phase", "step", "kept_step")},
-        "metrics": metrics,
+        "metrics": metrics if tempered is None else tempered.metrics,
+        **({} if tempered is None else {"temperature": tempered.temperature}),
         "learning_rate": rate / 2 ** phases[0].get("back_offs", 0),
         "range_test_steps": sum(test["test_steps"] for test in tests),
         **{name: sum(e.get(name, 0) for e in (*tests, *phases)) for name in _SUMMED},
@@ -237,7 +253,7 @@ def _result(run: Run, finished: Mapping[str, Any]) -> RunResult:
     values = {name: finished[name] for name in same}
     since = {
         name: finished[name]
-        for name in ("skipped_steps", "learning_rate", "range_test_steps", "back_offs")
+        for name in ("skipped_steps", "learning_rate", "range_test_steps", "back_offs", "temperature")
         if name in finished
     }
     members = tuple(member.path for member in run.folder.members)

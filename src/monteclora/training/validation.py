@@ -59,7 +59,13 @@ class Validation:
     def __call__(
         self, model: nn.Module, device: torch.device, precision: AbstractContextManager[Any], stop: Callable[[], bool]
     ) -> dict[str, float]:
-        """The metrics of ``model``, by name.
+        """The metrics of ``model``, by name; arguments and errors as of :meth:`predictions`."""
+        return self.measures.compute(*self.predictions(model, device, precision, stop))
+
+    def predictions(
+        self, model: nn.Module, device: torch.device, precision: AbstractContextManager[Any], stop: Callable[[], bool]
+    ) -> tuple[NDArray[np.float64], NDArray[Any] | None]:
+        """What the measures keep of all rows, float64 (N, K), and their labels; None for those of tokens.
 
         Args:
             model: left in evaluation mode.
@@ -95,7 +101,7 @@ class Validation:
         found.sort(key=lambda part: part[0][0])
         tokens = self.measures.scoring == "tokens"  # their batches are of different lengths
         whole = None if tokens else np.concatenate([labels for (_, labels), _ in found])
-        return self.measures.compute(np.concatenate([kept for _, kept in found]), whole)
+        return np.concatenate([kept for _, kept in found]), whole
 
 
 class _Kept:
