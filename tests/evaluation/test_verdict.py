@@ -86,6 +86,32 @@ def test_overfitting_with_the_best_or_the_last_weights_kept(logged: Callable[...
     assert any("the first evaluation was the best: lower training.learning_rate" in text for text in found.warnings)
 
 
+def test_weights_that_the_best_temperature_chose_are_judged_at_it(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "frozen_baseline", lambda loaded, data: None)
+    recipe = tiny_recipe(assets, tmp_path / "run")
+    recipe["training"] |= {"best_metric": "tempered_nll", "temperature": True}
+    result = train(recipe, progress=False)
+    log = result.folder / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    evaluations = [
+        {"event": "eval", "phase": "cooperative", "step": step, "nll": nll, "tempered_nll": tempered}
+        for step, nll, tempered in ((10, 0.5, 0.48), (20, 0.9, 0.4), (30, 1.5, 0.45))
+    ]
+    end = {**events[-1], "step": 30, "kept_step": 20, "temperature": 3.21}
+    end["metrics"] = {**end["metrics"], "nll": 0.4, "ece": 0.25}
+    log.write_text("".join(json.dumps(event) + "\n" for event in [*evaluations, end]))
+    found = verdict(result.folder)
+    assert (
+        "it overfits after step 20: validation NLL at the best temperature rises from 0.400 to 0.450; "
+        "the weights of step 20 are kept"
+    ) in found.findings
+    # a temperature is what it has
+    (calibration,) = (text for text in found.warnings if "ECE" in text)
+    assert calibration.endswith("on average (ECE), once its head is divided by the best temperature, 3.21")
+
+
 def test_a_density_may_have_a_negative_nll(logged: Callable[..., Path]) -> None:
     found = verdict(logged([-0.30, -0.40, -0.50], kept=30, name="pairs"))
     assert found.findings == (

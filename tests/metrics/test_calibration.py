@@ -1,16 +1,19 @@
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 
 from monteclora.metrics.calibration import (
     brier_decomposition,
     classwise_calibration_error,
     equal_mass_calibration_error,
     expected_calibration_error,
+    fitted_temperature,
     reliability_curve,
     smooth_calibration_error,
+    tempered_nll,
 )
-from monteclora.metrics.classification import brier
+from monteclora.metrics.classification import brier, nll
 
 
 def calibrated(rows: int, seed: int = 0, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -119,3 +122,29 @@ def test_intervals_of_bins_are_clopper_and_pearsons():
             continue
         expected = stats.binomtest(round(curve.accuracy[m] * count), int(count)).proportion_ci(0.9, "exact")
         assert (low[m], high[m]) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+# -- temperature ------------------------------------------------------------------------------------------------------
+
+
+def test_tempered_nll_does_not_depend_on_how_sure_the_predictions_are() -> None:
+    generator = np.random.default_rng(0)
+    logits, labels = 3 * generator.standard_normal((200, 4)), generator.integers(0, 4, 200)
+    labels[:120] = logits[:120].argmax(axis=1)  # better than chance
+    found = tempered_nll(softmax(logits, axis=1), labels)
+    for factor in (0.2, 0.7, 3.0):
+        assert tempered_nll(softmax(logits * factor, axis=1), labels) == pytest.approx(found, abs=1e-6)
+        assert nll(softmax(logits * factor, axis=1), labels) >= found
+    best = fitted_temperature(logits, labels)
+    assert nll(softmax(logits / best, axis=1), labels) == pytest.approx(found, abs=1e-9)
+    for other in (0.97, 1.03):
+        assert nll(softmax(logits / (best * other), axis=1), labels) > found
+
+
+def test_predictions_worse_than_chance_are_tempered_towards_it() -> None:
+    logits = np.array([[4.0, 0.0], [0.0, 4.0]])
+    assert tempered_nll(softmax(logits, axis=1), [1, 0]) == pytest.approx(np.log(2), abs=0.05)
+
+
+def test_a_probability_of_zero_stays_finite() -> None:
+    assert np.isfinite(tempered_nll([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [0, 1, 1]))

@@ -48,7 +48,7 @@ def test_columns_that_their_names_do_not_tell_are_guessed_and_said(tmp_path: Pat
     assert "# labels: billing, login, shipping" in made.text
     assert recipe.model.name == "minilm"
     assert recipe.method.modules_to_save == ["pooler"]  # type: ignore[attr-defined]
-    assert recipe.training.best_metric == "nll"
+    assert (recipe.training.best_metric, recipe.training.temperature) == ("tempered_nll", True)
     assert (recipe.training.learning_rate, recipe.training.back_off) == ("auto", 2)
     assert recipe.data.max_length == 32  # 20-odd tokens a row
     assert recipe.evaluation.layers == 1
@@ -59,7 +59,7 @@ def test_settings_follow_the_number_of_rows(tmp_path: Path) -> None:
     many = loaded(new_recipe(teams(tmp_path / "many.csv", 3000)).text, tmp_path)
     assert (few.training.epochs, many.training.epochs) == (30, 3)
     assert few.training.batch_size == many.training.batch_size == 8
-    assert (few.training.eval_every, many.training.eval_every) == (None, 85)  # a twelfth of 1,013 steps
+    assert (few.training.eval_every, many.training.eval_every) == (None, 43)  # of 1,013 steps
     assert (few.data.validation_fraction, many.data.validation_fraction) == (0.2, 0.1)
 
 
@@ -94,6 +94,7 @@ def test_prompts_with_completions_get_a_language_model(tmp_path: Path) -> None:
     assert recipe.model.name == "smollm2"
     assert (recipe.data.prompt_column, recipe.data.completion_column) == ("prompt", "completion")
     assert recipe.training.learning_rate == 0.001
+    assert (recipe.training.best_metric, recipe.training.temperature) == ("nll", False)
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:

@@ -302,10 +302,12 @@ def _unpromised(found: Abstention) -> tuple[str, ...]:
 
 
 def _chosen_on(loaded: LoadedRun) -> tuple[str, ...]:
-    metric = loaded.recipe.training.best_metric
-    if metric is None:
+    spec = loaded.recipe.training
+    chose = [f"chose the training step (best {spec.best_metric})"] if spec.best_metric is not None else []
+    chose += ["fitted the temperature of its head"] if spec.temperature else []
+    if not chose:
         return ()
     return (
-        f"the threshold of abstain was chosen on the validation rows that chose the training step (best {metric}): "
+        f"the threshold of abstain was chosen on the validation rows that {' and '.join(chose)}: "
         "the promised risk is slightly optimistic",
     )

@@ -16,6 +16,7 @@ from monteclora.data.kinds import Kind
 from monteclora.errors import DataError
 from monteclora.evaluation.baseline import allow_baseline, frozen_baseline
 from monteclora.evaluation.own_rows import FIT_SPLIT, own_rows
+from monteclora.metrics.registry import METRICS
 from monteclora.runs.data_facts import data_facts
 from monteclora.runs.loading import check_finished, load_run
 from monteclora.runs.run_folder import RunFolder
@@ -72,11 +73,15 @@ def verdict(folder: Path, *, baseline: bool = True) -> Verdict:
 class _Curve:
     """The validation NLL of each evaluation, infinite where it was no number.
 
+    At the best temperature, where that chose the weights.
+
     Attributes:
+        name: of what it is, in words.
         steps, values: of the evaluations.
         kept: steps whose weights a phase ended with.
     """
 
+    name: str
     steps: tuple[int, ...]
     values: tuple[float, ...]
     kept: frozenset[int]
@@ -84,12 +89,14 @@ class _Curve:
     @classmethod
     def of(cls, run: RunFolder) -> _Curve:
         events = run.metrics.read()
-        evaluations = [event for event in events if event["event"] == "eval" and "nll" in event]
-        values = tuple(event["nll"] if math.isfinite(event["nll"]) else math.inf for event in evaluations)
+        metric = METRICS["tempered_nll" if run.recipe.training.best_metric == "tempered_nll" else "nll"]
+        evaluations = [event for event in events if event["event"] == "eval" and metric.name in event]
+        found = [event[metric.name] for event in evaluations]
+        values = tuple(value if math.isfinite(value) else math.inf for value in found)
         phases = [event for event in events if event["event"] == "phase"] or [run.finished or {}]
-        return cls(
-            tuple(event["step"] for event in evaluations), values, frozenset(phase["kept_step"] for phase in phases)
-        )
+        kept = frozenset(phase["kept_step"] for phase in phases)
+        name = f"validation {metric.label.removesuffix(' (nats)')}"
+        return cls(name, tuple(event["step"] for event in evaluations), values, kept)
 
     @property
     def best(self) -> int:
@@ -167,16 +174,16 @@ def _judge_curve(run: RunFolder, curve: _Curve, findings: list[str], warnings: l
         return
     best, at = curve.best, f"step {steps[curve.best]}"
     if _is_worse(values[-1], values[best]):
-        text = f"it overfits after {at}: validation NLL rises from {values[best]:.3f} to {values[-1]:.3f}"
+        text = f"it overfits after {at}: {curve.name} rises from {values[best]:.3f} to {values[-1]:.3f}"
         if steps[best] in curve.kept:
             findings.append(f"{text}; the weights of {at} are kept")
         else:
             kept = f"the weights of step {curve.kept_step} are kept"
             warnings.append(f"{text}, and {kept}: set training.best_metric to nll")
     elif best == len(values) - 1 and _is_worse(values[0], values[best]):
-        findings.append("validation NLL was still falling at the end: more epochs may help")
+        findings.append(f"{curve.name} was still falling at the end: more epochs may help")
     else:
-        findings.append(f"validation NLL was best at {at}, and levels off")
+        findings.append(f"{curve.name} was best at {at}, and levels off")
     if curve.worsened_at_once:
         warnings.append(f"the first evaluation was the best: lower training.learning_rate{_now(run)}")
 
@@ -187,9 +194,12 @@ def _calibration(
     if "ece" not in metrics:
         return
     text = f"its confidences are wrong by {metrics['ece']:.2f} on average (ECE)"
+    temperature = (run.finished or {}).get("temperature")
+    if temperature is not None:
+        text += f", once its head is divided by the best temperature, {temperature:.2f}"
     if metrics["ece"] <= _ECE:
         findings.append(text)
-    elif kind == "classification":
+    elif kind == "classification" and temperature is None:
         warnings.append(f"{text}: monteclora evaluate {quote(str(run.path))} --calibrator temperature")
     else:
         warnings.append(text)

@@ -36,9 +36,11 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
 _PANELS = {
     "loss": "Task loss",
     "validation_nll": "Validation NLL",
+    "tempered_nll": "Validation NLL at the best temperature",
     "kl": "KL to the prior (nats a layer)",
     "pi_norm_squared": "‖π‖², concentration of the weights",
 }
+_VALIDATED = ("validation_nll", "tempered_nll")
 _SMOOTH_FROM = 50  # logged steps; a shorter curve is read better as it is
 
 
@@ -53,6 +55,7 @@ class TrainingCurve:
         pi_norm_squared: ||pi||^2, mean over layers, in [1/N, 1]; None for a plain method.
         validation_steps: at which validation rows were predicted, ascending, float (V,).
         validation_nll: their negative log-likelihood, float (V,).
+        tempered_nll: the same at the best temperature, float (V,); empty where it chose nothing.
         kept_step: whose weights the run ended with; None where that is not marked.
     """
 
@@ -62,6 +65,7 @@ class TrainingCurve:
     pi_norm_squared: Sequence[float] | None = None
     validation_steps: Sequence[float] = ()
     validation_nll: Sequence[float] = ()
+    tempered_nll: Sequence[float] = ()
     kept_step: float | None = None
 
 
@@ -110,16 +114,16 @@ def training_curves(runs: Mapping[str, TrainingCurve | None]) -> tuple[Svg, ...]
     for quantity, title in _PANELS.items():
         curves = {name: _points(name, run, quantity) if run else None for name, run in runs.items()}
         if any(curves.values()):
-            kept = [run.kept_step if run and quantity == "validation_nll" else None for run in runs.values()]
+            kept = [run.kept_step if run and quantity in _VALIDATED else None for run in runs.values()]
             panels.append(_curve_panel(title, curves, kept, smooth=quantity == "loss"))
     return tuple(panels)
 
 
 def _points(name: str, run: TrainingCurve, quantity: str) -> Points | None:
     values = getattr(run, quantity)
-    if values is None or (quantity == "validation_nll" and not len(values)):
+    if values is None or (quantity in _VALIDATED and not len(values)):
         return None
-    steps = run.validation_steps if quantity == "validation_nll" else run.steps
+    steps = run.validation_steps if quantity in _VALIDATED else run.steps
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if len(x) != len(y) or len(x) == 0:
         raise DataError(

@@ -211,6 +211,11 @@ def _training(runs: Sequence[RunReport]) -> Section | None:
             " Validation NLL is how wrong it is on rows that it does not learn from: where it rises while the loss "
             "falls, the rows are learned by heart. The ring is the step whose weights were kept."
         )
+    if any(curve and len(curve.tempered_nll) for curve in curves.values()):
+        caption += (
+            " At the best temperature it is what is left of that once the confidence of all answers is put right, as "
+            "it was at the end: it chose the step."
+        )
     if any(curve and curve.kl is not None for curve in curves.values()):
         caption += (
             " KL is how far the posterior has moved from the prior. ‖π‖² is 1 when one component of the "

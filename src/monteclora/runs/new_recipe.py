@@ -36,9 +36,7 @@ _OTHERWISE = "for scores or several labels of a row, write a recipe by hand, wit
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 _MEASURED_ROWS = 1000  # whose lengths choose data.max_length
 _COVERED = 0.98  # of the rows are not truncated
-_STEPS = 320  # optimiser steps, within the bounds of the epochs
 _EPOCHS = (3, 30)
-_EVALUATIONS = 12  # at least: with three, on 3,000 rows, the weights that are kept are already overfitted
 _FEW_VALIDATION, _MORE_VALIDATION = 60, 0.2  # below so many rows, this share is set aside instead
 
 
@@ -59,6 +57,40 @@ _SETTINGS = {
     "smollm2": _Settings(0.001, 8),
     "classification": _Settings(0.0005, 16),
     "causal_lm": _Settings(0.0002, 8),
+}
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """For how long, and by what the weights are chosen.
+
+    Attributes:
+        steps: of the optimiser, within the bounds of the epochs.
+        evaluations: at least; with three, on 3,000 rows, the weights that are kept are already overfitted.
+        patience: of early stopping, in evaluations.
+        chosen_by: lines of the ``training`` section.
+    """
+
+    steps: int
+    evaluations: int
+    patience: int
+    chosen_by: tuple[str, ...]
+
+
+# a classifier gets better long after its NLL has turned, for it is too sure of itself by then (docs/judging.md)
+_SCHEDULES = {
+    "classification": _Schedule(
+        640,
+        24,
+        8,
+        (
+            "  best_metric: tempered_nll  # keep the weights that are best once their confidence is put right",
+            "  temperature: true  # and put it right",
+        ),
+    ),
+    "causal_lm": _Schedule(
+        320, 12, 5, ("  best_metric: nll  # keep the weights of the evaluation with the best validation likelihood",)
+    ),
 }
 
 
@@ -114,9 +146,10 @@ def new_recipe(
         model = _STARTER[data.kind]
     length = _length(rows, data, model)
     settings = _SETTINGS[model] if model in STARTERS else _SETTINGS[data.kind]
-    epochs = min(max(math.ceil(_STEPS * settings.batch_size / len(rows)), _EPOCHS[0]), _EPOCHS[1])
+    schedule = _SCHEDULES[data.kind]
+    epochs = min(max(math.ceil(schedule.steps * settings.batch_size / len(rows)), _EPOCHS[0]), _EPOCHS[1])
     written = dataclasses.replace(spec, task=_from(folder, file))
-    content = _text(written, data, model, method, length, epochs, settings)
+    content = _text(written, data, model, method, length, epochs, settings, schedule)
     load_recipe({"name": "new", **yaml.safe_load(content)})  # a wrong method or name is told before anything is written
     return NewRecipe(content, (*guess, *data.notes, *data.leaks))
 
@@ -170,7 +203,14 @@ def _length(rows: Dataset, data: TaskData, model: str) -> int:
 
 
 def _text(
-    spec: DataSpec, data: TaskData, model: str, method: str, length: int, epochs: int, settings: _Settings
+    spec: DataSpec,
+    data: TaskData,
+    model: str,
+    method: str,
+    length: int,
+    epochs: int,
+    settings: _Settings,
+    schedule: _Schedule,
 ) -> str:
     larger = spec.validation_fraction == _MORE_VALIDATION
     steps = math.ceil(epochs * len(data.split("train")) / settings.batch_size)
@@ -195,12 +235,12 @@ def _text(
         "  group_by_length: true",
     ]
     if "validation" in data.splits:
-        lines.append("  best_metric: nll  # keep the weights of the evaluation with the best validation likelihood")
-        if epochs < _EVALUATIONS:
-            every = math.ceil(steps / _EVALUATIONS)
+        lines += schedule.chosen_by
+        if epochs < schedule.evaluations:
+            every = math.ceil(steps / schedule.evaluations)
             lines.append(f"  eval_every: {every}  # steps; the best are often within an epoch")
-        often = "" if epochs < _EVALUATIONS else ", of which each epoch has one"
-        lines.append(f"  early_stopping_patience: 5  # evaluations{often}")
+        often = "" if epochs < schedule.evaluations else ", of which each epoch has one"
+        lines.append(f"  early_stopping_patience: {schedule.patience}  # evaluations{often}")
     if data.kind == "classification" and get_method(method).has_posterior:
         # as good as draws in all blocks, and texts out of scope stand out more (docs/calibration.md)
         lines += ["evaluation:", "  layers: 1  # draws in the last block alone, which costs a fraction"]
