@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from monteclora.metrics.calibration import (
     brier_decomposition,
@@ -11,6 +11,7 @@ from monteclora.metrics.calibration import (
     fitted_temperature,
     reliability_curve,
     smooth_calibration_error,
+    smoothed_nll,
     tempered_nll,
 )
 from monteclora.metrics.classification import brier, nll
@@ -134,11 +135,28 @@ def test_tempered_nll_does_not_depend_on_how_sure_the_predictions_are() -> None:
     found = tempered_nll(softmax(logits, axis=1), labels)
     for factor in (0.2, 0.7, 3.0):
         assert tempered_nll(softmax(logits * factor, axis=1), labels) == pytest.approx(found, abs=1e-6)
-        assert nll(softmax(logits * factor, axis=1), labels) >= found
+        assert nll(softmax(logits * factor, axis=1), labels) > found
     best = fitted_temperature(logits, labels)
     assert nll(softmax(logits / best, axis=1), labels) == pytest.approx(found, abs=1e-9)
+    lowest = smoothed_nll(log_softmax(logits / best, axis=1), labels)
     for other in (0.97, 1.03):
-        assert nll(softmax(logits / (best * other), axis=1), labels) > found
+        assert smoothed_nll(log_softmax(logits / (best * other), axis=1), labels) > lowest
+
+
+def test_smoothing_is_a_row_of_no_class_in_particular() -> None:
+    logs = log_softmax(np.random.default_rng(1).standard_normal((9, 3)), axis=1)
+    labels = np.arange(9) % 3
+    per_row = 0.9 * -logs[np.arange(9), labels] + 0.1 * -logs.mean(axis=1)
+    assert smoothed_nll(logs, labels) == pytest.approx(per_row.mean())
+
+
+@pytest.mark.parametrize("rows", [10, 100, 1000])
+def test_rows_that_are_all_right_do_not_make_certain(rows: int) -> None:
+    """Without smoothing, their NLL falls for ever as the temperature falls."""
+    logits = np.tile([[2.0, 0.0], [0.0, 2.0]], (rows // 2, 1))
+    labels = np.tile([0, 1], rows // 2)
+    wrong = softmax(logits / fitted_temperature(logits, labels), axis=1).min(axis=1)
+    assert wrong == pytest.approx(0.5 / (rows + 1), rel=1e-3)  # of a row in rows + 1, a half
 
 
 def test_predictions_worse_than_chance_are_tempered_towards_it() -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "fitted_temperature",
     "reliability_curve",
     "smooth_calibration_error",
+    "smoothed_nll",
     "tempered_nll",
 ]
 
@@ -204,7 +205,7 @@ def brier_decomposition(probs: ArrayLike, labels: ArrayLike, bins: int = DEFAULT
 
 
 def tempered_nll(probs: ArrayLike, labels: ArrayLike) -> float:
-    """The NLL in nats of ``softmax(log(probs) / T)`` at the temperature T that is best for these very examples.
+    """The NLL in nats of ``softmax(log(probs) / T)`` at the :func:`fitted_temperature` T of these very examples.
 
     What the predictions are worth apart from their overall confidence, as the calibrated log-likelihood of Ashukha et
     al. (2020, arXiv 2002.06470), whose T comes from other examples: one number is fitted here, so that of few examples
@@ -215,17 +216,35 @@ def tempered_nll(probs: ArrayLike, labels: ArrayLike) -> float:
     """
     p, y = checked(probs, labels)
     logs = np.log(np.clip(p, SMALLEST_PROBABILITY, 1.0))
-    return _nll_at(fitted_temperature(logs, y), logs, y)
+    scaled = log_softmax(logs / fitted_temperature(logs, y), axis=1)
+    return float(-scaled[np.arange(len(y)), y].mean())
 
 
 def fitted_temperature(logits: FloatArray, labels: IntArray) -> float:
-    """The T with the smallest NLL of ``softmax(logits / T)`` (Guo et al. 2017, arXiv 1706.04599, section 4.2).
+    """The T with the smallest :func:`smoothed_nll` of ``softmax(logits / T)``, to six digits.
+
+    As Guo et al. (2017, arXiv 1706.04599, section 4.2) fit it, but for the smoothing: where the label is the most
+    probable class of every row, the plain NLL has no minimum, and T would be 0.
 
     Args:
         logits: (B, C).
         labels: (B,).
     """
-    return best_temperature(lambda temperature: _nll_at(temperature, logits, labels))
+    return best_temperature(lambda temperature: smoothed_nll(log_softmax(logits / temperature, axis=1), labels))
+
+
+def smoothed_nll(log_probs: FloatArray, labels: IntArray) -> float:
+    """The mean NLL in nats, as if a row in B + 1 had no class in particular.
+
+    Platt (1999, section 2.2) smooths the targets of a calibration for the same reason, with two rows in place of one.
+
+    Args:
+        log_probs: (B, C).
+        labels: (B,).
+    """
+    share = 1 / (len(labels) + 1)
+    of_label = log_probs[np.arange(len(labels)), labels]
+    return float(-((1 - share) * of_label + share * log_probs.mean(axis=1)).mean())
 
 
 def best_temperature(objective: Callable[[float], float]) -> float:
@@ -237,8 +256,3 @@ def best_temperature(objective: Callable[[float], float]) -> float:
         options={"xatol": 1e-6},
     )
     return float(np.exp(found.x))
-
-
-def _nll_at(temperature: float, logits: FloatArray, labels: IntArray) -> float:
-    scaled = log_softmax(logits / temperature, axis=1)
-    return float(-scaled[np.arange(len(labels)), labels].mean())

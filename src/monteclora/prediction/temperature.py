@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 from scipy.special import log_softmax
 
 from monteclora.errors import DataError
-from monteclora.metrics.calibration import best_temperature
-from monteclora.metrics.classification import nll
+from monteclora.metrics.calibration import best_temperature, smoothed_nll
+from monteclora.metrics.classification import SMALLEST_PROBABILITY
 from monteclora.prediction.predictions import Predictions
 
 __all__ = ["Temperature"]
@@ -29,7 +30,8 @@ class Temperature:
 
     @classmethod
     def fit(cls, predictions: Predictions) -> Self:
-        """The T with the smallest NLL of the mean predictive distribution.
+        """The T with the smallest NLL of the mean predictive distribution, smoothed: rows that are all answered right
+        would make it 0.
 
         Raises:
             DataError: the predictions have no labels.
@@ -38,7 +40,11 @@ class Temperature:
         if labels is None:
             raise DataError("a temperature is fitted to labels, and these rows have none", "Give a labelled file.")
 
-        return cls(best_temperature(lambda temperature: nll(cls(temperature).apply(predictions).probs, labels)))
+        def objective(temperature: float) -> float:
+            probs = cls(temperature).apply(predictions).probs
+            return smoothed_nll(np.log(np.clip(probs, SMALLEST_PROBABILITY, 1.0)), labels)
+
+        return cls(best_temperature(objective))
 
     @property
     def state(self) -> Mapping[str, float]:
