@@ -18,6 +18,7 @@ from monteclora.metrics.calibration import fitted_temperature
 from monteclora.runs.prepare import PreparedData
 from monteclora.runs.recipe import TrainingSpec
 from monteclora.training.assembly import precision_of, validation_of
+from monteclora.training.sharding import reshard
 
 __all__ = ["Tempered", "head_of", "temper"]
 
@@ -83,6 +84,7 @@ def temper(model: nn.Module, head: str, spec: TrainingSpec, data: PreparedData) 
     logits, labels = validation.predictions(model, device, precision(), lambda: False)
     assert labels is not None
     temperature = fitted_temperature(logits, labels)
+    reshard(model)  # what a forward pass has gathered of a sharded model is a copy
     parts = list(model.get_submodule(head).parameters())
     before = [part.detach().clone() for part in parts]
     with torch.no_grad():
@@ -90,6 +92,7 @@ def temper(model: nn.Module, head: str, spec: TrainingSpec, data: PreparedData) 
             part.div_(temperature)
     after, _ = validation.predictions(model, device, precision(), lambda: False)
     if not np.allclose(after * temperature, logits, rtol=0.0, atol=_TOLERANCE * float(np.abs(logits).max())):
+        reshard(model)
         with torch.no_grad():
             for part, value in zip(parts, before, strict=True):
                 part.copy_(value)
