@@ -161,7 +161,8 @@ def test_defaults_are_those_of_the_results_that_are_there() -> None:
     value part of what ``recipe_sha256`` takes down.
     """
     found: dict[str, dict[str, Any]] = {}
-    for method in (method.name for method in list_methods()):
+    own = [method.name for method in list_methods() if type(method).__module__.startswith("monteclora.")]
+    for method in own:  # tests register others
         defaults = all_values(load_recipe(small(method={"name": method})))
         found["every method"] = {key: value for key, value in defaults.items() if not key.startswith("method.")}
         found[method] = {key: value for key, value in defaults.items() if key.startswith("method.")}
