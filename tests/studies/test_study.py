@@ -232,6 +232,6 @@ def test_a_rate_that_is_found_and_going_back_are_settings_like_others(
     assert len(notes) == 4
     assert all(outcome.status == "finished" for outcome in result.outcomes.values())
     for (rate, _), found in notes.items():
-        assert any("found by a range test of 15 steps" in note for note in found) is (rate == "auto")
+        assert any("found by a range test of 1" in note for note in found) is (rate == "auto")
     page = write_study_report(result.folder).read_text()
     assert "auto" in page

@@ -190,7 +190,7 @@ def training_curve(run: RunFolder) -> TrainingCurve:
     logged = [event for event in events if event["event"] == "train"]
     drawn = bool(logged) and all("kl" in event for event in logged)
     validated = [event for event in events if event["event"] == "eval" and "nll" in event]
-    chosen = run.recipe.training.best_metric == "tempered_nll"
+    tempered = "temperature" in (run.finished or {})
     return TrainingCurve(
         steps=[event["step"] for event in logged],
         loss=[event["loss"] for event in logged],
@@ -198,7 +198,7 @@ def training_curve(run: RunFolder) -> TrainingCurve:
         pi_norm_squared=[event["pi_squared_norm"] for event in logged] if drawn else None,
         validation_steps=[event["step"] for event in validated],
         validation_nll=[event["nll"] for event in validated],
-        tempered_nll=[event["tempered_nll"] for event in validated] if chosen else [],
+        tempered_nll=[event["tempered_nll"] for event in validated] if tempered else [],
         kept_step=(run.finished or {}).get("kept_step"),
     )
 

@@ -214,7 +214,7 @@ def _training(runs: Sequence[RunReport]) -> Section | None:
     if any(curve and len(curve.tempered_nll) for curve in curves.values()):
         caption += (
             " At the best temperature it is what is left of that once the confidence of all answers is put right, as "
-            "it was at the end: it chose the step."
+            "it was at the end."
         )
     if any(curve and curve.kl is not None for curve in curves.values()):
         caption += (
