@@ -85,6 +85,7 @@ def _facts(result: RunResult, judged: Verdict) -> dict[str, Any]:
         "range_test_steps": result.range_test_steps,
         "members": list(result.members),
         "back_offs": result.back_offs,
+        "temperature": result.temperature,
     }
 
 

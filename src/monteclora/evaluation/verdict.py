@@ -89,7 +89,8 @@ class _Curve:
     @classmethod
     def of(cls, run: RunFolder) -> _Curve:
         events = run.metrics.read()
-        metric = METRICS["tempered_nll" if run.recipe.training.best_metric == "tempered_nll" else "nll"]
+        chosen = any(event["event"] == "eval" and "tempered_nll" in event for event in events)
+        metric = METRICS["tempered_nll" if chosen else "nll"]
         evaluations = [event for event in events if event["event"] == "eval" and metric.name in event]
         found = [event[metric.name] for event in evaluations]
         values = tuple(value if math.isfinite(value) else math.inf for value in found)

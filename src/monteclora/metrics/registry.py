@@ -115,16 +115,19 @@ def metrics_for(scoring: Scoring, *, choosing: bool = False) -> tuple[Metric, ..
     )
 
 
-def measure(scoring: Scoring, *arguments: Any, bins: int = DEFAULT_BINS, choosing: bool = False) -> dict[str, float]:
+def measure(
+    scoring: Scoring, *arguments: Any, bins: int = DEFAULT_BINS, chosen_by: str | None = None
+) -> dict[str, float]:
     """All metrics that apply, by name.
 
     Args:
         scoring: what is scored.
         *arguments: what the functions of the scoring take, see :class:`Metric`.
         bins: of the calibration error.
-        choosing: with those that choose weights.
+        chosen_by: the metric that weights are chosen by, which is measured too if it does nothing else.
     """
-    found = {metric.name: metric.functions[scoring](*arguments) for metric in metrics_for(scoring, choosing=choosing)}
+    measured = [each for each in metrics_for(scoring, choosing=True) if not each.chooses or each.name == chosen_by]
+    found = {metric.name: metric.functions[scoring](*arguments) for metric in measured}
     if bins != DEFAULT_BINS and "ece" in found:
         found["ece"] = METRICS["ece"].functions[scoring](*arguments, bins)
     return found

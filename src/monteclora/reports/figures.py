@@ -55,7 +55,7 @@ class TrainingCurve:
         pi_norm_squared: ||pi||^2, mean over layers, in [1/N, 1]; None for a plain method.
         validation_steps: at which validation rows were predicted, ascending, float (V,).
         validation_nll: their negative log-likelihood, float (V,).
-        tempered_nll: the same at the best temperature, float (V,); empty where the head was not divided by it.
+        tempered_nll: the same at the best temperature, float (V,); empty where it did not choose the step.
         kept_step: whose weights the run ended with; None where that is not marked.
     """
 

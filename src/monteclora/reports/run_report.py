@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -190,7 +191,7 @@ def training_curve(run: RunFolder) -> TrainingCurve:
     logged = [event for event in events if event["event"] == "train"]
     drawn = bool(logged) and all("kl" in event for event in logged)
     validated = [event for event in events if event["event"] == "eval" and "nll" in event]
-    tempered = "temperature" in (run.finished or {})
+    tempered = [event.get("tempered_nll", math.nan) for event in validated]
     return TrainingCurve(
         steps=[event["step"] for event in logged],
         loss=[event["loss"] for event in logged],
@@ -198,7 +199,7 @@ def training_curve(run: RunFolder) -> TrainingCurve:
         pi_norm_squared=[event["pi_squared_norm"] for event in logged] if drawn else None,
         validation_steps=[event["step"] for event in validated],
         validation_nll=[event["nll"] for event in validated],
-        tempered_nll=[event["tempered_nll"] for event in validated] if tempered else [],
+        tempered_nll=tempered if any(map(math.isfinite, tempered)) else [],
         kept_step=(run.finished or {}).get("kept_step"),
     )
 
@@ -218,6 +219,8 @@ def environment_facts(run: RunFolder) -> dict[str, str]:
 def _trained(recipe: Recipe, finished: Mapping[str, Any], result: EvaluationResult) -> Sequence[str]:
     training, kept = recipe.training, finished["kept_step"]
     best = f" Kept are the weights of step {kept:,}." if kept != finished["step"] else ""
+    if "temperature" in finished:
+        best += f" Its head is divided by {finished['temperature']:.3g}, the best temperature of the validation rows."
     of = "runs" if result.members else "posterior draws"
     drawn = f" The predictions are means over {result.num_samples} {of}." if result.num_samples else ""
     metrics = result.posterior or result.point

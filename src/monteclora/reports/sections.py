@@ -213,8 +213,8 @@ def _training(runs: Sequence[RunReport]) -> Section | None:
         )
     if any(curve and len(curve.tempered_nll) for curve in curves.values()):
         caption += (
-            " At the best temperature it is what is left of that once the confidence of all answers is put right, as "
-            "it was at the end."
+            " At the best temperature it is what is left of that once the confidence of all answers is put right: "
+            "the lowest chose the step."
         )
     if any(curve and curve.kl is not None for curve in curves.values()):
         caption += (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from monteclora.runs.kept_model import kept_or_loaded
 from monteclora.runs.recipe import Recipe
 from monteclora.tasks import TaskData, load
 from monteclora.tasks.kinds import KINDS
-from monteclora.tasks.measures import Measures, check_metric
+from monteclora.tasks.measures import ClassMeasures, Measures, check_metric
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,6 +98,8 @@ def prepare_data(recipe: Recipe, stand_in: Callable[[TaskData], PreTrainedTokeni
     task.split("train")
     measures = kind.measures(task, recipe.data.class_weights)
     check_metric(measures, recipe.training.best_metric)
+    if isinstance(measures, ClassMeasures):
+        measures = replace(measures, chosen_by=recipe.training.best_metric)
     _check_choice(recipe, task)
     tokenizer = tokenizer_of(recipe, None if stand_in is None else stand_in(task))
     length, truncation = recipe.data.max_length, recipe.data.truncation

@@ -43,7 +43,8 @@ class RunResult:
             each time the run went back; None for a run that an earlier version finished.
         range_test_steps: of that test; its seconds and tokens are counted in those of the run.
         back_offs: how often the run went back, and on at half the learning rate (``training.back_off``).
-        temperature: by which the head was divided (``training.temperature``); None where it was not.
+        temperature: by which the head was divided (``training.temperature``); None where it was not, and of an
+            ensemble, whose members have one each.
         members: the folders of an ensemble's runs; empty for an ordinary run. An ensemble's metrics are its members'
             mean, its peak memory the largest, its learning rate the one that all have (None where each found another),
             and its other numbers are sums; each member has kept a step of its own.

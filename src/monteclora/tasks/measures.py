@@ -64,10 +64,12 @@ def check_metric(measures: Measures, best_metric: str | None) -> None:
 class ClassMeasures:
     """Of a classification head; see :class:`Measures`.
 
-    ``weights`` has one for each class, None for equal ones; metrics are of rows, which all count alike.
+    ``weights`` has one for each class, None for equal ones; metrics are of rows, which all count alike. ``chosen_by``
+    is the metric that the run's weights are chosen by, None where they are not.
     """
 
     weights: tuple[float, ...] | None = None
+    chosen_by: str | None = None
     scoring: Scoring = "classes"
 
     def count(self, labels: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ class ClassMeasures:
 
     def compute(self, kept: NDArray[np.float64], labels: NDArray[Any] | None) -> dict[str, float]:
         """The metrics of classes."""
-        return measure(self.scoring, softmax(kept.astype(np.float64), axis=-1), cast(Any, labels), choosing=True)
+        probs = softmax(kept.astype(np.float64), axis=-1)
+        return measure(self.scoring, probs, cast(Any, labels), chosen_by=self.chosen_by)
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,8 @@ def chosen_rate(start: float, rates: Sequence[float], losses: Sequence[float]) -
         valley = [rate for rate, loss in zip(rates, losses, strict=True) if loss <= bottom]
         middle = math.sqrt(valley[0] * valley[-1])
     else:
-        unharmed = [
-            rate for rate, _ in takewhile(lambda each: each[1] <= start + clear, zip(rates, losses, strict=True))
-        ]
-        middle = unharmed[-1] if unharmed else rates[0]
+        harmless = len(list(takewhile(lambda loss: loss <= start + clear, losses)))
+        middle = rates[max(harmless - 1, 0)]
     return float(f"{FRACTION * middle:.1e}"), falls
 
 

@@ -99,6 +99,7 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     fresh = _FreshModel(partial(prepare_model, recipe, data.task.kind, data.task.label_names, data.tokenizer))
     parameters = fresh.model.named_parameters()
     trained = {name: parameter.numel() for name, parameter in parameters if parameter.requires_grad}
+    head = head_of(fresh.model, trained, len(data.task.label_names or ())) if recipe.training.temperature else None
     checkpoint = run.checkpoint()
     memory = PeakMemory(training_device())
     if is_main_process():
@@ -107,7 +108,6 @@ def _train(run: Run, console: Console) -> dict[str, Any]:
     if rate is None:
         rate = _found_rate(recipe, folder, data, fresh.model, console)
         fresh.renew()
-    head = head_of(fresh.model, trained, len(data.task.label_names or ())) if recipe.training.temperature else None
     phases = phases_of(recipe, len(data.train), rate)
     _train_phases(recipe, phases, folder, data, fresh, frozenset(trained), checkpoint, console)
     model = fresh.model
