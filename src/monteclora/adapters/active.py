@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from monteclora.adapters.last_blocks import LastBlocks, last_blocks
-from monteclora.adapters.scope import PosteriorSampler
+from monteclora.adapters.posterior_sampler import PosteriorSampler
 from monteclora.adapters.tuner import MonteCLoRATuner
 from monteclora.errors import ConfigError
 from monteclora.posterior import AdapterPosterior, Regulariser

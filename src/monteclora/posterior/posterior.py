@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from monteclora.errors import ConfigError
-from monteclora.posterior import dirichlet, in_force, mixture, noise, wishart
+from monteclora.posterior import dirichlet, flipout, in_force, mixture, noise, wishart
 from monteclora.posterior.bounds import bounded
+from monteclora.posterior.cells import filled
 from monteclora.posterior.draws import (
     DifferentiableDraw,
     Differentiation,
@@ -33,7 +34,7 @@ from monteclora.posterior.layout import LayerShape, Layout
 from monteclora.posterior.regulariser import Regulariser, row_divergences
 from monteclora.posterior.reminder import Reminder
 from monteclora.posterior.settings import PosteriorSettings
-from monteclora.posterior.torch_private import MovableModule, add_to_each, versions
+from monteclora.posterior.torch_private import MovableModule, versions
 
 __all__ = ["AdapterPosterior"]
 
@@ -324,7 +325,7 @@ class AdapterPosterior(MovableModule):
             log_norm, log_norm_grad = dirichlet.log_norm(eta, weights), None
         norm = (self.scale * log_norm.exp()).to(rho.dtype)
         row_scale = norm[self._layer_of_row] * rho.exp() * root
-        cells, blocks = self._fill(generator(noise.Kind.NORMAL), row_scale, factors, means)
+        cells, blocks = filled(self._layout, generator(noise.Kind.NORMAL), row_scale, factors, means)
         return RawDraw(
             cells=cells,
             blocks=blocks,
@@ -344,45 +345,10 @@ class AdapterPosterior(MovableModule):
             drawn[rank] = iter(wishart.raw_bartlett(dof, rank, count, self.rho, generator))
         return [next(drawn[rank]) for rank in self._layout.ranks]
 
-    def _fill(
-        self,
-        generator: torch.Generator,
-        row_scale: Tensor,
-        factors: Sequence[Tensor] | None,
-        means: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """``[mu +] row_scale [T] Xi``, flat and by layer, transposed."""
-        layout = self._layout
-        cells = torch.empty(layout.cells, dtype=self.rho.dtype, device=self.rho.device)
-        cells.normal_(generator=generator)
-        scale = row_scale.unsqueeze(-1)
-        found: list[Tensor] = []
-        for matrix in layout.matrices:
-            rows = layout.rows_of(cells, matrix)
-            blocks = layout.blocks_of(rows.t(), matrix, -1)
-            if factors is not None:
-                # autocast would round the noise to the precision of the model's matmuls
-                with torch.autocast(cells.device.type, enabled=False):
-                    for i, block in zip(matrix.layers, blocks, strict=True):
-                        block.copy_((factors[i] @ block.t()).t())
-            rows.mul_(scale[matrix.rows])
-            if means is not None:
-                add_to_each(blocks, [means[i].t() for i in matrix.layers])
-            found += blocks
-        return cells, found
-
-    def _signs(self, process: int, batch_size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The flipout signs of every example, for each layer's inputs and rows (docs/method.md section 5)."""
-        into = [layer.in_features for layer in self.layers]
-        out = [layer.rank for layer in self.layers]
-        width = sum(into) + sum(out)
-        count = batch_size * width
-        octets = torch.empty(-(-count // 8), dtype=torch.uint8, device=self.rho.device)
-        octets.random_(generator=noise.generator(self.seed, process, self.draws, noise.Kind.SIGN, self.rho.device))
-        bits = octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
-        signs = bits.view(-1)[:count].to(self.rho.dtype).mul_(2).sub_(1).view(batch_size, width)
-        columns, rows = signs.split([sum(into), sum(out)], -1)
-        return columns.split(into, -1), rows.split(out, -1)
+    def _signs(self, process: int, batch_size: int) -> flipout.Signs:
+        device = self.rho.device
+        generator = noise.generator(self.seed, process, self.draws, noise.Kind.SIGN, device)
+        return flipout.signs(self.layers, batch_size, generator, self.rho.dtype, device)
 
     # -- objective -----------------------------------------------------------------------------------------------
 
