@@ -17,7 +17,7 @@ from monteclora.training import range_test, run
 from monteclora.training.check import check
 from monteclora.training.interruption import TrainingInterrupted
 from monteclora.training.loop import Loop
-from monteclora.training.range_test import FRACTION, PROBE_EVERY, chosen_rate
+from monteclora.training.range_test import LEAST, MOST, PROBE_EVERY, chosen_rate, fraction
 from tests.training.conftest import Recipe, StopAfter, adapter_content, quietly, train_until, without_times
 from tests.training.processes import launch
 
@@ -53,28 +53,44 @@ def valley(best: float, width: float = 0.4) -> list[float]:
 @pytest.mark.parametrize("width", [0.2, 0.4, 0.8])
 @pytest.mark.parametrize("best", [1e-5, 1e-4, 1e-3, 1e-2])
 def test_a_fraction_of_the_rate_in_the_middle_of_the_valley(best: float, width: float) -> None:
-    rate, falls = chosen_rate(2.0, RATES, valley(best, width))
+    rate, falls = chosen_rate(2.0, RATES, valley(best, width), 0.25)
     assert falls
-    assert rate == pytest.approx(FRACTION * best, rel=0.15)  # rates are 21 % apart
+    assert rate == pytest.approx(0.25 * best, rel=0.15)  # rates are 21 % apart
 
 
 def test_a_long_flat_valley_is_not_taken_at_its_end() -> None:
     """As of a task that is learned late: the loss falls to that of the class frequencies, and stays there."""
     losses = [0.69 if rate < 1e-4 else 0.63 + 0.001 * (step % 3) for step, rate in enumerate(RATES)]
-    rate, falls = chosen_rate(0.69, RATES[:49], losses[:49])  # to 1e-2
+    rate, falls = chosen_rate(0.69, RATES[:49], losses[:49], 0.25)  # to 1e-2
     assert falls
-    assert rate == pytest.approx(FRACTION * 1e-3, rel=0.15)
+    assert rate == pytest.approx(0.25 * 1e-3, rel=0.15)
 
 
 def test_where_no_rate_helps_the_last_one_before_the_loss_rises() -> None:
     losses = [2.0 + max(0.0, math.log10(rate / 1e-3)) for rate in RATES]
-    rate, falls = chosen_rate(2.0, RATES, [*losses[:-1], 2.0])  # that it comes back at last does not count
+    rate, falls = chosen_rate(2.0, RATES, [*losses[:-1], 2.0], 0.25)  # that it comes back at last does not count
     assert not falls
-    assert rate == pytest.approx(FRACTION * 1e-3, rel=0.15)
+    assert rate == pytest.approx(0.25 * 1e-3, rel=0.15)
 
 
 def test_where_the_loss_rises_at_once_a_fraction_of_the_lowest_rate() -> None:
-    assert chosen_rate(2.0, RATES[:3], [3.0, 4.0, 5.0]) == (FRACTION * 1e-6, False)
+    assert chosen_rate(2.0, RATES[:3], [3.0, 4.0, 5.0], 0.25) == (2.5e-7, False)
+
+
+def test_the_more_steps_the_lower_the_rate() -> None:
+    assert fraction(256) == pytest.approx(0.25)
+    assert [fraction(steps) / fraction(4 * steps) for steps in (64, 144, 900)] == pytest.approx([2.0] * 3)
+    assert (fraction(1), fraction(10**6)) == (MOST, LEAST)
+
+
+@pytest.mark.usefixtures("short")
+def test_the_steps_are_those_of_the_run(recipe: MakeRecipe) -> None:
+    """Not those of the test: on the same curve a run of four times as many steps has half the rate."""
+    few, more = (
+        quietly(recipe(name=f"{steps}", learning_rate="auto", epochs=52, max_steps=steps)).learning_rate
+        for steps in (64, 256)
+    )
+    assert more == pytest.approx(few / 2, rel=0.05)
 
 
 def test_only_auto_is_a_word_for_a_rate(recipe: MakeRecipe) -> None:

@@ -1,11 +1,11 @@
 """``training.learning_rate: auto``: a learning-rate range test (Smith 2017, arXiv 1506.01186) before the run.
 
 The rate rises exponentially from step to step, on the batches that the run begins with. The loss of some other rows,
-the same after every second step, falls, and rises again when the rate is too high; the run takes a fixed fraction of
-the rate in the middle of the valley (docs/training.md says how the fraction was chosen). The batches' own losses are
-not asked: on a task that is learned late, the labels that small batches happen to hold hide the valley. The model
-that was tested is thrown away: the run begins with a new one, so that nothing of the test can be left in it, whatever
-the method keeps.
+the same after every second step, falls, and rises again when the rate is too high; the run takes a fraction of the rate
+in the middle of the valley, the less the more steps it has (docs/training.md says how the fraction was chosen). The
+batches' own losses are not asked: on a task that is learned late, the labels that small batches happen to hold hide the
+valley. The model that was tested is thrown away: the run begins with a new one, so that nothing of the test can be left
+in it, whatever the method keeps.
 """
 
 from __future__ import annotations
@@ -35,12 +35,22 @@ from monteclora.training.batches import Batches
 from monteclora.training.divergence import Part
 from monteclora.training.interruption import TrainingInterrupted, stop_on_signals
 from monteclora.training.loop import Loop
-from monteclora.training.plans import phases_of, plan_of
+from monteclora.training.plans import Phase, phases_of, plan_of
 from monteclora.training.probe import Probe
 from monteclora.training.reporting import Reporting
 from monteclora.training.state import TrainingState
 
-__all__ = ["MOST_PROBED_ROWS", "MOST_STEPS", "NOMINAL", "VERSION", "RangeTest", "chosen_rate", "range_test", "recorded"]
+__all__ = [
+    "MOST_PROBED_ROWS",
+    "MOST_STEPS",
+    "NOMINAL",
+    "VERSION",
+    "RangeTest",
+    "chosen_rate",
+    "fraction",
+    "range_test",
+    "recorded",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +60,10 @@ STEPS_PER_DECADE = 12
 MOST_STEPS = round(math.log10(HIGHEST / LOWEST) * STEPS_PER_DECADE) + 1
 PROBE_ROWS, PROBE_EVERY = 64, 2  # with half as many, the rate that is found depends on which rows they are
 MOST_PROBED_ROWS = PROBE_ROWS * (1 + MOST_STEPS // PROBE_EVERY)  # forward passes
-FRACTION = 0.25  # of the rate in the middle of the valley
-VERSION = 2  # of what decides the rate: a study does not take an outcome of another one
+VERSION = 3  # of what decides the rate: a study does not take an outcome of another one
 NOMINAL = 1e-3  # where a rate is asked for and none has been found yet, as in a dry run
+LEAST, MOST = 1 / 16, 1 / 2  # of the rate in the middle of the valley
+_FACTOR = 4.0  # of that fraction: it is this over the root of the number of steps
 _BOTTOM = 0.1  # of the fall: losses so much above the lowest still belong to the valley
 _CLEAR = 0.01  # of the first loss: a smaller fall is none, a smaller rise neither
 
@@ -107,7 +118,8 @@ def range_test(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Mod
         ConfigError: the recipe asks for something this machine or version cannot do.
     """
     began = time.perf_counter()
-    loop = _loop(recipe, run, data, model, console)
+    (first, *_) = phases_of(recipe, len(data.train), LOWEST)
+    loop = _loop(recipe, run, data, model, console, first)
     curve = _Curve()
     try:
         loop.reporting.start(loop.state)
@@ -124,7 +136,7 @@ def range_test(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Mod
             f"training.learning_rate auto: the loss is not finite at the lowest rate that is tried, {LOWEST:g}",
             "Look at the data, or set training.precision to fp32.",
         )
-    found, falls = chosen_rate(curve.start, curve.rates, curve.losses)
+    found, falls = chosen_rate(curve.start, curve.rates, curve.losses, fraction(first.steps))
     if not falls:
         logger.warning(
             "no learning rate lets the loss fall within the range test: taking %g, below where it rises", found
@@ -136,16 +148,26 @@ def range_test(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Mod
     return RangeTest(found, steps, tokens, seconds, curve.start, tuple(curve.rates), tuple(curve.losses))
 
 
-def chosen_rate(start: float, rates: Sequence[float], losses: Sequence[float]) -> tuple[float, bool]:
+def fraction(steps: int) -> float:
+    """Which part of the rate in the middle of the valley suits a run of so many optimiser steps.
+
+    It falls with the root of their number, as the best linearly falling step sizes of a subgradient method do (Zamani
+    and Glineur 2023, arXiv 2307.11134), within bounds: beyond them nothing was measured.
+    """
+    return min(max(_FACTOR / math.sqrt(steps), LEAST), MOST)
+
+
+def chosen_rate(start: float, rates: Sequence[float], losses: Sequence[float], part: float) -> tuple[float, bool]:
     """The rate to train at, of two significant digits; and whether the loss fell at any.
 
-    It is a fraction of the geometric mean of the lowest and the highest rate in the valley. Where no rate lets the loss
-    fall, it is that fraction of the last one before it rises.
+    It is a part of the geometric mean of the lowest and the highest rate in the valley. Where no rate lets the loss
+    fall, it is that part of the last one before it rises.
 
     Args:
         start: the loss before the first step.
         rates: in ascending order.
         losses: after a step at each of them.
+        part: of the rate in the middle, see :func:`fraction`.
     """
     lowest, clear = min(losses), _CLEAR * abs(start)
     falls = start - lowest > clear
@@ -156,7 +178,7 @@ def chosen_rate(start: float, rates: Sequence[float], losses: Sequence[float]) -
     else:
         harmless = len(list(takewhile(lambda loss: loss <= start + clear, losses)))
         middle = rates[max(harmless - 1, 0)]
-    return float(f"{FRACTION * middle:.1e}"), falls
+    return float(f"{part * middle:.1e}"), falls
 
 
 @dataclass
@@ -236,11 +258,10 @@ class _Watch:
         raise AssertionError("a range test does not resume")
 
 
-def _loop(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Module, console: Console) -> Loop:
+def _loop(recipe: Recipe, run: RunFolder, data: PreparedData, model: nn.Module, console: Console, first: Phase) -> Loop:
     """A loop over the run's first batches, at the lowest rate of each parameter group."""
     recipe = dataclasses.replace(recipe, report_to=[])
     # to the method it is the beginning of a run of the usual length: rank pruning, say, is for later
-    (first, *_) = phases_of(recipe, len(data.train), LOWEST)
     phase = dataclasses.replace(first, steps=max(first.steps, 10 * MOST_STEPS))
     plan = plan_of(recipe, phase, len(data.train))
     method = get_method(recipe.method.name)
