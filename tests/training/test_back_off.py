@@ -147,6 +147,18 @@ def test_by_what_the_loss_says(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPat
     assert len(seen) > 40
 
 
+def test_what_learns_nothing_is_judged_before_it_is_stopped_early(recipe: MakeRecipe) -> None:
+    """At seven tenths of the steps, and after the last return by the patience as ever."""
+    made = {**LONG, "learning_rate": 1e-9, "eval_every": 2, "best_metric": "nll", "early_stopping_patience": 2}
+    assert quietly(recipe(name="without", **made)).steps < 28
+    result = quietly(recipe(name="back", **made, back_off=1))
+    (event,) = of(result.folder, "back_off")
+    assert (event["step"], event["learning_rate"]) == (0, 5e-10)
+    assert event["left_step"] >= 28
+    assert "frequencies of the classes" in event["reason"]
+    assert result.steps < 28
+
+
 def test_posterior_phase_never_goes_back(fails: Callable[..., None], recipe: MakeRecipe) -> None:
     fails(3, limit=2e-2)  # the posterior's phase has five times the rate
     made = recipe(mode="post_hoc", max_steps=4, post_hoc={"max_steps": 5}, back_off=3)

@@ -69,6 +69,20 @@ def test_a_loss_that_only_comes_down_to_the_class_frequencies_is_let_go_on(seed:
     """MRPC at a good rate: learning starts after a third of the steps, and half the rate would be the wrong way."""
     late = math.log(2) * (1 + 0.1 * np.exp(-STEP / 10) - np.maximum(STEP - 60, 0) / 900)
     assert judged(late + noise(seed, 0.04), LossWatch(STEPS, WARMUP, math.log(2))) is None
+    never = math.log(2) * (1 + 0.1 * np.exp(-STEP / 10))
+    found = judged(never + noise(seed, 0.04), LossWatch(STEPS, WARMUP, math.log(2)))
+    assert found is not None
+    assert found[0] >= 0.7 * STEPS, "before that it cannot be told from the other"
+
+
+@pytest.mark.parametrize("steps", [STEPS, 10 * STEPS])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_stays_at_the_class_frequencies_is_given_up(seed: int, steps: int) -> None:
+    stays = np.full(steps, math.log(2)) + 0.04 * np.random.default_rng(seed).standard_normal(steps)
+    found = judged(stays, LossWatch(steps, WARMUP, math.log(2)))
+    assert found is not None
+    assert found[0] <= 0.9 * steps
+    assert "frequencies of the classes" in found[1]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -376,7 +376,9 @@ class Loop:
         if intervals.best_metric is None:
             return False
         best = state.improves(metrics[intervals.best_metric], greater_is_better=intervals.greater_is_better)
-        state.stopped_early = intervals.patience is not None and state.worse >= intervals.patience
+        # what has learned nothing yet is not stopped but judged: it may go back
+        waits = self.watch is not None and self.watch.idles(state.watch)
+        state.stopped_early = intervals.patience is not None and state.worse >= intervals.patience and not waits
         return best
 
     @property

@@ -15,6 +15,8 @@ _RISE = 0.05  # of the first loss, for losses that have not fallen
 _CLEAR = 8.0  # standard errors by which a smoothed loss is higher than the lowest of many
 _SURE = 3.0  # likewise, where it has stayed at that of the class frequencies as well
 _RISEN = 0.1  # of what the loss was before, to have been higher by
+_LATE = 0.7  # of the steps: from when on a loss that is no better is given up, whatever came before
+_SLOW = 0.1  # of the steps: those that the average by which it is given up takes to forget
 _NEAR = 0.01  # of the loss of a prediction that does not look at the row, for losses that are no better
 
 
@@ -29,7 +31,8 @@ class LossWatch:
     What it knows is a few numbers, kept in the training state: the number of losses ``count``, the ``last``, their
     moving sum ``mean``, their ``variance`` (the mean of half the squared differences of neighbours, which a trend does
     not change much), the mean of the ``first`` few, the smoothed loss at the ``start``, at its ``best`` and at its
-    ``worst``, and for how many steps in a row it has been no better than ``constant``, ``idle``.
+    ``worst``, for how many steps in a row it has been no better than ``constant``, ``idle``, and a
+    slower average of the losses, ``slow``.
 
     Attributes:
         steps: of the phase.
@@ -57,6 +60,8 @@ class LossWatch:
         else:
             numbers["best"] = min(numbers["best"], _smoothed(numbers))
             numbers["worst"] = max(numbers.get("worst", numbers["start"]), _smoothed(numbers))
+        kept = 1 - 1 / max(_HORIZON, _SLOW * self.steps)
+        numbers["slow"] = kept * numbers.get("slow", loss) + (1 - kept) * loss
         if self.constant is not None:
             idle = _smoothed(numbers) > (1 - _NEAR) * self.constant
             numbers["idle"] = numbers.get("idle", 0.0) + 1 if idle else 0.0
@@ -73,11 +78,19 @@ class LossWatch:
             lost = best < self.constant - max(_SURE * error, _NEAR * self.constant)
             before = max(self.constant, numbers.get("first", start))
             risen = numbers.get("worst", start) > before + max(_SURE * error, _RISEN * before)
-            # a loss that only comes down to that of the frequencies is of a task that is learned late: half the rate
-            # would be the wrong way
+            # earlier, a loss that only comes down to that of the frequencies may be of a task that is learned late, and
+            # half the rate the wrong way
             if lost or risen:
-                return f"the training loss is {now:.3g}, that of giving every row the frequencies of the classes"
+                return _no_better(now)
+        if step >= self.warmup + _LATE * (self.steps - self.warmup) and self.idles(numbers):
+            return _no_better(numbers["slow"])
         return None
+
+    def idles(self, numbers: dict[str, float]) -> bool:
+        """Whether the loss, over some ten steps and over a tenth of all, is no better than that of the frequencies."""
+        if self.constant is None or "slow" not in numbers:
+            return False
+        return min(numbers["slow"], _smoothed(numbers)) > (1 - _NEAR) * self.constant
 
     def is_good(self, numbers: dict[str, float]) -> bool:
         """Whether the smoothed loss is at its lowest, within its noise, and has fallen."""
@@ -85,6 +98,10 @@ class LossWatch:
             return False
         now, error = _smoothed(numbers), _error(numbers)
         return now <= min(numbers["best"] + 2 * error, numbers["start"] - _CLEAR * error)
+
+
+def _no_better(loss: float) -> str:
+    return f"the training loss is {loss:.3g}, that of giving every row the frequencies of the classes"
 
 
 def _smoothed(numbers: dict[str, float]) -> float:
