@@ -85,6 +85,14 @@ def test_a_loss_that_stays_at_the_class_frequencies_is_given_up(seed: int, steps
     assert "frequencies of the classes" in found[1]
 
 
+@pytest.mark.parametrize("steps", [375, 3000])
+def test_of_many_noisy_losses_one_is_low_and_nothing_was_lost(steps: int) -> None:
+    """A long run of a task that is learned late, in small batches: before it is given up, it is let go on."""
+    watch, early = LossWatch(steps, WARMUP, 0.62), int(0.69 * steps)
+    losses = 0.62 + 0.15 * np.random.default_rng(0).standard_normal((60, early))
+    assert sum(judged(each, watch) is not None for each in losses) <= 3
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_slow_progress_is_not_taken_for_none(seed: int) -> None:
     """Three per cent better than the frequencies at a quarter of the steps: as MRPC, which is learned late."""
