@@ -13,6 +13,7 @@ _HORIZON = 10  # steps that this average takes to forget
 _SHARE = 0.5  # of what the loss had fallen by, to have risen by
 _RISE = 0.05  # of the first loss, for losses that have not fallen
 _CLEAR = 8.0  # standard errors by which a smoothed loss is higher than the lowest of many
+_LEARNED = 0.05  # of the loss of a prediction that does not look at the row, to have been lower by
 _RISEN = 0.1  # of what the loss was before, to have been higher by
 _LATE = 0.7  # of the steps: from when on a loss that is no better is given up, whatever came before
 _SLOW = 0.1  # of the steps: those that the average by which it is given up takes to forget
@@ -76,7 +77,7 @@ class LossWatch:
         if self.constant is not None and late and numbers.get("idle", 0.0) >= 2 * _HORIZON:
             # the most extreme of so many normal numbers is about so many standard errors off, and one more is clear
             clear = (1 + math.sqrt(2 * math.log(numbers["count"]))) * error
-            lost = best < self.constant - max(clear, _NEAR * self.constant)
+            lost = best < self.constant - max(clear, _LEARNED * self.constant)
             before = max(self.constant, numbers.get("first", start))
             risen = numbers.get("worst", start) > before + max(clear, _RISEN * before)
             # earlier, a loss that only comes down to that of the frequencies may be of a task that is learned late, and
