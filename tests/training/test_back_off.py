@@ -133,9 +133,9 @@ def test_by_what_the_loss_says(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPat
     seen: list[float] = []
     original = LossWatch.see
 
-    def see(watch: LossWatch, numbers: dict[str, float], loss: float) -> None:
-        seen.append(loss)
-        original(watch, numbers, loss)
+    def see(watch: LossWatch, numbers: dict[str, float], measured: float, luck: float) -> None:
+        seen.append(measured)
+        original(watch, numbers, measured, luck)
 
     monkeypatch.setattr(LossWatch, "see", see)
     result = quietly(recipe(**{**LONG, "learning_rate": 2.0, "max_grad_norm": None, "back_off": 6}))

@@ -13,11 +13,12 @@ STEPS, WARMUP, CLASSES = 150, 9, 12
 WATCH = LossWatch(STEPS, WARMUP, math.log(CLASSES))
 
 
-def judged(losses: np.ndarray, watch: LossWatch = WATCH) -> tuple[int, str] | None:
+def judged(losses: np.ndarray, watch: LossWatch = WATCH, luck: np.ndarray | None = None) -> tuple[int, str] | None:
     """The step at which something is found wrong, and what; None for never."""
     numbers: dict[str, float] = {}
-    for step, loss in enumerate(losses.tolist(), start=1):
-        watch.see(numbers, loss)
+    lucks = np.zeros_like(losses) if luck is None else luck
+    for step, (loss, by_labels) in enumerate(zip(losses.tolist(), lucks.tolist(), strict=True), start=1):
+        watch.see(numbers, loss, by_labels)
         if reason := watch.verdict(numbers, step):
             return step, reason
     return None
@@ -91,6 +92,19 @@ def test_of_many_noisy_losses_one_is_low_and_nothing_was_lost(steps: int) -> Non
     watch, early = LossWatch(steps, WARMUP, 0.62), int(0.69 * steps)
     losses = 0.62 + 0.15 * np.random.default_rng(0).standard_normal((60, early))
     assert sum(judged(each, watch) is not None for each in losses) <= 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_start_of_a_model_that_does_not_know_the_frequencies_is_no_rise(seed: int) -> None:
+    """CoLA in batches of 8: log 2 whatever the labels, then the frequencies, whose loss the labels explain."""
+    share = 0.29
+    of_class = -np.log([1 - share, share])
+    labels = np.random.default_rng(seed).random((STEPS // 2, 8)) < share
+    by_frequencies = of_class[labels.astype(int)].mean(-1)
+    mean = float(of_class @ [1 - share, share])
+    known = 1 / (1 + np.exp(-(np.arange(STEPS // 2) - 20) / 3))
+    losses = known * by_frequencies + (1 - known) * math.log(2)
+    assert judged(losses, LossWatch(STEPS, WARMUP, mean), by_frequencies - mean) is None
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -311,7 +311,7 @@ class Loop:
         state.finite_steps += 1
         state.skipped_in_a_row = 0
         if self.watch is not None:
-            self.watch.see(state.watch, task - self.luck)
+            self.watch.see(state.watch, task, self.luck)
         state.grad_norm, self._numbers = size, passes[-1].numbers
         return True
 

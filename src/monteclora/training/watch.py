@@ -29,10 +29,10 @@ class LossWatch:
     """Judges the training loss of a phase by its moving average; a pure function of the losses.
 
     What it knows is a few numbers, kept in the training state: the number of losses ``count``, the ``last``, their
-    moving sum ``mean``, their ``variance`` (the mean of half the squared differences of neighbours, which a trend does
-    not change much), the mean of the ``first`` few, the smoothed loss at the ``start``, at its ``best`` and at its
-    ``worst``, for how many steps in a row it has been no better than ``constant``, ``idle``, and a
-    slower average of the losses, ``slow``.
+    moving sum ``mean``, that of the losses as they were ``measured``, their ``variance`` (the mean of half the squared
+    differences of neighbours, which a trend does not change much), the mean of the ``first`` few, the smoothed loss at
+    the ``start``, at its ``best`` and at its ``worst``, for how many steps in a row it has been no better than
+    ``constant``, ``idle``, and a slower average of the losses, ``slow``.
 
     Attributes:
         steps: of the phase.
@@ -44,22 +44,34 @@ class LossWatch:
     warmup: int
     constant: float | None
 
-    def see(self, numbers: dict[str, float], loss: float) -> None:
-        """Take note of the loss of a step."""
+    def see(self, numbers: dict[str, float], measured: float, luck: float = 0.0) -> None:
+        """Take note of the loss of a step.
+
+        Args:
+            numbers: what is known so far.
+            measured: the loss, nats.
+            luck: by how much the labels of its rows alone make it higher for a model that gives every row the
+                frequencies of the classes. One that has not come to them does not have that luck: how it starts, and
+                whether it gets worse at first, is judged with and without it.
+        """
+        loss = measured - luck
         count = numbers.get("count", 0.0) + 1
         if count > 1:
             variance = numbers.get("variance", 0.0)
             numbers["variance"] = variance + ((loss - numbers["last"]) ** 2 / 2 - variance) / (count - 1)
         numbers["mean"] = _DECAY * numbers.get("mean", 0.0) + (1 - _DECAY) * loss
+        numbers["measured"] = _DECAY * numbers.get("measured", 0.0) + (1 - _DECAY) * measured
         numbers["count"], numbers["last"] = count, loss
         if count <= _FIRST:
-            numbers["first"] = numbers.get("first", 0.0) + (loss - numbers.get("first", 0.0)) / count
+            numbers["first"] = numbers.get("first", 0.0) + (measured - numbers.get("first", 0.0)) / count
         if count <= _HORIZON:
             numbers["start"] = numbers.get("start", 0.0) + (loss - numbers.get("start", 0.0)) / count
-            numbers["best"] = numbers["worst"] = numbers["start"]
+            numbers["best"] = numbers["start"]
+            numbers["worst"] = min(numbers["start"], _smoothed(numbers, "measured"))
         else:
             numbers["best"] = min(numbers["best"], _smoothed(numbers))
-            numbers["worst"] = max(numbers.get("worst", numbers["start"]), _smoothed(numbers))
+            higher = min(_smoothed(numbers), _smoothed(numbers, "measured"))
+            numbers["worst"] = max(numbers.get("worst", numbers["start"]), higher)
         kept = 1 - 1 / max(_HORIZON, _SLOW * self.steps)
         numbers["slow"] = kept * numbers.get("slow", loss) + (1 - kept) * loss
         if self.constant is not None:
@@ -106,8 +118,8 @@ def _no_better(loss: float) -> str:
     return f"the training loss is {loss:.3g}, that of giving every row the frequencies of the classes"
 
 
-def _smoothed(numbers: dict[str, float]) -> float:
-    return numbers["mean"] / (1 - _DECAY ** numbers["count"])
+def _smoothed(numbers: dict[str, float], name: str = "mean") -> float:
+    return numbers.get(name, 0.0) / (1 - _DECAY ** numbers["count"])
 
 
 def _error(numbers: dict[str, float]) -> float:
