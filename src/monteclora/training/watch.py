@@ -92,8 +92,8 @@ class LossWatch:
             lost = best < self.constant - max(clear, _LEARNED * self.constant)
             before = max(self.constant, numbers.get("first", start))
             risen = numbers.get("worst", start) > before + max(clear, _RISEN * before)
-            # earlier, a loss that only comes down to that of the frequencies may be of a task that is learned late, and
-            # half the rate the wrong way
+            # a loss that only comes down to that of the frequencies may be of a task that is learned late, and half the
+            # rate the wrong way: that is judged later
             if lost or risen:
                 return _no_better(now)
         if step >= self.warmup + _LATE * (self.steps - self.warmup) and self.idles(numbers):
